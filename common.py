@@ -1,0 +1,927 @@
+"""What the six stages share and nobody needs to edit to try an idea: settings, the model with its adapters,
+frames to patches, rollout, packed log-probs, the group-relative loop, the memory format, the judge interface.
+
+Three ideas carry the file; each has its own section below:
+  1. A group is one row. G answers to one prompt share the prompt's keys and values, in sampling as in training: every
+     cached or packed token has an owner, and a query sees the prompt and what its own answer wrote (`visible`).
+  2. Vision runs once per clip. The tower is frozen, so a clip's features serve rollout, old log-probs and training.
+  3. The noise of a sample depends on (seed, step, context, sample) alone, so a resumed run repeats itself exactly.
+"""
+import contextlib, csv, dataclasses, difflib, importlib, json, math, os, pathlib, random, re, signal, sys, threading, time, warnings
+from collections import OrderedDict, namedtuple
+from types import SimpleNamespace
+
+try:                                   # --help must work before anything is installed
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+except ImportError:
+    np = torch = F = None
+
+ROOT = pathlib.Path(__file__).resolve().parent
+both = namedtuple("both", "tiny full")  # a constant with two values: the embedded world's | a full-size model's
+
+# ---------------------------------------------------------------- shared constants, --NAME=value in every script
+RUN = "tiny"                            # results go to runs/RUN/STAGE
+FROM = ""                               # another run whose earlier stages are read where RUN lacks them (forks, ablations)
+MODEL = "tiny"                          # "tiny": tiny/base. Else a hub name or folder, e.g. Qwen/Qwen3-VL-30B-A3B-Thinking
+SEED = 0                                # every random choice derives from it
+JUDGE = "tiny"                          # who judges and reads: "tiny" is the embedded world's exact one
+K = 5                                   # clips per context: the newest and the 4 before it (paper, section 1)
+FRAMES_PER_CLIP = both(4, 20)           # 20 a clip is 2 fps, the model's native rate
+FRAME_PIXELS = both(96 * 96, 448 * 448)  # pixels of a frame at most; 32 x 32 of them and 2 frames make one token
+MEMORY_TOKENS = both(17, 150)           # budget of one memory (paper, section 2); 17: three of a clip's eight facts
+THINK_TOKENS = both(16, 1200)           # L of r_len (paper, section 2)
+MAX_NEW_TOKENS = both(72, 2800)         # thinking up to 2L, then the memory
+ROLLOUT_CONTEXTS = both(48, 1)          # contexts decoded side by side; bounded by memory for keys and values
+LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
+# ----------------------------------------------------------------
+
+PROMPT = """You keep the memory of an endless video. Below are its latest clips with the memories that you wrote for them. \
+Write the memory of the last clip in one or two sentences: what it shows or says, true, connected to the memory before, \
+nothing that it already states. Call people by their IDs, like <face_3>. Answer with {"description": "..."}."""
+ASK_TO_THINK = " First think, then write </think>, then the answer."     # for templates that open no thinking part
+TASK_PROMPT = "\nThese questions were asked lately; similar ones will come, so remember what they need:\n"
+
+
+# ================================================================ settings and files
+def settings(module, argv=None):
+    """Constants of common.py and of a script, with `--NAME=value` from the command line applied.
+
+    module: the script's `globals()`. Returns a namespace with every UPPER_CASE constant; a `both(tiny, full)` is
+    resolved by MODEL. Raises SystemExit (with the nearest name, or the expected type) on a bad argument.
+    """
+    own = {n: v for n, v in module.items() if n.isupper() and isinstance(v, (str, int, float, tuple))}
+    names = {n: v for n, v in globals().items() if n.isupper() and n not in ("ROOT", "PROMPT", "ASK_TO_THINK",
+                                                                         "TASK_PROMPT", "SHARED")} | own
+    argv, given = sys.argv[1:] if argv is None else argv, {}
+    if any(a in ("-h", "--help") for a in argv):
+        print(module["__doc__"] + "\nConstants (--NAME=value; two values: embedded world | full-size model):")
+        for n, v in names.items():
+            print(f"  {n:20} {v.tiny!r} | {v.full!r}" if isinstance(v, both) else f"  {n:20} {v!r}")
+        raise SystemExit(0)
+    for arg in argv:
+        name, eq, text = arg.removeprefix("--").partition("=")
+        if name not in names or not eq or not arg.startswith("--"):
+            near = difflib.get_close_matches(name.upper(), names, 1, 0)[0]
+            raise SystemExit(f"unknown argument {arg!r}: write --NAME=value; the nearest name is --{near}")
+        given[name] = text
+    full = given.get("MODEL", names["MODEL"]) != "tiny"
+    S = {n: v[full] if isinstance(v, both) else v for n, v in names.items()}
+    for name, text in given.items():
+        kind = type(S[name])
+        try:
+            value = kind(float(text)) if kind is int and float(text) == int(float(text)) else kind(text)
+        except ValueError:
+            raise SystemExit(f"--{name}={text}: expected {kind.__name__}, like {S[name]!r}") from None
+        twin = names[name].tiny if isinstance(names[name], both) and kind in (int, float) else None
+        if full and twin == value and S[name] and not 0.1 < value / S[name] < 10:
+            raise SystemExit(f"--{name}={text} is the embedded world's value; for {given['MODEL']} start from {S[name]}")
+        S[name] = value
+    return SimpleNamespace(**S)
+
+
+def start(S, stage):
+    """Folder runs/RUN/stage, after comparing S with the settings saved there. Raises SystemExit on a difference."""
+    if torch is None:
+        raise SystemExit("torch and numpy are missing: ./run.sh setup (or pip install -r requirements.txt)")
+    out = ROOT / "runs" / S.RUN / stage if not os.path.isabs(S.RUN) else pathlib.Path(S.RUN) / stage
+    out.mkdir(parents=True, exist_ok=True)
+    now = {n: v for n, v in vars(S).items() if n not in ("SHOW", "RUN")}
+    saved = read_json(out / "settings.json") if (out / "settings.json").exists() else now
+    changed = [f"  {n}: {saved.get(n)!r} in the run, {now.get(n)!r} now" for n in sorted(saved | now)
+               if saved.get(n) != now.get(n)]
+    if changed:
+        raise SystemExit(f"{out} was made with other settings:\n" + "\n".join(changed) + "\nTake a new name and read the "
+                         f"earlier stages from this run: --RUN=NEWNAME --FROM={S.RUN}")
+    print(f"---- {stage} -> {out}\n" + "  ".join(f"{n}={v}" for n, v in now.items()))
+    if not getattr(S, "SHOW", 0):
+        write_json(out / "settings.json", now)
+    return out
+
+
+def need(S, name):
+    """Path of runs/RUN/name, or of runs/FROM/name. Raises SystemExit naming the script that makes it."""
+    runs = [r for r in (S.RUN, S.FROM) if r]
+    for run in runs:
+        if (ROOT / "runs" / run / name).exists():
+            return ROOT / "runs" / run / name
+    maker = dict(streams="01_make_streams", phase1="02_phase1_train", tasks="03_collect_tasks", reward="04_train_reward",
+                 phase2="05_phase2_train", eval="06_eval")[name.split("/")[0]]
+    raise SystemExit(f"runs/{' and runs/'.join(runs)}: {name} is missing. Make it first: python {maker}.py --RUN={S.RUN}")
+
+
+@contextlib.contextmanager
+def written_aside(path):
+    """Yields a temporary path that takes the place of `path` when the block ends well: readers never see half a file."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".aside")
+    yield aside
+    with open(aside, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
+def write_text(path, text):
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path, rows):
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+def read_json(path):
+    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def load_streams(S, split):
+    """Stream rows of one split, with clip files made absolute. Raises SystemExit if there are none."""
+    path = need(S, "streams/streams.jsonl")
+    rows = [r for r in read_jsonl(path) if r["split"] == split]
+    if not rows:
+        raise SystemExit(f"{path} holds no stream of the split {split!r}: see SPLIT in 01_make_streams.py")
+    for clip in (c for r in rows for c in r["clips"]):
+        clip["file"] = str(path.parent / clip["file"])           # an absolute path stays as it is
+    return rows
+
+
+def clock(seconds):
+    """Stream time as text.
+
+    >>> clock(3725.4)
+    '01:02:05'
+    """
+    return f"{int(seconds) // 3600:02}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+# ================================================================ memory format
+Context = dataclasses.make_dataclass("Context", [("stream", str), ("clips", list), ("history", list), ("questions", list)])
+Context.__doc__ = "The last k clips (rows of streams.jsonl), the memories of all but the newest, and the task prompt's questions."
+Context.clip = property(lambda self: self.clips[-1]["clip"])
+
+
+def make_context(stream, t, memories, questions=(), k=5):
+    """Context of clip t: `memories[i]` is the memory of clip i ("" or missing where none was kept)."""
+    first = max(0, t - k + 1)
+    get = memories.get if isinstance(memories, dict) else lambda i, none: memories[i]
+    return Context(stream["stream"], stream["clips"][first:t + 1], [get(i, "") for i in range(first, t)], list(questions))
+
+
+@dataclasses.dataclass
+class Sample:
+    """One answer. ids: response tokens, end token included; memory: None when malformed; *_tokens: counts."""
+    ids: list
+    text: str
+    memory: str | None
+    thinking_tokens: int
+    memory_tokens: int
+    truncated: bool
+
+
+def parse_response(text):
+    """(memory, thinking) of a response; memory is None unless it is exactly one `</think>` and then one JSON object
+    with the single key `description`, not empty (paper, section 2, r_fmt).
+
+    >>> parse_response('a cup\\n</think>\\n\\n{"description": "<face_3> waves."}')
+    ('<face_3> waves.', 'a cup')
+    >>> parse_response('no end {"description": "x"}')[0], parse_response('</think>{"description": ""}')[0]
+    (None, None)
+    >>> parse_response('</think>{"description": "x", "description": "y"}')[0]
+    """
+    thinking, closed, rest = text.partition("</think>")
+    if not closed or "</think>" in rest:
+        return None, thinking.strip()
+    try:
+        pairs = json.loads(rest, object_pairs_hook=list)
+    except ValueError:
+        return None, thinking.strip()
+    ok = isinstance(pairs, list) and len(pairs) == 1 and pairs[0][0] == "description" and isinstance(pairs[0][1], str)
+    return (pairs[0][1].strip() or None) if ok else None, thinking.strip()
+
+
+# ================================================================ frames to patches to prompt
+# ---- video decoding: decord, each call under a time limit -----------------------------------------------------
+DECODE_SECONDS = 60     # s that one call may take: decord 0.6.0 hangs for ever on some files
+_videos = {}            # the 8 last used open files, since opening one scans all of it
+
+
+class VideoError(ValueError):
+    """A video that cannot be read; the text holds the file, the reason and the cure."""
+    def __init__(self, file, reason):
+        super().__init__(f"{file}: {reason}. Leave it out, fetch it again, or ffmpeg -i IN -c:v libx264 OUT.mp4")
+
+
+class _Video:
+    """An open file. times (n,), end: s on the file's own clock. next: for AVI the index that comes next, else None."""
+    def __init__(self, file, size):
+        self.file, self.size = file, dict(zip(("height", "width"), size or ()))
+        self.open()
+
+    def open(self):
+        import decord
+        decord.logging.set_level(decord.logging.QUIET)
+        with open(self.file, "rb") as f:
+            head = f.read(189)
+        if head[:1] == head[188:] == b"G":
+            raise VideoError(self.file, "is an MPEG transport stream, which decord silently reads a key frame late")
+        # One thread: with more, damage costs more good frames, and short reads gain little.
+        self.reader = decord.VideoReader(self.file, num_threads=1, **self.size)
+        stamps = self.reader.get_frame_timestamp(range(len(self.reader)))       # (n, 2) start, end
+        self.next = 0 if head[8:11] == b"AVI" else None     # H.264 in AVI: after a seek, silently wrong frames ...
+        if self.next == 0 and stamps[0, 0] < -1e6:          # ... and no time stamps; but an AVI's rate is constant
+            stamps[:, 0] = [i / self.reader.get_avg_fps() for i in range(len(stamps))]
+            stamps[:, 1] = stamps[:, 0] + 1 / self.reader.get_avg_fps()
+        # A file cut without re-encoding starts before 0. Its hidden frames are counted but never delivered: index i
+        # is the i-th frame from 0 on (checked against PyAV), and an index beyond those hangs.
+        stamps = stamps[stamps[:, 0] >= -1e-3] if stamps[0, 0] < -1e-3 else stamps
+        self.times, self.end = stamps[:, 0], float(stamps[-1, 1])
+
+    def get(self, indices):
+        """Frames (n, H, W, 3) of sorted indices. One that fails fails all, and the reader is of no more use."""
+        if self.next is None:
+            return self.reader.get_batch(indices).asnumpy()
+        if indices[0] < self.next:
+            self.open()
+        read = ((i, self.reader.next()) for i in range(self.next, indices[-1] + 1))
+        self.next = indices[-1] + 1
+        return np.stack([frame.asnumpy() for i, frame in read if i in indices])
+
+
+def _in_time(file, size, work):
+    """work(video) in a thread with a time limit: signals do not end a hang. A hung thread stays behind, asleep."""
+    file = os.fspath(file)
+    if not os.path.isfile(file) or not os.path.getsize(file):
+        raise VideoError(file, "is empty" if os.path.isfile(file) else "is not a file")
+    key = (file, size, os.stat(file).st_mtime_ns, os.getpid())      # pid: decord's threads don't survive a fork
+    kept, done = _videos.pop(key, None), []                         # popped: a reader serves one thread at a time
+
+    def body():
+        try:
+            video = kept or _Video(file, size)
+            done.extend((work(video), video))
+        except Exception as error:      # decord's own DECORDError is a bare Exception
+            reason = f"cannot be opened or decoded ({' '.join(str(error).split())[-100:]})"
+            if "video stream" in str(error):
+                reason = "holds no video, or one of a codec that decord lacks (AV1)"
+            done.append(error if isinstance(error, VideoError) else VideoError(file, reason))
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    thread.join(DECODE_SECONDS)
+    if not done or isinstance(done[0], VideoError):
+        raise done[0] if done else VideoError(file, f"did not decode in DECODE_SECONDS = {DECODE_SECONDS}")
+    _videos[key] = done[1]
+    for old in list(_videos)[:-8]:
+        _videos.pop(old, None)
+    return done[0]
+
+
+def read_frames(file, times, size=None):
+    """The frames of file nearest to times (s on its own clock, from probe_video's start on; any order) by their real
+    time stamps -> uint8 (n, H, W, 3), resized to size = (H, W) if given. Where the file is damaged, the nearest
+    other wanted frame stands in, with a warning. VideoError: under half of the frames decode, or a time is over 1 s
+    outside the video."""
+    times = np.asarray(times, dtype=float)
+    span = f"from {times.min():.1f} to {times.max():.1f} s"
+
+    def work(video):
+        if times.min() < video.times[0] - 1 or times.max() > video.end + 1:
+            raise VideoError(file, f"has no frames {span}, only from {video.times[0]:.1f} to {video.end:.1f} s")
+        wanted, back = np.unique(np.abs(video.times - times[:, None]).argmin(1), return_inverse=True)
+        try:
+            return video.get(wanted.tolist())[back]
+        except Exception:       # frame by frame, and after each failure on a fresh reader, loses only the bad ones
+            video.open()
+        good = {}
+        for i in wanted.tolist():
+            try:
+                good[i] = video.get([i])[0]     # (H, W, 3)
+            except Exception:
+                video.open()
+        if 2 * len(good) < len(wanted):
+            raise VideoError(file, f"is damaged: {len(wanted) - len(good)} of {len(wanted)} frames {span} are lost")
+        warnings.warn(f"{file} is damaged: {len(wanted) - len(good)} of {len(wanted)} frames {span} are lost")
+        return np.stack([good[min(good, key=lambda j: abs(j - i))] for i in wanted])[back]
+    return _in_time(file, size, work)
+
+
+def probe_video(file):
+    """-> {duration, start: s, frames, width, height}; decodes the first frame. VideoError if it can't be read."""
+    def work(video):
+        height, width = video.get([0]).shape[1:3]
+        start = float(video.times[0])
+        return dict(duration=video.end - start, start=start, frames=len(video.times), width=width, height=height)
+    return _in_time(file, None, work)
+
+
+def frame_size(height, width, pixels):
+    """(height, width) in multiples of 32, at most `pixels` in area, the aspect ratio kept as well as that allows.
+
+    >>> frame_size(1080, 1920, 448 * 448)
+    (320, 576)
+    """
+    h, w = max(1, round(height / 32)) * 32, max(1, round(width / 32)) * 32
+    if h * w > pixels:
+        scale = math.sqrt(height * width / pixels)
+        h, w = (max(32, math.floor(x / scale / 32) * 32) for x in (height, width))
+    return h, w
+
+
+def frames_to_patches(frames, pixels):
+    """Frames to what Qwen3-VL's vision tower reads (as Qwen3VLVideoProcessor, which needs torchvision).
+
+    frames: (n, H, W, 3) uint8; an odd n repeats the last frame. Returns patches (n/2 * h * w, 3 * 2 * 16 * 16) in merge
+    order, normalised to [-1, 1], and the grid (n/2, h, w) in patches of 16 pixels.
+    """
+    x = torch.as_tensor(frames).permute(0, 3, 1, 2).float()                              # (n, 3, H, W)
+    size = frame_size(*x.shape[2:], pixels)
+    if size != tuple(x.shape[2:]):
+        x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).round().clamp(0, 255)
+    x = torch.cat([x, x[-1:]]) if len(x) % 2 else x
+    t, h, w = len(x) // 2, size[0] // 16, size[1] // 16
+    x = (x / 127.5 - 1).view(t, 2, 3, h // 2, 2, 16, w // 2, 2, 16)
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)     # (t, h/2, w/2, 2, 2, 3, 2, 16, 16): the 4 patches of a token are neighbours
+    return x.reshape(t * h * w, -1), (t, h, w)
+
+
+def frame_times(clip, n):
+    """Seconds in the clip's file at which its frames are taken; a shorter last clip gets fewer, two at least."""
+    length = clip["end"] - clip["start"]
+    n = max(2, round(n * min(1, length / 10)))
+    return [clip["offset"] + (i + 0.5) * length / n for i in range(n)]
+
+
+def build_prompt(context, video, tokenizer):
+    """Prompt text: instruction, then per clip its time, frame pairs with their timestamps and memory; at last the tasks.
+
+    video: per clip a list of (seconds in the clip, tokens) per frame pair. The text ends where the answer begins.
+    """
+    parts = [PROMPT, "\n"]
+    for i, (clip, pairs) in enumerate(zip(context.clips, video)):
+        parts += [f"\n{clock(clip['start'])}-{clock(clip['end'])} "]
+        parts += [f"<{t:.1f} seconds><|vision_start|>{'<|video_pad|>' * n}<|vision_end|>" for t, n in pairs]
+        parts += [f"\n{context.history[i] or '(nothing)'}"] if i < len(context.history) else []
+    if context.questions:
+        parts += ["\n" + TASK_PROMPT.strip("\n"), "\n", "\n".join(context.questions)]
+    chat = lambda text: tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                                      add_generation_prompt=True)
+    text = chat("".join(parts))
+    return text if text.endswith("<think>\n") else chat("".join(parts) + ASK_TO_THINK)
+
+
+# ================================================================ the policy: one frozen model, its adapters
+Prompt = namedtuple("Prompt", "ids embeds positions visual deep")
+# ids (P,); embeds (P, d) with vision filled in; positions (3, P); visual (P,) bool; deep: per deepstack layer (V, d)
+
+
+class Policy:
+    """Qwen3-VL with what can be switched on it. `who` is the writer: "base", "phase1" (LoRA or weights of 02) or
+    "phase2" (that and the adapter of 05). Attributes: model, tokenizer, device, hidden (d), layers (count), S."""
+
+    def __init__(self, model, tokenizer, S):
+        self.model, self.tokenizer, self.S, self.who = model, tokenizer, S, "base"
+        self.device, self.lm, self.head = model.device, model.model.language_model, model.lm_head
+        self.hidden, self.layers = self.lm.config.hidden_size, len(self.lm.layers)
+        self.lora = {"base": [], "phase1": [], "phase2": []}      # names of the PEFT adapters that each writer uses
+        self.weights = {}                                         # writer -> {parameter name: tensor}, for TRAIN="all"
+        self.steer, self.hook, self.trainable, self.features = None, None, [], OrderedDict()
+        self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if re.fullmatch(r"<\|.*\|>", t.content)}
+        # a sampled <|video_pad|> would crash the next pass; suppressed in sampling and in log-probs alike
+        self.banned = torch.tensor(sorted(i for i in special.values() if i != self.end), device=self.device)
+
+    # ---- adapters
+    def add_lora(self, writer, name, folder=None):
+        """LoRA on the language model's attention, new (B = 0) or read from a PEFT folder; used by `writer`."""
+        from peft import LoraConfig
+        if folder is None:
+            self.model.add_adapter(LoraConfig(r=self.S.LORA_RANK, lora_alpha=2 * self.S.LORA_RANK,
+                                              target_modules=r".*language_model.*self_attn\.[qkvo]_proj"), name)
+        else:
+            self.model.load_adapter(str(folder), adapter_name=name)
+        self.lora[writer] = self.lora[writer] + [name]
+        self.use(writer)
+        return [p for n, p in self.model.named_parameters() if f".{name}." in n]
+
+    def add_steer(self, layer, vector=None):
+        """The paper's adapter: one vector (d,) added to the output of a decoder layer, h <- h + a (method, section 2)."""
+        if not 0 <= layer < self.layers:
+            raise SystemExit(f"LAYER={layer}: this model has the layers 0 to {self.layers - 1}; near "
+                             f"{round(self.layers * 22 / 48)} is the paper's depth (22 of 48)")
+        if self.hook:
+            self.hook.remove()
+        self.steer = torch.nn.Parameter(torch.zeros(self.hidden, device=self.device) if vector is None else vector)
+        self.hook = self.lm.layers[layer].register_forward_hook(
+            lambda module, args, out: out + self.steer.to(out.dtype) if self.who == "phase2" else None)
+        return [self.steer]
+
+    def add_weights(self, writer, folder=None):
+        """All parameters of the language model, trained for `writer` (vision, embeddings and head stay frozen)."""
+        named = {n: p for n, p in self.lm.named_parameters() if "lora_" not in n and "embed_tokens" not in n}
+        if self.model.dtype != torch.float32:
+            raise SystemExit('training all parameters needs unquantised fp32 weights: use TRAIN="lora" / ADAPTER="steer"')
+        self.weights.setdefault(self.who, {n: p.detach().clone() for n, p in named.items()})
+        from safetensors.torch import load_file
+        self.weights[writer] = load_file(str(folder)) if folder else {n: v.clone() for n, v in self.weights[self.who].items()}
+        self.use(writer)
+        return list(named.values())
+
+    def use(self, writer):
+        """Switches the writer. Weights of TRAIN="all" are swapped in place: the one leaving is kept."""
+        holder = lambda w: next((x for x in (w, "phase1", "base") if x in self.weights and (x != "phase2" or w == x)
+                                 and (x != "phase1" or w != "base")), None)
+        old, new = holder(self.who), holder(writer)
+        if old != new:
+            named = dict(self.lm.named_parameters())
+            with torch.no_grad():
+                for name in self.weights[new]:
+                    self.weights[old][name].copy_(named[name])
+                    named[name].copy_(self.weights[new][name])
+        self.who = writer
+        names = (self.lora["phase1"] if writer == "phase2" else []) + self.lora[writer]
+        if any(self.lora.values()):
+            self.model.enable_adapters() if names else self.model.disable_adapters()
+            if names:
+                self.model.set_adapter(names)
+        self.train_only(self.trainable)
+
+    def train_only(self, params):
+        self.trainable = params
+        self.model.requires_grad_(False)
+        for p in params:
+            p.requires_grad_(True)
+
+    @contextlib.contextmanager
+    def using(self, writer):
+        before = self.who
+        self.use(writer)
+        try:
+            yield self
+        finally:
+            self.use(before)
+
+    def save_lora(self, name, folder):
+        """One adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors)."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+        folder.mkdir(parents=True, exist_ok=True)
+        state = get_peft_model_state_dict(self.model, adapter_name=name)
+        self.model.peft_config[name].save_pretrained(str(folder))
+        with written_aside(folder / "adapter_model.safetensors") as aside:
+            save_file({f"base_model.model.{k}": v.contiguous() for k, v in state.items()}, str(aside))
+
+    # ---- prompts
+    def prepare(self, contexts):
+        """Prompts of contexts; vision features come from a cache, as the tower is frozen. Raises VideoError."""
+        S, name = self.S, lambda c: (c["file"], c["offset"], c["end"] - c["start"])
+        clips = {name(c): c for x in contexts for c in x.clips if name(c) not in self.features}
+        for group in (list(clips)[i:i + 64] for i in range(0, len(clips), 64)):      # many small clips in one pass
+            self._see([(key, clips[key]) for key in group])
+        prompts = [self._prompt(x, [self.features[name(c)] for c in x.clips]) for x in contexts]
+        while len(self.features) > 4000:                                             # oldest first
+            self.features.popitem(last=False)
+        return prompts
+
+    def _see(self, clips):
+        patches, grids, times = [], [], []
+        for _, clip in clips:
+            at = frame_times(clip, self.S.FRAMES_PER_CLIP)
+            p, grid = frames_to_patches(read_frames(clip["file"], at), self.S.FRAME_PIXELS)
+            at = [t - clip["offset"] for t in at + at[-1:] * (len(at) % 2)]
+            patches, grids, times = patches + [p], grids + [grid], times + [[sum(at[i:i + 2]) / 2 for i in range(0, len(at), 2)]]
+        visual = self.model.model.visual
+        with torch.no_grad():
+            out = visual(torch.cat(patches).to(self.device, visual.dtype), return_dict=True,
+                         grid_thw=torch.tensor(grids, device=self.device))
+        sizes = [t * h * w // 4 for t, h, w in grids]
+        parts = [x.split(sizes) for x in (out.pooler_output, *out.deepstack_features)]
+        for i, (key, _) in enumerate(clips):
+            self.features[key] = grids[i], times[i], [p[i].clone() for p in parts]
+
+    def _prompt(self, context, features):
+        video = [[(t, h * w // 4) for t in times] for (_, h, w), times, _ in features]
+        text = build_prompt(context, video, self.tokenizer)
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        visual = ids == self.model.config.video_token_id
+        grid = torch.tensor([g for g, _, _ in features])
+        positions, _ = self.model.model.get_rope_index(ids[None], visual[None].int() * 2, video_grid_thw=grid)
+        layers = [torch.cat(x) for x in zip(*(f for _, _, f in features))]             # pooled, then deepstack: (V, d) each
+        ids, visual = ids.to(self.device), visual.to(self.device)
+        embeds = self.lm.embed_tokens(ids).detach().clone()
+        embeds[visual] = layers[0].to(embeds.dtype)
+        return Prompt(ids, embeds, positions[:, 0].to(self.device), visual, layers[1:])
+
+
+# ================================================================ rollout and log-probs: a group is one row
+def visible(owner_q, owner_k):
+    """Who sees whom: the prompt (owner 0) is seen by all, an answer (owner 1..G) by itself, padding (-1) by padding.
+
+    owner_q (B, Q), owner_k (B, T) -> bool (B, 1, Q, T).
+    """
+    return ((owner_k[:, None] == 0) | (owner_k[:, None] == owner_q[:, :, None]))[:, None]
+
+
+def pick(logits, u, temperature=1.0, top_p=1.0, top_k=0):
+    """Tokens by the inverse CDF: one uniform number a token decides, so the noise is independent of batch and order.
+
+    logits (..., V), u (...) in [0, 1) -> (...) ids. top_k acts before top_p, as in transformers' generate.
+    """
+    p = (logits.float() / temperature).softmax(-1)                                       # (..., V)
+    if 0 < top_k < p.shape[-1]:
+        p = p.where(p >= p.topk(top_k).values[..., -1:], 0)
+    if top_p < 1:
+        ranked, order = (p / p.sum(-1, keepdim=True)).sort(-1, descending=True)
+        p = p.scatter(-1, order, ranked.where(ranked.cumsum(-1) - ranked < top_p, 0))
+    cdf = p.double().cumsum(-1)
+    return (cdf <= u[..., None] * cdf[..., -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
+
+
+def rollout(policy, prompts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
+    """n samples per prompt (from `policy.prepare`) -> list of lists of Sample, by the writer that is switched on.
+
+    keys: a tuple of ints >= 0 per prompt; sample j draws its noise from (*key, j) alone. Each prompt is prefilled once
+    and its cache is never copied: the n samples are columns of one row, and a finished one leaves the row.
+    """
+    size, answers = policy.S.ROLLOUT_CONTEXTS, []
+    for i in range(0, len(prompts), size):
+        noise = np.stack([[np.random.default_rng([*key, j]).random(policy.S.MAX_NEW_TOKENS) for j in range(n)]
+                          for key in keys[i:i + size]])
+        with torch.no_grad():
+            answers += _decode(policy, prompts[i:i + size], torch.tensor(noise, device=policy.device),
+                               temperature, top_p, top_k)
+    return [[as_sample(policy, ids) for ids in group] for group in answers]
+
+
+def _decode(policy, prompts, noise, temperature, top_p, top_k):
+    """noise (B, n, T) -> B lists of n lists of ids."""
+    from transformers import DynamicCache
+    (B, n, limit), d, device = noise.shape, policy.hidden, policy.device
+    P = max(len(p.ids) for p in prompts)
+    embeds = torch.zeros(B, P, d, dtype=prompts[0].embeds.dtype, device=device)
+    owner = torch.full((B, P), -1, device=device)                                        # left padding
+    positions, seen = torch.zeros(3, B, P, dtype=torch.long, device=device), torch.zeros(B, P, dtype=torch.bool, device=device)
+    for b, p in enumerate(prompts):
+        embeds[b, P - len(p.ids):], owner[b, P - len(p.ids):] = p.embeds, 0
+        positions[:, b, P - len(p.ids):], seen[b, P - len(p.ids):] = p.positions, p.visual
+    causal = torch.ones(P, P, dtype=torch.bool, device=device).tril()
+    mask = visible(owner, owner) & causal if (owner < 0).any() else None                 # None: plain causal, the fast kernel
+    cache = DynamicCache(config=policy.lm.config)
+    out = policy.lm(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True,
+                    visual_pos_masks=seen, deepstack_visual_embeds=[torch.cat(x) for x in zip(*(p.deep for p in prompts))])
+    hidden = out.last_hidden_state[:, -1:].expand(B, n, d)                               # one prefill serves n samples
+    after = torch.stack([p.positions.max() + 1 for p in prompts])                        # (B,) position of the first answer token
+    answers, rows = [[[] for _ in range(n)] for _ in range(B)], list(range(B))           # rows: prompts still in the batch
+    who = torch.arange(n, device=device).expand(B, n)                                    # (R, W) sample of each column, -1 = none
+    for step in range(limit):
+        logits = policy.head(hidden)                                                     # (R, W, V)
+        logits[..., policy.banned] = -torch.inf
+        u = noise[rows, :, step].gather(1, who.clamp(min=0))                             # (R, W)
+        tokens, columns = pick(logits, u, temperature, top_p, top_k).tolist(), who.tolist()
+        alive = []
+        for row, ids, names in zip(rows, tokens, columns):
+            for token, j in zip(ids, names):
+                if j >= 0:
+                    answers[row][j].append(token)
+            alive.append([(j, token) for token, j in zip(ids, names) if j >= 0 and token != policy.end])
+        width = max(map(len, alive))
+        if width == 0 or step == limit - 1:
+            break
+        keep = [r for r, a in enumerate(alive) if a]
+        if len(keep) < len(rows):                                                        # finished prompts leave the batch
+            index = torch.tensor(keep, device=device)
+            cache.batch_select_indices(index)
+            rows, alive, owner, after = [rows[r] for r in keep], [alive[r] for r in keep], owner[index], after[index]
+        padded = torch.tensor([a + [(-1, policy.end)] * (width - len(a)) for a in alive], device=device)
+        who, ids = padded[..., 0], padded[..., 1]                                        # (R, W)
+        label = torch.where(who < 0, -1, who + 1)
+        owner = torch.cat([owner, label], 1)                                             # (R, T)
+        hidden = policy.lm(inputs_embeds=policy.lm.embed_tokens(ids), attention_mask=visible(label, owner),
+                           position_ids=(after + step)[None, :, None].expand(3, -1, width),
+                           past_key_values=cache, use_cache=True).last_hidden_state     # (R, W, d)
+    return answers
+
+
+def as_sample(policy, ids):
+    ended, count = bool(ids) and ids[-1] == policy.end, lambda text: len(policy.tokenizer(text)["input_ids"])
+    text = policy.tokenizer.decode(ids[:-1] if ended else ids)
+    memory, thinking = parse_response(text)
+    return Sample(list(ids), text, memory, count(thinking), count(memory or ""), not ended)
+
+
+def logprobs(policy, prompt, answers):
+    """Log-probs of each answer's tokens given the prompt, all answers packed into one row [prompt | a1 | ... | aG].
+
+    answers: lists of ids. Returns a list of (T_i,) fp32 tensors, with gradient where it is enabled. The head runs one
+    answer at a time under checkpointing: (T, V) logits exist for one answer only.
+    """
+    from torch.utils.checkpoint import checkpoint
+    P, ids = len(prompt.ids), [torch.tensor(a, device=policy.device) for a in answers]
+    owner = torch.cat([prompt.ids * 0] + [torch.full_like(a, j + 1) for j, a in enumerate(ids)])[None]   # (1, T)
+    after = prompt.positions.max() + 1
+    positions = torch.cat([prompt.positions] + [(after + torch.arange(len(a), device=policy.device)).expand(3, -1)
+                                                for a in ids], 1)[:, None]               # (3, 1, T)
+    T = owner.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=policy.device).tril()
+    embeds = torch.cat([prompt.embeds, policy.lm.embed_tokens(torch.cat(ids)).to(prompt.embeds.dtype)])[None]
+    hidden = policy.lm(inputs_embeds=embeds, position_ids=positions, attention_mask=visible(owner, owner) & causal,
+                       use_cache=False, visual_pos_masks=F.pad(prompt.visual[None], (0, T - P)),
+                       deepstack_visual_embeds=prompt.deep).last_hidden_state[0]         # (T, d)
+
+    def of_answer(rows, a):                                                              # rows (T_i, d), a (T_i,)
+        logits = policy.head(rows).float()                                               # (T_i, V)
+        logits = logits.index_fill(1, policy.banned, -torch.inf)
+        return logits.gather(1, a[:, None])[:, 0] - logits.logsumexp(1)                  # (T_i,)
+
+    out, at = [], P
+    for a in ids:                            # the prompt's last token predicts every answer's first
+        rows = torch.cat([hidden[P - 1:P], hidden[at:at + len(a) - 1]])
+        out.append(checkpoint(of_answer, rows, a, use_reentrant=False))
+        at += len(a)
+    return out
+
+
+# ================================================================ group-relative policy optimisation
+def group_advantages(rewards, gate=None):
+    """A_i = (r_i - mean r) / std r over the whole group, and which samples count (the NSR gate; paper, section 2).
+
+    gate: the reward that decides whether a sample below the mean may be pushed down: only if its gate is negative.
+    None: no gate. A group with a population std under 1e-6 gets zeros.
+
+    >>> A, counts = group_advantages([0.5, 0.5, -0.5, 0.3], gate=[0.5, 0.5, -0.5, 0.3])
+    >>> [round(a, 2) for a in A], counts
+    ([0.73, 0.73, -1.71, 0.24], [True, True, True, True])
+    >>> group_advantages([0.5, 0.4], gate=[0.5, 0.4])[1]       # the lower one is still a good memory: not pushed down
+    [True, False]
+    """
+    mean = sum(rewards) / len(rewards)
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+    advantages = [(r - mean) / std if std > 1e-6 else 0.0 for r in rewards]
+    counts = [a >= 0 or gate is None or g < 0 for a, g in zip(advantages, gate or rewards)]
+    return advantages, counts
+
+
+def policy_loss(logp, old, advantages, counts, ratio="gspo", clip=(0.2, 0.28)):
+    """Clipped loss of one group: -mean over i of min(s_i A_i, clip(s_i, 1 - low, 1 + high) A_i) (paper, section 2).
+
+    logp, old: lists of (T_i,); ratio "gspo": s_i = exp(mean_t(logp - old)) per sequence, "grpo": per token, then the mean
+    over tokens. A sample that does not count has zero loss and stays in the divisor. Returns (loss, clipped share).
+    """
+    total, clipped = 0.0, 0.0
+    for new, was, A, counted in zip(logp, old, advantages, counts):
+        if A == 0 or not counted:
+            continue
+        s = (new - was).mean().exp()[None] if ratio == "gspo" else (new - was).exp()     # (1,) or (T,)
+        low, high = 1 - clip[0], 1 + clip[1]
+        total = total - torch.minimum(s * A, s.clamp(low, high) * A).mean()              # ()
+        clipped += ((s > high) if A > 0 else (s < low)).float().mean().item()
+    return total / len(logp), clipped / len(logp)
+
+
+def kl_to(logp, reference):
+    """KL of the policy to the reference, per token by the estimator exp(d) - d - 1, d = ref - logp; mean over samples."""
+    gap = [r - n for n, r in zip(logp, reference)]
+    return sum((g.exp() - g - 1).mean() for g in gap) / len(gap)
+
+
+def grpo(policy, S, out, params, batch, reward, reference):
+    """The loop of 02 (and of 05 on-policy): rollout, reward, advantage, update, log, save; resumes from `out`.
+
+    batch: `next(step)` -> contexts, `update(step, samples)`, and `state` (anything JSON). reward(contexts, samples) -> per
+    group {"total": [..], "gate": [..], "terms": {name: [..]}} with None where a judge failed. reference: the writer that KL
+    refers to. Ends with the checkpoint of step S.STEPS; Ctrl-C and SIGTERM save first.
+    """
+    from tqdm import tqdm
+    optimizer = torch.optim.AdamW(params, lr=S.LR, weight_decay=0.0)
+    policy.train_only(params)
+    log, first = Log(out / "log.csv"), 0
+    if (out / "checkpoint.pt").exists() and not S.SHOW:
+        first, batch.state = load_checkpoint(out, params, optimizer)
+        log.keep(first)
+    bar = tqdm(range(first, S.STEPS), initial=first, total=S.STEPS, desc=out.name, disable=S.SHOW or first >= S.STEPS)
+    with Interrupt() as stop:
+        for step in bar:
+            # ---- rollout
+            began = time.time()
+            contexts = batch.next(step)
+            prompts = policy.prepare(contexts)
+            samples = rollout(policy, prompts, S.GROUP, [(S.SEED, step, i) for i in range(len(contexts))])
+            rolled = time.time()
+            # ---- reward and advantage
+            scores = reward(contexts, samples)
+            groups = [_group(p, s, r, S.GATE) for p, s, r in zip(prompts, samples, scores)]
+            if S.SHOW:
+                return show_group(contexts[0], prompts[0], samples[0], scores[0], groups[0], policy)
+            lost = sum(t is None for r in scores for t in r["total"])
+            if lost * 2 > S.GROUP * len(contexts):
+                raise SystemExit(f"step {step}: the judge failed on {lost} of {S.GROUP * len(contexts)} samples; "
+                                 f"mend it and run again, it goes on from {out}/checkpoint.pt")
+            # ---- update: the ratio is 1 in the first mini-batch, the others need the log-probs from before it
+            used = [g for g in groups if g and any(g["advantages"])]
+            for i, g in enumerate(used):
+                if i >= S.MINI_BATCH:
+                    with torch.no_grad():
+                        g["old"] = logprobs(policy, g["prompt"], g["ids"])
+            if S.KL:
+                with policy.using(reference), torch.no_grad():
+                    for g in used:
+                        g["reference"] = logprobs(policy, g["prompt"], g["ids"])
+            policy.train_only(params)
+            sums = dict(kl=0.0, clipped=0.0, grad_norm=0.0)
+            for i in range(0, len(used), S.MINI_BATCH):
+                _update(policy, S, params, optimizer, used[i:i + S.MINI_BATCH], sums, step)
+            batch.update(step, samples)
+            # ---- log and save
+            row = _row(S, step, samples, scores, groups, sums, rolled - began, time.time() - rolled)
+            log.write(row)
+            bar.set_postfix(reward=f"{row['reward']:.2f}", malformed=f"{row['malformed']:.2f}")
+            if step % S.PRINT_EVERY == 0:
+                bar.write("  ".join(f"{k} {v:.3g}" for k, v in row.items()))
+                _best_and_worst(bar, samples, scores)
+            if stop.asked or (step + 1) % S.SAVE_EVERY == 0 or step + 1 == S.STEPS:
+                save_checkpoint(out, step + 1, params, optimizer, batch.state)
+            if stop.asked:
+                raise SystemExit(f"stopped after step {step}; run the same command to go on")
+
+
+def _group(prompt, samples, score, gate):
+    """Samples with a reward, their advantages and ids; None if fewer than two are left."""
+    kept = [i for i, t in enumerate(score["total"]) if t is not None]
+    if len(kept) < 2:
+        return None
+    advantages, counts = group_advantages([score["total"][i] for i in kept],
+                                          [score["gate"][i] for i in kept] if gate else None)
+    return dict(prompt=prompt, ids=[samples[i].ids for i in kept], advantages=advantages, counts=counts, kept=kept)
+
+
+def _update(policy, S, params, optimizer, groups, sums, step):
+    """One optimizer step on a mini-batch of groups, group by group, so that memory holds one packed row."""
+    optimizer.zero_grad(set_to_none=True)
+    for g in groups:
+        logp = logprobs(policy, g["prompt"], g["ids"])
+        old = g.get("old") or [x.detach() for x in logp]
+        loss, clipped = policy_loss(logp, old, g["advantages"], g["counts"], S.RATIO, (S.CLIP_LOW, S.CLIP_HIGH))
+        kl = kl_to(logp, g["reference"]) if S.KL else torch.zeros(())
+        loss = (loss + S.KL * kl) / len(groups)
+        if loss.requires_grad:                                       # a group may have been gated away as a whole
+            loss.backward()
+        sums["kl"], sums["clipped"] = sums["kl"] + float(kl.detach()), sums["clipped"] + clipped
+    norm = torch.nn.utils.clip_grad_norm_(params, S.GRAD_CLIP)
+    if not torch.isfinite(norm):
+        raise SystemExit(f"step {step}: the gradient norm is {norm.item()}; nothing was changed in this step. "
+                         f"Lower LR (now {S.LR}) and run again: it goes on from the last checkpoint")
+    optimizer.step()
+    sums["grad_norm"] = max(sums["grad_norm"], norm.item())
+
+
+def _row(S, step, samples, scores, groups, sums, rollout_s, update_s):
+    """A CSV row; every column is explained in 02_phase1_train.py."""
+    flat = [s for g in samples for s in g]
+    total = [t for r in scores for t in r["total"] if t is not None]
+    mean = lambda x: sum(x) / max(1, len(x))
+    terms = {k: mean([v for r in scores for v in r["terms"][k] if v is not None]) for k in scores[0]["terms"]}
+    tokens, n = sum(len(s.ids) for s in flat), max(1, sum(1 for g in groups if g and any(g["advantages"])))
+    gb = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _resident() / 2**30
+    return dict(step=step, reward=mean(total), reward_std=float(np.std(total or [0])), **terms,
+                flat=mean([not g or not any(g["advantages"]) for g in groups]),
+                malformed=mean([s.memory is None for s in flat]), truncated=mean([s.truncated for s in flat]),
+                gated=mean([not c for g in groups if g for c in g["counts"]]), length=tokens / len(flat),
+                thinking=mean([s.thinking_tokens for s in flat]),
+                memory=mean([s.memory_tokens for s in flat if s.memory]), kl=sums["kl"] / n, clipped=sums["clipped"] / n,
+                grad_norm=sums["grad_norm"], tokens_per_s=tokens / rollout_s, rollout_s=rollout_s, update_s=update_s, gb=gb)
+
+
+def _resident():
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _best_and_worst(bar, samples, scores):
+    rated = [(t, s.text) for t, s in zip(scores[0]["total"], samples[0]) if t is not None]
+    for name, (t, text) in (("best", max(rated)), ("worst", min(rated))) if rated else ():
+        bar.write(f"  {name} {t:+.2f}: {text!r}")
+
+
+def show_group(context, prompt, samples, score, group, policy):
+    """The teaching view: one group in full, its rewards term by term, the advantages and what the gate does."""
+    print(re.sub(r"(<\|video_pad\|>)+", "<frames>", policy.tokenizer.decode(prompt.ids)))
+    for i, s in enumerate(samples):
+        terms = "  ".join(f"{k} {v[i] if v[i] is None else round(v[i], 3)}" for k, v in score["terms"].items())
+        print(f"\n#{i}  {s.text}\n    {terms}  | total {score['total'][i]}")
+        if group and i in group["kept"]:
+            j = group["kept"].index(i)
+            print(f"    advantage {group['advantages'][j]:+.2f}  {'counts' if group['counts'][j] else 'GATED: no loss'}")
+
+
+# ================================================================ keeping a run alive
+class Interrupt:
+    """Turns Ctrl-C and SIGTERM into `asked`, so that the step in hand is finished and saved."""
+    asked = False
+
+    def __enter__(self):
+        main = threading.current_thread() is threading.main_thread()
+        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+
+def save_checkpoint(out, step, params, optimizer, state):
+    """Everything that the next step depends on. Sampling noise derives from (seed, step), so no RNG state is needed."""
+    with written_aside(out / "checkpoint.pt") as aside:
+        torch.save(dict(step=step, params=[p.detach().cpu() for p in params], optimizer=optimizer.state_dict(),
+                        state=json.dumps(state)), aside)
+
+
+def load_checkpoint(out, params, optimizer):
+    """(step, state) of a checkpoint whose tensors are put in place."""
+    saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for p, v in zip(params, saved["params"], strict=True):
+            p.copy_(v)
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"], json.loads(saved["state"])
+
+
+class Log:
+    """A CSV with one row a step; `keep(n)` drops the rows from step n on, which a resumed run writes again."""
+
+    def __init__(self, path):
+        self.path, self.rows = path, []
+
+    def keep(self, n):
+        if self.path.exists():
+            with open(self.path, newline="") as f:
+                self.rows = [r for r in csv.DictReader(f) if int(r["step"]) < n]
+
+    def write(self, row):
+        self.rows.append({k: f"{v:.6g}" for k, v in row.items()})
+        with written_aside(self.path) as aside, open(aside, "w", newline="") as f:
+            w = csv.DictWriter(f, list(self.rows[-1]))
+            w.writeheader()
+            w.writerows(self.rows)
+
+
+# ================================================================ model, judge, watching
+def load_policy(S):
+    """The frozen model of S.MODEL with its tokenizer -> Policy. Raises SystemExit where it can't be used."""
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+    torch.set_float32_matmul_precision("high")
+    name, gpu = str(ROOT / "tiny" / "base") if S.MODEL == "tiny" else S.MODEL, torch.cuda.is_available()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation="sdpa",
+            experts_implementation="grouped_mm", device_map="cuda" if gpu else "cpu").eval()
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"MODEL={S.MODEL} can't be loaded: {e}") from None
+    policy, weights = Policy(model, tokenizer, S), sum(p.numel() * p.element_size() for p in model.parameters())
+    if S.MODEL == "tiny" and policy.hidden > 512:
+        raise SystemExit(f"tiny/base holds a model {policy.hidden} wide, but MODEL=tiny takes the embedded world's constants. "
+                         "Name the model by --MODEL=FOLDER instead")
+    print(f"model {name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {weights / 2**30:.3f} GiB in "
+          f"{model.dtype}, {policy.layers} layers {policy.hidden} wide, on {policy.device}; attention: torch SDPA (packed rows "
+          "need a mask)")
+    if not gpu:
+        print("*** no GPU: fp32 on the CPU. Fine for the embedded world; a 30B model is out of reach ***")
+    return policy
+
+
+def load_judge(S):
+    """Judge and reader with one method `ask(kind, items) -> list`, None for a verdict that failed. Kinds and items:
+    "faithful" {context, memory} -> bool; "clean" {previous, memory} -> bool; "rank" {context, memories} -> ranks, 1 = richest;
+    "prefer" {questions, first, second} -> "first" | "second" | "tie"; "answer" {entries, question, options} -> a letter or
+    "insufficient". The exact judge of the embedded world knows each clip's facts, as a video judge sees the video."""
+    if S.JUDGE != "tiny":
+        raise SystemExit(f'JUDGE={S.JUDGE} is unknown: the only judge so far is "tiny", for the embedded world')
+    world = importlib.import_module("tiny.world")
+    return world.Judge(read_jsonl(need(S, "streams/truth.jsonl")))
+
+
+def watch(policy, S, streams, questions=(), desc="watch"):
+    """The policy watches streams side by side, clip by clip, with its own memories as history: {stream: [Sample per clip]}.
+
+    Inference sampling: temperature 0.6, top-p 0.95, top-k 20 (paper, section 1). A malformed answer leaves no memory.
+    """
+    from tqdm import tqdm
+    kept = {s["stream"]: [] for s in streams}
+    for t in tqdm(range(max(len(s["clips"]) for s in streams)), desc=desc, leave=False):
+        now = [(i, s) for i, s in enumerate(streams) if t < len(s["clips"])]
+        contexts = [make_context(s, t, [m.memory or "" for m in kept[s["stream"]]], questions, S.K) for _, s in now]
+        groups = rollout(policy, policy.prepare(contexts), 1, [(S.SEED, 7, i, t) for i, _ in now], 0.6, 0.95, 20)
+        for (_, s), (sample,) in zip(now, groups):
+            kept[s["stream"]].append(sample)
+    return kept
