@@ -418,7 +418,7 @@ def _questions(truth, environment, rng):
                 yield "object_colour", {**seconds, "x": fact.value.split()[1]}
             follow = [f for f in new[t + 1] if f.who == fact.who or environment == "speech"] if t + 1 < len(truth) else []
             if environment not in ("place", "wear") and follow:
-                yield f"{environment}_next", {**ask, "x": fact.value}
+                yield f"{environment}_next", {**seconds, "x": fact.value, **({"who": fact.who} if environment == "action" else {})}
         span = {"place": 3, "wear": 2}.get(environment)
         if span and t + span <= len(truth):
             yield f"{environment}_many", {**seconds, "u": (t + span) * CLIP_SECONDS}

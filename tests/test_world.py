@@ -1,0 +1,258 @@
+"""The embedded world: its judge and reader against adversaries, its tasks, its videos, and what its base model sees."""
+import pathlib
+import random
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from tiny import world
+
+CLIPS = 12
+
+
+def stream(i=0):
+    return world.make_stream(world.stream_seed(0, "test", i))
+
+
+def judge(truth, name="s"):
+    return world.Judge([{"stream": name, "clip": t, "facts": clip} for t, clip in enumerate(truth)])
+
+
+def context(t, previous=None, name="s"):
+    return SimpleNamespace(stream=name, clip=t, history=[] if previous is None else [previous])
+
+
+def full(truth, t):
+    """A memory that states everything."""
+    return world.sentence(world.connector_at(truth, t), world.clip_facts(truth[t]))
+
+
+def entries(memories):
+    return [[10 * t, 10 * t + 10, memory] for t, memory in enumerate(memories)]
+
+
+def mutated(fact, rng):
+    """The fact with another value of its category."""
+    values = {"place": world.PLACES, "wear": list(world.COLOURS), "action": world.ACTIONS, "count": world.NUMBERS,
+              "object": [f"{c} {o}" for c in world.COLOURS for o in world.OBJECTS],
+              "speech": [f"{a} {b}" for a in world.FIRST for b in world.SECOND]}[fact.category]
+    return fact._replace(value=rng.choice([v for v in values if v != fact.value]))
+
+
+# ---- facts and language -----------------------------------------------------------------------------------------
+
+def test_splits_are_disjoint():
+    seeds = [world.stream_seed(seed, split, i) for seed in range(3) for split in world.SPLITS for i in range(200)]
+    assert len(set(seeds)) == len(seeds)
+    truths = [str(world.make_stream(s)) for s in seeds[:400]]
+    assert len(set(truths)) == len(truths)
+
+
+def test_eight_facts_in_six_categories_and_people_come_back():
+    for i in range(20):
+        truth = stream(i)
+        assert len(truth) == CLIPS
+        for clip in truth:
+            found = world.clip_facts(clip)
+            assert len(set(found)) == 8 and {f.category for f in found} == set(world.CATEGORIES)
+        seen = [set(clip["people"]) for clip in truth]
+        assert len(set().union(*seen)) <= world.CAST and all(len(s) == 2 for s in seen)
+
+
+def test_every_phrase_parses_to_its_own_fact():
+    for clip in stream(1):
+        for fact in world.clip_facts(clip):
+            assert world.facts(f"now, {world.say(fact)}.") == [fact]
+        assert [category for category, _ in world.phrases(clip)] == [f.category for f in world.clip_facts(clip)]
+
+
+@pytest.mark.parametrize("phrase", ["not in the kitchen", "<face_3> is not waving", "no red lamp", "<face_3> wears",
+                                    "face_3 wears red", "exactly one balls", "exactly two ball", "a lamp", "<face_3> says tea noon",
+                                    "<face_3> never wears red", "in the kitchen or office", "exactly three balls not", "<face_0> is waving"])
+def test_what_is_not_the_language_states_nothing(phrase):
+    assert world.parse(f"now, {phrase}.")[1] == [None] and world.facts(f"now, {phrase}.") == []
+
+
+# ---- judge ------------------------------------------------------------------------------------------------------
+
+def test_one_mutated_fact_flips_the_verdict_in_1000_memories():
+    rng, checked = random.Random(0), 0
+    for i in range(100):
+        truth = stream(i)
+        ask, previous = judge(truth), None
+        for t in range(10):
+            memory = world.caption(truth, t, previous, rng)
+            chosen = world.facts(memory)
+            spot = rng.randrange(len(chosen))
+            lie = world.sentence(world.parse(memory)[0], [mutated(f, rng) if n == spot else f for n, f in enumerate(chosen)])
+            assert ask.ask("faithful", [{"context": context(t, previous), "memory": m} for m in (memory, lie)]) == [True, False]
+            assert ask.ask("clean", [{"previous": previous or "", "memory": memory}]) == [True]
+            previous, checked = memory, checked + 1
+    assert checked == 1000
+
+
+def test_swapped_people_negation_and_earlier_facts_are_unfaithful():
+    rng = random.Random(1)
+    for i in range(60):
+        truth, t = stream(i), rng.randrange(1, CLIPS)
+        ask, clip = judge(truth), truth[t]
+        good, (a, b) = full(truth, t), sorted(clip["people"])
+        assert ask.faithful(context(t, "now."), good)
+        if clip["people"][a] != clip["people"][b]:
+            swap = good.replace(a, "x").replace(b, a).replace("x", b)
+            assert not ask.faithful(context(t, "now."), swap)
+        assert not ask.faithful(context(t, "now."), good.replace(" is ", " is not "))
+        assert not ask.faithful(context(t, "now."), good.replace("in the", "not in the"))
+        old = [f for f in world.clip_facts(truth[t - 1]) if f not in world.clip_facts(clip)]
+        assert not ask.faithful(context(t, "now."), world.sentence(world.connector_at(truth, t), old[:1]))
+        other = {"now": "still", "still": "now"}[world.connector_at(truth, t)]
+        assert not ask.faithful(context(t, "now."), world.sentence(other, world.clip_facts(clip)))
+        for bad in ("", "now.", good[:-1], good + " And more.", "a nice day."):
+            assert not ask.faithful(context(t, "now."), bad)
+
+
+def test_the_first_clip_is_now():
+    truth = stream(3)
+    assert judge(truth).faithful(context(0), full(truth, 0))
+    assert not judge(truth).faithful(context(0), full(truth, 0).replace("now,", "still,"))
+
+
+def test_clean_is_about_the_preceding_text_alone():
+    clean = world.Judge().clean
+    assert clean("now, a red lamp.", "still, a red cup, exactly two balls.")
+    assert not clean("now, a red lamp, in the office.", "still, exactly two balls, a red lamp.")
+    assert clean("", "now, a red lamp.") and clean("now, a red lamp.", "now, <face_3> wears red.")
+    assert not clean("", "now, this video shows a lamp.") and not clean("", "The subtitle says tea.")
+    assert not clean("", "now, <face_3> at [10, 20, 30, 40].") and not clean("", "now, <face_3> says '<face_3>: tea noon'.")
+
+
+def test_rank_counts_true_new_distinct_facts():
+    truth = stream(4)
+    told = world.clip_facts(truth[5])
+    previous = world.sentence("now", told[:1])
+    memories = [world.sentence("now", told[1:4]), world.sentence("now", told[1:3]), world.sentence("now", told[:3]),
+                world.sentence("now", [told[1]] * 3), world.sentence("now", [mutated(f, random.Random(0)) for f in told])]
+    ranks = judge(truth).ask("rank", [{"context": context(5, previous), "memories": memories}])[0]
+    assert ranks == [1.0, 2.5, 2.5, 4.0, 5.0]
+
+
+def test_relevance_reads_questions_not_environments():
+    rng, ask, verdicts = random.Random(5), world.Judge(), set()
+    for i in range(60):
+        truth = stream(i)
+        tasks = world.make_tasks("s", truth, rng)
+        environment = rng.choice(world.CATEGORIES)
+        renamed = [{**t, "environment": "zzz", "task": t["task"].replace(environment, "zzz")} for t in tasks]
+        first, second = (world.caption(truth, 5, None, rng) for _ in range(2))
+        rows = [[row["question"] for row, old in zip(group, tasks) if old["environment"] == environment] for group in (tasks, renamed)]
+        said = ask.ask("prefer", [{"questions": q, "first": first, "second": second} for q in rows])
+        back = ask.prefer(rows[0], second, first)
+        assert said[0] == said[1] == {"first": "second", "second": "first", "tie": "tie"}[back]
+        counts = [sum(f.category == environment for f in world.facts(m)) for m in (first, second)]
+        assert said[0] == ("tie" if counts[0] == counts[1] else "first" if counts[0] > counts[1] else "second")
+        verdicts.add(said[0])
+    assert verdicts == {"first", "second", "tie"}
+    assert ask.prefer(["Where is my hat?"], "now, a red lamp.", "now.") == "tie"
+
+
+def test_an_unknown_judge_question_is_an_error():
+    with pytest.raises(ValueError, match="faithful"):
+        world.Judge().ask("truth", [])
+
+
+# ---- tasks and reader -------------------------------------------------------------------------------------------
+
+def test_every_task_is_answered_from_everything_and_from_nothing_else():
+    rng, kinds, letters = random.Random(6), {}, []
+    for i in range(150):
+        truth = stream(i)
+        ask, told = judge(truth), entries([full(truth, t) for t in range(CLIPS)])
+        other = entries([full(stream(i + 500), t) for t in range(CLIPS)])
+        tasks = world.make_tasks(f"test-{i:03}", truth, rng)
+        assert len(tasks) == 12 and len({t["task"] for t in tasks}) == 12
+        for task in tasks:
+            question = {k: task[k] for k in ("question", "options")}
+            kind, fields = world.read_question(task["question"])
+            kinds[kind] = kinds.get(kind, 0) + 1
+            letters.append(task["answer"])
+            assert len(set(task["options"])) == 4 and world.QUESTIONS[kind][0] == task["environment"]
+            assert ask.answer(told, **question) == task["answer"], task
+            assert ask.answer([], **question) == "insufficient"
+            t = fields["t"] // 10
+            without = [e for e in told if e[0] != fields["t"]]
+            assert ask.answer(without, **question) == "insufficient"
+            # the same time in another stream never gives this stream's answer by right
+            if ask.answer(other, **question) == task["answer"]:
+                assert kind.endswith(("_at", "_many", "_next")) or kind == "object_colour"
+            # everything but the category that is asked for
+            bare = [[a, b, world.sentence("now", [f for f in world.clip_facts(truth[n]) if f.category != task["environment"]])]
+                    for n, (a, b, _) in enumerate(told)]
+            if kind != "wear_many":                        # people are named by actions, too
+                assert ask.answer(bare, **question) == "insufficient"
+            # two answers in one memory
+            if kind.endswith("_at"):
+                fact = next(f for f in world.clip_facts(truth[t]) if f.category == task["environment"] and f.who == (fields.get("who") or f.who))
+                two = [list(e) for e in told]
+                two[t][2] = two[t][2][:-1] + f", {world.say(mutated(fact, rng))}."
+                assert ask.answer(two, **question) == "insufficient"
+    assert set(kinds) == set(world.QUESTIONS)
+    several = sum(n for kind, n in kinds.items() if kind.endswith(("_many", "_next"))) / len(letters)
+    assert 0.15 < several < 0.35 and all(0.2 < letters.count(x) / len(letters) < 0.3 for x in "ABCD")
+
+
+def test_answers_against_a_plain_reading_of_the_truth():
+    """The truth looked up by hand, not by the world's own solver."""
+    rng = random.Random(7)
+    for i in range(60):
+        truth = stream(i)
+        for task in world.make_tasks("s", truth, rng):
+            kind, fields = world.read_question(task["question"])
+            t, right = fields["t"] // 10, task["options"]["ABCD".index(task["answer"])][3:]
+            spell = lambda n: ("one", "two", "three", "four", "five")[n - 1]
+            by_hand = {
+                "place_at": lambda: truth[t]["place"], "place_many": lambda: spell(len({truth[t + d]["place"] for d in range(3)})),
+                "wear_at": lambda: truth[t]["people"][fields["who"]]["wear"],
+                "wear_many": lambda: spell(len({*truth[t]["people"], *truth[t + 1]["people"]})),
+                "action_at": lambda: truth[t]["people"][fields["who"]]["action"],
+                "action_next": lambda: truth[t + 1]["people"][fields["who"]]["action"],
+                "object_at": lambda: truth[t]["object"], "object_colour": lambda: truth[t]["object"].split()[0],
+                "object_next": lambda: truth[t + 1]["object"], "count_at": lambda: truth[t]["count"],
+                "count_next": lambda: truth[t + 1]["count"], "speech_at": lambda: truth[t]["speech"][1],
+                "speech_next": lambda: truth[t + 1]["speech"][1]}
+            assert right == by_hand[kind]()
+
+
+def test_reader_chains_still_and_refuses_what_it_cannot_know():
+    ask, options = world.Judge().answer, ["A. kitchen", "B. office", "C. garden", "D. garage"]
+    where = lambda memories, t: ask(entries(memories), f"Where were the people at 00:00:{t}0?", options)
+    assert where(["now, in the office.", "still, a red lamp.", "still, a blue cup."], 2) == "B"
+    assert where(["now, in the office.", "now, a red lamp.", "still, a blue cup."], 2) == "insufficient"
+    assert where(["now, in the office.", "", "still, a blue cup."], 2) == "insufficient"
+    assert where(["now, in the office, in the garden."], 0) == "insufficient"
+    assert where(["now, not in the office."], 0) == "insufficient"
+    assert where(["now, in the library."], 0) == "insufficient"                # no option says so
+    gap = [[0, 10, "now, in the office."], [20, 30, "still, a red lamp."]]
+    assert ask(gap, "Where were the people at 00:00:20?", options) == "insufficient"
+    wears = lambda memory, who: ask(entries([memory]), f"What colour did <face_{who}> wear at 00:00:00?", ["A. red", "B. blue", "C. pink", "D. black"])
+    assert wears("now, <face_3> wears red, <face_4> wears blue.", 4) == "B"
+    assert wears("now, <face_3> wears red.", 4) == "insufficient"
+    assert wears("now, <face_3> wears red.", 3) == wears("now, <face_3> wears red, <face_3> wears red.", 3) == "A"
+    assert ask(entries(["now, a red lamp."]), "Who am I?", ["A. red"]) == "insufficient"
+
+
+# ---- videos and the base ----------------------------------------------------------------------------------------
+
+def test_videos_survive_encoding(tmp_path):
+    decord = pytest.importorskip("decord")
+    np = pytest.importorskip("numpy")
+    truth = stream(8)
+    frames = np.concatenate([world.draw_frames(clip) for clip in truth])
+    world.write_video(tmp_path / "a.mp4", frames)
+    video = decord.VideoReader(str(tmp_path / "a.mp4"))
+    back = video.get_batch(range(len(video))).asnumpy()
+    assert back.shape == frames.shape == (CLIPS * 20, 96, 96, 3) and abs(video.get_avg_fps() - world.FPS) < 1e-6
+    assert np.abs(back.astype(int) - frames).mean() < 6
+    assert (world.draw_frames(truth[0]) == world.draw_frames(truth[0])).all()
+    assert (world.draw_frames(truth[0])[0] != world.draw_frames(truth[0])[2]).any()        # the people move
