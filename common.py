@@ -140,8 +140,19 @@ def read_json(path):
     return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
 
 
-def read_jsonl(path):
-    return [json.loads(line) for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+def append_jsonl(path, rows):
+    """For work in progress: a line may be torn by a kill, so read it back with torn=True."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+def read_jsonl(path, torn=False):
+    """Rows of a JSONL file; torn: a last line without its line end is cut off the file first."""
+    text = pathlib.Path(path).read_text(encoding="utf-8")
+    if torn and not text.endswith("\n"):
+        text = text[:text.rfind("\n") + 1]
+        write_text(path, text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def load_streams(S, split):
@@ -419,27 +430,34 @@ class Policy:
                              f"{round(self.layers * 22 / 48)} is the paper's depth (22 of 48)")
         if self.hook:
             self.hook.remove()
+        self.steered = layer
         self.steer = torch.nn.Parameter(torch.zeros(self.hidden, device=self.device) if vector is None else vector)
         self.hook = self.lm.layers[layer].register_forward_hook(
-            lambda module, args, out: out + self.steer.to(out.dtype) if self.who == "phase2" else None)
+            lambda module, args, out: out + self.steer.to(out.dtype)
+            if self.who == "phase2" and self.steer is not None else None)
+        self.use("phase2")
         return [self.steer]
 
-    def add_weights(self, writer, folder=None):
+    def add_weights(self, writer, file=None):
         """All parameters of the language model, trained for `writer` (vision, embeddings and head stay frozen)."""
-        named = {n: p for n, p in self.lm.named_parameters() if "lora_" not in n and "embed_tokens" not in n}
+        from safetensors.torch import load_file
         if self.model.dtype != torch.float32:
             raise SystemExit('training all parameters needs unquantised fp32 weights: use TRAIN="lora" / ADAPTER="steer"')
-        self.weights.setdefault(self.who, {n: p.detach().clone() for n, p in named.items()})
-        from safetensors.torch import load_file
-        self.weights[writer] = load_file(str(folder)) if folder else {n: v.clone() for n, v in self.weights[self.who].items()}
+        named = {n: p for n, p in self.lm.named_parameters() if "lora_" not in n and "embed_tokens" not in n}
+        copy = {n: p.detach().clone() for n, p in named.items()}
+        self.weights.setdefault(self._holder(self.who) or "base", copy)
+        self.weights[writer] = load_file(str(file)) if file else {n: v.clone() for n, v in copy.items()}
         self.use(writer)
         return list(named.values())
 
+    def _holder(self, writer):
+        """Whose weights `writer` runs on: its own, or those of the writer before it; None while nothing was trained whole."""
+        chain = ["phase2", "phase1", "base"]
+        return next((w for w in chain[chain.index(writer):] if w in self.weights), None)
+
     def use(self, writer):
-        """Switches the writer. Weights of TRAIN="all" are swapped in place: the one leaving is kept."""
-        holder = lambda w: next((x for x in (w, "phase1", "base") if x in self.weights and (x != "phase2" or w == x)
-                                 and (x != "phase1" or w != "base")), None)
-        old, new = holder(self.who), holder(writer)
+        """Switches the writer. Weights trained whole are swapped in place; those that leave are kept."""
+        old, new = self._holder(self.who), self._holder(writer)
         if old != new:
             named = dict(self.lm.named_parameters())
             with torch.no_grad():
@@ -469,15 +487,43 @@ class Policy:
         finally:
             self.use(before)
 
-    def save_lora(self, name, folder):
-        """One adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors)."""
+    def save(self, writer, folder):
+        """What 02 or 05 trained: a PEFT folder, steer.safetensors under the authors' key, or weights.safetensors."""
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
         folder.mkdir(parents=True, exist_ok=True)
-        state = get_peft_model_state_dict(self.model, adapter_name=name)
-        self.model.peft_config[name].save_pretrained(str(folder))
-        with written_aside(folder / "adapter_model.safetensors") as aside:
-            save_file({f"base_model.model.{k}": v.contiguous() for k, v in state.items()}, str(aside))
+        if self.lora[writer]:
+            name, file = self.lora[writer][-1], "adapter_model.safetensors"
+            state = get_peft_model_state_dict(self.model, adapter_name=name)
+            state = {f"base_model.model.{k}": v for k, v in state.items()}
+            self.model.peft_config[name].save_pretrained(str(folder))
+        elif writer in self.weights:
+            with self.using(writer):
+                state, file = {n: p for n, p in self.lm.named_parameters() if n in self.weights[writer]}, "weights.safetensors"
+        else:
+            state, file = {f"model.language_model.layers.{self.steered}.adapter.steer": self.steer}, "steer.safetensors"
+        with written_aside(folder / file) as aside:
+            save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, str(aside))
+
+    def load(self, writer, folder):
+        """Reads what `save` wrote for `writer`; an adapter that it had before is dropped. Leaves that writer switched on."""
+        from safetensors.torch import load_file
+        self.use("base")
+        for name in self.lora[writer]:
+            self.model.delete_adapter(name)
+        self.lora[writer], self.steer = [], None if writer == "phase2" else self.steer
+        self.weights.pop(writer, None)
+        if (folder / "adapter_config.json").exists():
+            self.add_lora(writer, f"{writer}_{len(self.features)}_{time.time_ns()}", folder)
+        elif (folder / "weights.safetensors").exists():
+            self.use("phase1" if writer == "phase2" else "base")
+            self.add_weights(writer, folder / "weights.safetensors")
+        elif (folder / "steer.safetensors").exists():
+            (key, vector), = load_file(str(folder / "steer.safetensors")).items()
+            self.add_steer(int(key.split("layers.")[1].split(".")[0]), vector.to(self.device))
+        else:
+            raise SystemExit(f"{folder} holds no adapter: expected adapter_config.json, steer.safetensors or weights.safetensors")
+        self.use(writer)
 
     # ---- prompts
     def prepare(self, contexts):
@@ -911,17 +957,43 @@ def load_judge(S):
     return world.Judge(read_jsonl(need(S, "streams/truth.jsonl")))
 
 
-def watch(policy, S, streams, questions=(), desc="watch"):
-    """The policy watches streams side by side, clip by clip, with its own memories as history: {stream: [Sample per clip]}.
+def announce(S, policy, contexts, groups, calls, passes=3):
+    """Prints what a run will cost before it starts, from one measured rollout and one measured pass.
 
-    Inference sampling: temperature 0.6, top-p 0.95, top-k 20 (paper, section 1). A malformed answer leaves no memory.
+    contexts: a typical batch; groups: prompts to be sampled in all; calls: judge calls a group; passes: a forward pass counts
+    1, one with its backward 3.
+    """
+    contexts = contexts[:S.ROLLOUT_CONTEXTS]
+    prompts, began = policy.prepare(contexts), time.time()
+    samples = rollout(policy, prompts, S.GROUP, [(S.SEED, 999_999, i) for i in range(len(prompts))])
+    rolled = time.time()
+    with torch.no_grad():
+        logprobs(policy, prompts[0], [s.ids for s in samples[0]])
+    seconds = (rolled - began) / len(prompts) + passes * (time.time() - rolled)
+    length = sum(len(s.ids) for g in samples for s in g) / len(samples)
+    print(f"cost: {groups} groups of {S.GROUP} = {groups * S.GROUP} rollouts, {len(prompts[0].ids)} prompt tokens and about "
+          f"{length:.0f} sampled ones a group, {groups * calls} judge calls, about {groups * seconds / 60:.1f} min")
+
+
+def watch(policy, S, streams, questions=(), desc="watch", path=None):
+    """The policy watches streams side by side, clip by clip, with its own memories as history -> {stream: [row per clip]}.
+
+    Rows are {stream, clip, start, end, memory, text}; a malformed answer leaves the memory "". Inference sampling: temperature
+    0.6, top-p 0.95, top-k 20 (paper, section 1). path: a JSONL to which rows are appended as they come; an interrupted
+    watch goes on from it.
     """
     from tqdm import tqdm
     kept = {s["stream"]: [] for s in streams}
+    for row in read_jsonl(path, torn=True) if path and path.exists() else ():
+        kept[row["stream"]].append(row)
     for t in tqdm(range(max(len(s["clips"]) for s in streams)), desc=desc, leave=False):
-        now = [(i, s) for i, s in enumerate(streams) if t < len(s["clips"])]
-        contexts = [make_context(s, t, [m.memory or "" for m in kept[s["stream"]]], questions, S.K) for _, s in now]
+        now = [(i, s) for i, s in enumerate(streams) if len(kept[s["stream"]]) == t < len(s["clips"])]
+        contexts = [make_context(s, t, [m["memory"] for m in kept[s["stream"]]], questions, S.K) for _, s in now]
         groups = rollout(policy, policy.prepare(contexts), 1, [(S.SEED, 7, i, t) for i, _ in now], 0.6, 0.95, 20)
-        for (_, s), (sample,) in zip(now, groups):
-            kept[s["stream"]].append(sample)
+        rows = [dict(stream=s["stream"], clip=t, start=s["clips"][t]["start"], end=s["clips"][t]["end"],
+                     memory=m.memory or "", text=m.text) for (_, s), (m,) in zip(now, groups)]
+        for row in rows:
+            kept[row["stream"]].append(row)
+        if path and rows:
+            append_jsonl(path, rows)
     return kept

@@ -1,0 +1,176 @@
+"""Phase One: how to memorize. Group-relative policy optimisation on video with judges and no labels (paper, section 2).
+
+G memories are sampled for each context (five clips, the memories of the first four), each gets the reward
+r = r_fmt + r_len + r_qual + r_rich, the group's mean and spread turn rewards into advantages, and the policy moves towards
+the better ones. `rewards` below is the reward, `RollingBatch` the curriculum; the loop is `common.grpo`, its gate
+`common.group_advantages`, its loss `common.policy_loss`.
+
+Differs from the paper: LoRA over a frozen base instead of all parameters; a `KL` to the base may be switched on (the
+paper has none: 0); r_qual asks the judges only where the rules hold; judges are an exact one in the embedded world.
+`python 02_phase1_train.py --SHOW=1` prints one group in full, its rewards and advantages, and stops.
+
+Run: python 02_phase1_train.py [--NAME=value ...]
+In:  streams/streams.jsonl, captions.jsonl (01)
+Out: phase1/adapter (PEFT folder), log.csv, checkpoint.pt
+"""
+import math
+import random
+import re
+
+from common import (announce, both, grpo, load_judge, load_policy, load_streams, make_context, need, read_jsonl, settings,
+                    start, watch)
+
+# ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
+LR = both(2e-4, 1e-5)            # paper: 1e-6 on all parameters; LoRA takes about ten times that
+KL = both(0.1, 0.0)              # weight of the KL to the base; paper: 0. A tiny model forgets categories without it
+OFF_POLICY_STEPS = both(40, 60)  # history by the stronger writer (paper: 60 steps) ...
+STEPS = both(80, 100)            # ... then, up to here, by the policy itself (paper: 40 steps)
+CONTEXTS = both(24, 32)          # contexts per rollout (paper: 32)
+MINI_BATCH = both(12, 8)         # contexts per optimizer step (paper: 8, so four updates per rollout)
+N_MIN, N_MAX = both(3, 11), both(9, 22)   # clips of a stream: extend below N_MIN, resample above N_MAX (released run: 11, 22)
+RESAMPLE = 0.13                  # chance to resample in between (released run)
+PRINT_EVERY = both(10, 1)        # steps between log lines with the best and the worst sample
+SAVE_EVERY = both(10, 5)         # steps between checkpoints
+# ---------------------------------------------------------------- the method
+GROUP = 8                        # G, samples per context (paper, section 2)
+RATIO = "gspo"                   # "gspo": one ratio per sequence; "grpo": one per token
+CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # clip-higher (released run)
+GATE = 1                         # NSR gate: 0 lets good memories below the group's mean be pushed down
+FORMAT = -1.5                    # r_fmt of a malformed response, and its whole reward
+RICHNESS = 0.05                  # weight of r_rich; 0 is the paper's ablation: memories shrink
+TRAIN = "lora"                   # "lora": attention of the language model; "all": all of its parameters, needs fp32
+GRAD_CLIP = 1.0                  # norm of the gradient at most
+SHOW = 0                         # 1: print one group in full and stop
+# ----------------------------------------------------------------
+# log.csv, a row a step: reward, reward_std (over all samples); format, length, quality, rich (means of the terms); flat (share
+# of groups without variance: no gradient); malformed, truncated, gated (shares of samples); length, thinking, memory (tokens
+# per response, thinking part, memory); kl (to the base, per token), clipped (share of ratios), grad_norm (before clipping);
+# tokens_per_s (sampled), rollout_s, update_s (seconds), gb (peak memory).
+
+ID = r"<face_\d+>"
+
+
+def length_reward(tokens, limit):
+    """r_len: 0 up to `limit` thinking tokens, then linearly down to -1.0 at twice that (paper, section 2).
+
+    >>> length_reward(1200, 1200), length_reward(1800, 1200), length_reward(9999, 1200)
+    (0.0, -0.5, -1.0)
+    """
+    return -min(1.0, max(0.0, tokens / limit - 1))
+
+
+def rules_hold(memory, tokens, limit):
+    """The rules of r_qual: IDs only as <face_3>, never a bare face_3, and at most `limit` memory tokens.
+
+    >>> rules_hold("<face_3> waves", 5, 17), rules_hold("face_3 waves", 5, 17), rules_hold("<face_3> waves", 18, 17)
+    (True, False, False)
+    """
+    return tokens <= limit and not re.search(r"face_?\s*\d|<face", re.sub(ID, "", memory))
+
+
+def quality(S, judge, contexts, samples):
+    """r_qual per context and sample: +0.5 if the rules hold and both judges agree, -0.5 if not, None if a judge failed.
+    Malformed samples get 0.0: they never reach a judge."""
+    asked = [(c, s) for c, group in zip(contexts, samples) for s in group
+             if s.memory and rules_hold(s.memory, s.memory_tokens, S.MEMORY_TOKENS)]
+    clean = judge.ask("clean", [{"previous": c.history[-1] if c.history else "", "memory": s.memory} for c, s in asked])
+    faithful = judge.ask("faithful", [{"context": c, "memory": s.memory} for c, s in asked])
+    verdict = {id(s): None if a is None or b is None else 0.5 if a and b else -0.5
+               for (_, s), a, b in zip(asked, clean, faithful)}
+    return [[verdict.get(id(s), -0.5 if s.memory else 0.0) for s in group] for group in samples]
+
+
+def richness(S, judge, contexts, samples, qualities):
+    """r_rich = RICHNESS * u, u = 1 - (rank - 1) / (G' - 1) among the G' samples of a group with good quality; else 0."""
+    rich = [[0.0] * len(group) for group in samples]
+    valid = [[i for i, s in enumerate(group) if s.memory and q[i] is not None and q[i] >= 0]
+             for group, q in zip(samples, qualities)]
+    asked = [g for g, v in enumerate(valid) if len(v) >= 2 and S.RICHNESS]
+    ranks = judge.ask("rank", [{"context": contexts[g], "memories": [samples[g][i].memory for i in valid[g]]} for g in asked])
+    for g, rank in zip(asked, ranks):
+        for i, r in zip(valid[g], rank or ()):               # a failed ranking leaves the group without this term
+            rich[g][i] = S.RICHNESS * (1 - (r - 1) / (len(valid[g]) - 1))
+    return rich
+
+
+def rewards(S, judge, contexts, samples):
+    """Per context {"total", "gate", "terms"}: r = r_fmt + r_len + r_qual + r_rich; a format violation gets r_fmt alone."""
+    qualities = quality(S, judge, contexts, samples)
+    rich = richness(S, judge, contexts, samples, qualities)
+    scores = []
+    for group, q, rr in zip(samples, qualities, rich):
+        fmt = [0.0 if s.memory else S.FORMAT for s in group]
+        length = [length_reward(s.thinking_tokens, S.THINK_TOKENS) if s.memory else 0.0 for s in group]
+        total = [None if x is None else f + n + x + r for f, n, x, r in zip(fmt, length, q, rr)]
+        scores.append({"total": total, "gate": total, "terms": {"format": fmt, "length": length, "quality": q, "rich": rr}})
+    return scores
+
+
+class RollingBatch:
+    """Contexts for training. First off-policy history: a random clip with the stronger writer's memories before it. Then
+    on-policy history, as at deployment: after each update every stream is extended (one sampled memory joins its
+    history, the next clip arrives) or resampled (a new stream, a new start).
+
+    `state` (JSON) holds all that the next step depends on.
+    """
+
+    def __init__(self, S, streams, captions):
+        self.S, self.streams, self.captions = S, streams, captions
+        self.state = []                                      # per slot: [stream index, first clip, memories since then]
+
+    def next(self, step):
+        rng = random.Random(f"{self.S.SEED} batch {step}")
+        if step < self.S.OFF_POLICY_STEPS:
+            picked = [(s, rng.randrange(len(s["clips"]))) for s in rng.choices(self.streams, k=self.S.CONTEXTS)]
+            return [make_context(s, t, self.captions[s["stream"]], k=self.S.K) for s, t in picked]
+        self.state = self.state or [self.fresh(rng) for _ in range(self.S.CONTEXTS)]
+        return [make_context(self.cut(i, first), len(kept), kept, k=self.S.K) for i, first, kept in self.state]
+
+    def cut(self, i, first):
+        return self.streams[i] | {"clips": self.streams[i]["clips"][first:]}
+
+    def fresh(self, rng):
+        i = rng.randrange(len(self.streams))
+        return [i, rng.randrange(max(1, len(self.streams[i]["clips"]) - self.S.N_MIN)), []]
+
+    def update(self, step, samples):
+        rng = random.Random(f"{self.S.SEED} extend {step}")
+        for slot, group in enumerate(samples if self.state else ()):
+            i, first, kept = self.state[slot]
+            kept.append(rng.choice(group).memory or "")
+            ended, n = first + len(kept) >= len(self.streams[i]["clips"]), len(kept)
+            if ended or n > self.S.N_MAX or (n >= self.S.N_MIN and rng.random() < self.S.RESAMPLE):
+                self.state[slot] = self.fresh(rng)
+
+
+def histories(S, policy, streams):
+    """{stream: {clip: memory}} by a stronger writer: the world's captions, or, with a banner, the base model itself."""
+    try:
+        rows = read_jsonl(need(S, "streams/captions.jsonl"))
+    except SystemExit:
+        print("*** streams/captions.jsonl is missing: the off-policy history is written by the base itself. Captions by a "
+              "stronger model, one {stream, clip, memory} a line, serve better (paper, section 2) ***")
+        return {s: {i: m.memory or "" for i, m in enumerate(kept)} for s, kept in watch(policy, S, streams).items()}
+    written = {}
+    for r in rows:
+        written.setdefault(r["stream"], {})[r["clip"]] = r["memory"]
+    return written
+
+
+def main(argv=None):
+    S = settings(globals(), argv)
+    out = start(S, "phase1")
+    streams, judge, policy = load_streams(S, "train"), load_judge(S), load_policy(S)
+    batch = RollingBatch(S, streams, histories(S, policy, streams))
+    params = policy.add_lora("phase1", "phase1") if S.TRAIN == "lora" else policy.add_weights("phase1")
+    print(f"{sum(p.numel() for p in params) / 1e6:.2f} M trainable parameters; {S.STEPS} steps of {S.CONTEXTS} contexts, "
+          f"{math.ceil(S.CONTEXTS / S.MINI_BATCH)} updates a step")
+    announce(S, policy, batch.next(0), S.STEPS * S.CONTEXTS, 2 * S.GROUP + 1, 5 if S.KL else 4)
+    grpo(policy, S, out, params, batch, lambda c, s: rewards(S, judge, c, s), reference="base")
+    if not S.SHOW:
+        policy.save("phase1", out / "adapter")
+        print(f"Phase One is in {out / 'adapter'}; next: python 03_collect_tasks.py --RUN={S.RUN}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Deployment: the Phase One policy watches the deployment streams and writes memories; each environment asks its first
+questions, which are answered from memory alone; and one rollout cache is sampled that all environments share.
+
+The questions are all that Phase Two learns from (no answers are used); the cache is sampled once, so that a new
+environment costs no rollout (paper, section 2). Nobody has to ask: without tasks the script ends with the memories.
+
+Run: python 03_collect_tasks.py [--NAME=value ...]
+In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02)
+Out: tasks/memories.jsonl, memories/STREAM.txt (to be read), recent.json, cache.jsonl
+"""
+import dataclasses
+import importlib
+
+from common import (announce, append_jsonl, both, clock, load_judge, load_policy, load_streams, make_context, need, read_jsonl,
+                    rollout, settings, start, watch, write_json, write_jsonl, write_text)
+
+# ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
+CACHE_STREAMS = both(24, 100)   # streams whose contexts are cached (paper: about 100 videos)
+CHUNK = both(24, 4)             # contexts sampled between two writes of the cache
+# ---------------------------------------------------------------- the method
+RECENT = 10                     # questions kept per environment: the first 5 define Phase Two, the rest validate 04
+GROUP = 8                       # N, memories cached per context (paper, section 2), sampled at temperature 1
+# ----------------------------------------------------------------
+
+
+def answer(judge, tasks, memories):
+    """Replies of the reader, who gets the memories of the stream up to the time of the question, and nothing else.
+
+    memories: {stream: [row per clip]}. Returns a letter, "insufficient" or None (the reader failed) per task.
+    """
+    return judge.ask("answer", [{"question": t["question"], "options": t["options"], "entries": [
+        [m["start"], m["end"], m["memory"]] for m in memories[t["stream"]] if m["end"] <= t["time"]]} for t in tasks])
+
+
+def first_questions(tasks, n):
+    """{environment: its first n tasks}, in the order of the file, which is the order in which they are asked."""
+    environments = {}
+    for task in tasks:
+        if len(environments.setdefault(task["environment"], [])) < n:
+            environments[task["environment"]].append(task)
+    return environments
+
+
+def spread(tasks):
+    """Tasks in rounds, one per stream and round, so that the first questions of an environment come from many streams."""
+    seen, rounds = {}, []
+    for task in tasks:
+        key = task["environment"], task["stream"]
+        seen[key] = seen.get(key, -1) + 1
+        rounds.append((seen[key], task))
+    return [t for _, t in sorted(rounds, key=lambda x: x[0])]
+
+
+def fill_cache(S, out, policy, judge, streams, memories):
+    """GROUP samples of every context, with their format and quality rewards, appended chunk by chunk."""
+    from tqdm import tqdm
+    phase1, part = importlib.import_module("02_phase1_train"), out / "cache.part"
+    done = read_jsonl(part, torn=True) if part.exists() else []
+    todo = [(s, t) for s in streams for t in range(len(s["clips"]))]
+    contexts = [make_context(s, t, [m["memory"] for m in memories[s["stream"]]], k=S.K) for s, t in todo]
+    for i in tqdm(range(len(done), len(todo), S.CHUNK), desc="rollout cache", initial=len(done) // S.CHUNK):
+        chunk = contexts[i:i + S.CHUNK]
+        samples = rollout(policy, policy.prepare(chunk), S.GROUP, [(S.SEED, 8, i + j) for j in range(len(chunk))])
+        rewards = phase1.rewards(S, judge, chunk, samples)
+        rows = [{"stream": c.stream, "clip": c.clip, "history": c.history, "samples": [
+            dataclasses.asdict(s) | {"format": r["terms"]["format"][j], "quality": r["terms"]["quality"][j]}
+            for j, s in enumerate(group)]} for c, group, r in zip(chunk, samples, rewards)]
+        append_jsonl(part, rows)
+        done += rows
+    write_jsonl(out / "cache.jsonl", done)
+    part.unlink()
+
+
+def main(argv=None):
+    S = settings(vars(importlib.import_module("02_phase1_train")) | globals(), argv)    # its rewards rate the cache
+    out = start(S, "tasks")
+    if (out / "cache.jsonl").exists():
+        return print(f"finished before: {out}; next: python 04_train_reward.py --RUN={S.RUN}")
+    streams = load_streams(S, "deploy")
+    tasks = [t for t in read_jsonl(need(S, "streams/tasks.jsonl")) if t["stream"] in {s["stream"] for s in streams}]
+    adapter, judge = need(S, "phase1/adapter"), load_judge(S) if tasks else None
+    policy = load_policy(S)
+    policy.load("phase1", adapter)
+
+    clips = sum(len(s["clips"]) for s in streams)
+    print(f"{len(streams)} streams of {clips} clips to watch, {len(tasks)} questions to come")
+    cached = streams[:S.CACHE_STREAMS] if tasks else []
+    if cached:
+        announce(S, policy, [make_context(s, 0, [], k=S.K) for s in cached], sum(len(s["clips"]) for s in cached), 3 * S.GROUP, 0)
+    memories = watch(policy, S, streams, desc="watch", path=out / "memories.jsonl")
+    for stream, rows in memories.items():
+        write_text(out / "memories" / f"{stream}.txt", "".join(
+            f"{clock(m['start'])}-{clock(m['end'])}\n{m['memory'] or '(nothing)'}\n\n" for m in rows))
+    written = sum(bool(m["memory"]) for rows in memories.values() for m in rows)
+    print(f"memories of {written} of {clips} clips: {out / 'memories'}")
+    if not tasks:
+        return print("no tasks ask about these streams: the memories are all there is to make (see tasks.jsonl in 01)")
+
+    recent = first_questions(spread(tasks), S.RECENT)
+    for environment, asked in recent.items():
+        for task, reply in zip(asked, answer(judge, asked, memories)):
+            task |= {"reply": reply, "correct": reply == task["answer"]}
+        print(f"  {environment:24} {sum(t['correct'] for t in asked[:5])} of the first {len(asked[:5])} answered, e.g. "
+              f"{asked[0]['question']!r} -> {asked[0]['reply']}")
+    write_json(out / "recent.json", recent)
+    fill_cache(S, out, policy, judge, cached, memories)
+    print(f"next: python 04_train_reward.py --RUN={S.RUN}")
+
+
+if __name__ == "__main__":
+    main()
