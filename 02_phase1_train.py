@@ -43,11 +43,9 @@ GRAD_CLIP = 1.0                  # norm of the gradient at most
 SHOW = 0                         # 1: print one group in full and stop
 # ----------------------------------------------------------------
 # log.csv, a row a step: reward, reward_std (over all samples); format, length, quality, rich (means of the terms); flat (share
-# of groups without variance: no gradient); malformed, truncated, gated (shares of samples); length, thinking, memory (tokens
+# of groups without variance: no gradient); malformed, truncated, gated (shares of samples); response, thinking, memory (tokens
 # per response, thinking part, memory); kl (to the base, per token), clipped (share of ratios), grad_norm (before clipping);
 # tokens_per_s (sampled), rollout_s, update_s (seconds), gb (peak memory).
-
-ID = r"<face_\d+>"
 
 
 def length_reward(tokens, limit):
@@ -65,7 +63,7 @@ def rules_hold(memory, tokens, limit):
     >>> rules_hold("<face_3> waves", 5, 17), rules_hold("face_3 waves", 5, 17), rules_hold("<face_3> waves", 18, 17)
     (True, False, False)
     """
-    return tokens <= limit and not re.search(r"face_?\s*\d|<face", re.sub(ID, "", memory))
+    return tokens <= limit and not re.search(r"face_?\s*\d|<face", re.sub(r"<face_\d+>", "", memory))
 
 
 def quality(S, judge, contexts, samples):
@@ -160,6 +158,8 @@ def histories(S, policy, streams):
 def main(argv=None):
     S = settings(globals(), argv)
     out = start(S, "phase1")
+    if (out / "adapter").exists() and not S.SHOW:
+        return print(f"finished before: {out}; next: python 03_collect_tasks.py --RUN={S.RUN}")
     streams, judge, policy = load_streams(S, "train"), load_judge(S), load_policy(S)
     batch = RollingBatch(S, streams, histories(S, policy, streams))
     params = policy.add_lora("phase1", "phase1") if S.TRAIN == "lora" else policy.add_weights("phase1")

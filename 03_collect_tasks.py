@@ -61,10 +61,10 @@ def fill_cache(S, out, policy, judge, streams, memories):
     for i in tqdm(range(len(done), len(todo), S.CHUNK), desc="rollout cache", initial=len(done) // S.CHUNK):
         chunk = contexts[i:i + S.CHUNK]
         samples = rollout(policy, policy.prepare(chunk), S.GROUP, [(S.SEED, 8, i + j) for j in range(len(chunk))])
-        rewards = phase1.rewards(S, judge, chunk, samples)
+        qualities = phase1.quality(S, judge, chunk, samples)
         rows = [{"stream": c.stream, "clip": c.clip, "history": c.history, "samples": [
-            dataclasses.asdict(s) | {"format": r["terms"]["format"][j], "quality": r["terms"]["quality"][j]}
-            for j, s in enumerate(group)]} for c, group, r in zip(chunk, samples, rewards)]
+            dataclasses.asdict(s) | {"format": 0.0 if s.memory else phase1.FORMAT, "quality": q} for s, q in zip(group, quality)
+        ]} for c, group, quality in zip(chunk, samples, qualities)]
         append_jsonl(part, rows)
         done += rows
     write_jsonl(out / "cache.jsonl", done)
@@ -72,7 +72,7 @@ def fill_cache(S, out, policy, judge, streams, memories):
 
 
 def main(argv=None):
-    S = settings(vars(importlib.import_module("02_phase1_train")) | globals(), argv)    # its rewards rate the cache
+    S = settings(globals(), argv)
     out = start(S, "tasks")
     if (out / "cache.jsonl").exists():
         return print(f"finished before: {out}; next: python 04_train_reward.py --RUN={S.RUN}")

@@ -34,6 +34,7 @@ MEMORY_TOKENS = both(17, 150)           # budget of one memory (paper, section 2
 THINK_TOKENS = both(16, 1200)           # L of r_len (paper, section 2)
 MAX_NEW_TOKENS = both(72, 2800)         # thinking up to 2L, then the memory
 ROLLOUT_CONTEXTS = both(48, 1)          # contexts decoded side by side; bounded by memory for keys and values
+CPU_THREADS = 2                         # more hurt a small model, and results stay the same from machine to machine
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
 # ----------------------------------------------------------------
 
@@ -41,6 +42,7 @@ PROMPT = """You keep the memory of an endless video. Below are its latest clips 
 Write the memory of the last clip in one or two sentences: what it shows or says, true, connected to the memory before, \
 nothing that it already states. Call people by their IDs, like <face_3>. Answer with {"description": "..."}."""
 ASK_TO_THINK = " First think, then write </think>, then the answer."     # for templates that open no thinking part
+TEXTS = ("PROMPT", "ASK_TO_THINK", "TASK_PROMPT")                                # edited here, not on a command line
 TASK_PROMPT = "\nThese questions were asked lately; similar ones will come, so remember what they need:\n"
 
 
@@ -51,9 +53,8 @@ def settings(module, argv=None):
     module: the script's `globals()`. Returns a namespace with every UPPER_CASE constant; a `both(tiny, full)` is
     resolved by MODEL. Raises SystemExit (with the nearest name, or the expected type) on a bad argument.
     """
-    own = {n: v for n, v in module.items() if n.isupper() and isinstance(v, (str, int, float, tuple))}
-    names = {n: v for n, v in globals().items() if n.isupper() and n not in ("ROOT", "PROMPT", "ASK_TO_THINK",
-                                                                         "TASK_PROMPT", "SHARED")} | own
+    names = {n: v for n, v in (globals() | module).items()
+             if n.isupper() and isinstance(v, (str, int, float, both)) and n not in TEXTS}
     argv, given = sys.argv[1:] if argv is None else argv, {}
     if any(a in ("-h", "--help") for a in argv):
         print(module["__doc__"] + "\nConstants (--NAME=value; two values: embedded world | full-size model):")
@@ -74,7 +75,7 @@ def settings(module, argv=None):
             value = kind(float(text)) if kind is int and float(text) == int(float(text)) else kind(text)
         except ValueError:
             raise SystemExit(f"--{name}={text}: expected {kind.__name__}, like {S[name]!r}") from None
-        twin = names[name].tiny if isinstance(names[name], both) and kind in (int, float) else None
+        twin = names[name].tiny if isinstance(names[name], both) and kind is float else None
         if full and twin == value and S[name] and not 0.1 < value / S[name] < 10:
             raise SystemExit(f"--{name}={text} is the embedded world's value; for {given['MODEL']} start from {S[name]}")
         S[name] = value
@@ -87,7 +88,7 @@ def start(S, stage):
         raise SystemExit("torch and numpy are missing: ./run.sh setup (or pip install -r requirements.txt)")
     out = ROOT / "runs" / S.RUN / stage if not os.path.isabs(S.RUN) else pathlib.Path(S.RUN) / stage
     out.mkdir(parents=True, exist_ok=True)
-    now = {n: v for n, v in vars(S).items() if n not in ("SHOW", "RUN")}
+    now = {n: v for n, v in vars(S).items() if n not in ("SHOW", "RUN", "ENVIRONMENT")}
     saved = read_json(out / "settings.json") if (out / "settings.json").exists() else now
     changed = [f"  {n}: {saved.get(n)!r} in the run, {now.get(n)!r} now" for n in sorted(saved | now)
                if saved.get(n) != now.get(n)]
@@ -505,18 +506,21 @@ class Policy:
         with written_aside(folder / file) as aside:
             save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, str(aside))
 
-    def load(self, writer, folder):
-        """Reads what `save` wrote for `writer`; an adapter that it had before is dropped. Leaves that writer switched on."""
-        from safetensors.torch import load_file
-        self.use("base")
+    def drop(self, writer):
+        """Forgets what `writer` had beyond the writer before it, who is switched on."""
+        self.use("phase1" if writer == "phase2" else "base")
         for name in self.lora[writer]:
             self.model.delete_adapter(name)
         self.lora[writer], self.steer = [], None if writer == "phase2" else self.steer
         self.weights.pop(writer, None)
+
+    def load(self, writer, folder):
+        """Reads what `save` wrote for `writer`; an adapter that it had before is dropped. Leaves that writer switched on."""
+        from safetensors.torch import load_file
+        self.drop(writer)
         if (folder / "adapter_config.json").exists():
-            self.add_lora(writer, f"{writer}_{len(self.features)}_{time.time_ns()}", folder)
+            self.add_lora(writer, f"{writer}_{time.time_ns()}", folder)          # a name that was never used
         elif (folder / "weights.safetensors").exists():
-            self.use("phase1" if writer == "phase2" else "base")
             self.add_weights(writer, folder / "weights.safetensors")
         elif (folder / "steer.safetensors").exists():
             (key, vector), = load_file(str(folder / "steer.safetensors")).items()
@@ -839,7 +843,7 @@ def _row(S, step, samples, scores, groups, sums, rollout_s, update_s):
     return dict(step=step, reward=mean(total), reward_std=float(np.std(total or [0])), **terms,
                 flat=mean([not g or not any(g["advantages"]) for g in groups]),
                 malformed=mean([s.memory is None for s in flat]), truncated=mean([s.truncated for s in flat]),
-                gated=mean([not c for g in groups if g for c in g["counts"]]), length=tokens / len(flat),
+                gated=mean([not c for g in groups if g for c in g["counts"]]), response=tokens / len(flat),
                 thinking=mean([s.thinking_tokens for s in flat]),
                 memory=mean([s.memory_tokens for s in flat if s.memory]), kl=sums["kl"] / n, clipped=sums["clipped"] / n,
                 grad_norm=sums["grad_norm"], tokens_per_s=tokens / rollout_s, rollout_s=rollout_s, update_s=update_s, gb=gb)
@@ -925,7 +929,7 @@ class Log:
 def load_policy(S):
     """The frozen model of S.MODEL with its tokenizer -> Policy. Raises SystemExit where it can't be used."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
-    torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(S.CPU_THREADS)
     name, gpu = str(ROOT / "tiny" / "base") if S.MODEL == "tiny" else S.MODEL, torch.cuda.is_available()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -1,14 +1,16 @@
 """How 06_eval.py shows its results: tables for the terminal and Markdown, and one self-contained page.
 
-Every figure is made in 06; here they are only laid out. The page fetches nothing, so it opens offline and can be
-sent as one file; its pictures are data URIs and its charts inline SVG.
+Every figure is made in 06; here they are only laid out. The page fetches nothing, so it opens offline and can
+be sent as one file; its pictures are data URIs and its charts inline SVG.
 """
-import base64, csv, html, io, re
+import base64, csv, html, io, math, re
 
 import common
 
 TITLES = {"base": "Base", "base+prompt": "Base + task prompt", "phase1": "Phase One",
           "phase1+prompt": "Phase One + task prompt"}
+COLUMNS = {"quality": "quality reward", "malformed": "malformed share", "memory": "tokens of a memory",
+           "norm": "norm of the adapter"}
 
 
 def title(method):
@@ -16,54 +18,59 @@ def title(method):
 
 
 def cell(x, scale=100):
-    """'67.1 (62.0 to 71.9)', without an interval where there is none, and a dash where there is no figure.
+    """Mean and interval as text; the mean alone where there is no interval, a dash where there is no figure.
 
-    >>> cell({"mean": 0.671, "low": 0.62, "high": 0.719}), cell({"mean": None, "low": None, "high": None})
-    ('67.1 (62.0 to 71.9)', '–')
+    >>> cell({"mean": 0.671, "low": 0.62, "high": 0.719}), cell({"mean": 0.02, "low": -0.01, "high": 0.05})
+    ('67.1 (62.0–71.9)', '2.0 (-1.0 to 5.0)')
+    >>> cell({"mean": None, "low": None, "high": None})
+    '–'
     """
     if x is None or x["mean"] is None:
         return "–"
     mean, low, high = ("" if v is None else f"{scale * v:.1f}" for v in (x["mean"], x["low"], x["high"]))
-    return f"{mean} ({low} to {high})" if low else mean
+    return f"{mean} ({low}{' to ' if low[0] == '-' else '–'}{high})" if low else mean
 
 
 def tables(R):
-    """Every table of the results as (title, note, head, rows of texts, looks), looks: "", "folded" or "heat"."""
+    """Every table of the results as (title, note, head, rows of texts, looks: "", "folded" or "heat")."""
     asked = ["Accuracy", "Coverage", "Precision", "Questions"]
     line = lambda r, *names: [*names, *(cell(r[m.lower()]) for m in asked[:3]), str(r["questions"])]
     scope = lambda name: [line(r, title(r["method"])) for r in R["rows"]
                           if r["environment"] == "all" and r["scope"] == name]
     dropped = sum(R["dropped"].values())
-    yield ("Answers from memory", "Per cent of the questions asked after the update, with 95 % intervals over streams. "
-           "Accuracy: answered right. Coverage: the memory was enough to answer. Precision: right among the covered."
-           + f" {dropped} verdicts that the judge failed to give are left out." * bool(dropped),
+    yield ("Answers from memory", "Per cent of the questions asked after the update; 95 % intervals over "
+           "streams. Accuracy: answered right. Coverage: the memory was enough. Precision: right among the "
+           "covered." + f" {dropped} verdicts that the judge failed to give are left out." * bool(dropped),
            ["Method", *asked], scope("after"), "")
-    yield ("Gains", "Points of accuracy and precision. Mismatched: an adapter on the questions of the environments "
-           "that it did not learn.",
+    points = lambda g, name, metric: cell((g[name] or {}).get(metric), 1)
+    yield ("Gains", "In points. Mismatched: an adapter on questions of environments that it did not learn.",
            ["Method", "Accuracy over base", "Accuracy over Phase One", "Mismatched, over Phase One",
             "Precision over Phase One"],
-           [[title(m), cell(g["over_base"]["accuracy"], 1), cell(g["over_phase1"]["accuracy"], 1),
-             cell((g.get("mismatched") or {}).get("accuracy"), 1), cell(g["over_phase1"]["precision"], 1)]
+           [[title(m), points(g, "over_base", "accuracy"), points(g, "over_phase1", "accuracy"),
+             points(g, "mismatched", "accuracy"), points(g, "over_phase1", "precision")]
             for m, g in R["gains"].items()], "")
-    mean = lambda row: [cell({"mean": c["accuracy"]["mean"], "low": None, "high": None}) for c in row.values()]
+    mean = lambda row: [cell({**c["accuracy"], "low": None}) for c in row.values()]
     for m in [m for m in R["transfer"] if m != "phase1"]:
-        yield (f"Transfer: {title(m)}", "Accuracy in per cent. A row is the environment that the adapter learned, a "
-               "column the environment that asks; framed where they are the same.",
+        yield (f"Transfer: {title(m)}", "Accuracy in per cent. A row is what an adapter learned, a column "
+               "the environment that asks; framed where they are the same.",
                ["Adapter", *R["transfer"]["phase1"]],
                [["Phase One", *mean(R["transfer"]["phase1"])],
                 *([a, *mean(row)] for a, row in R["transfer"][m].items())], "heat")
-    yield ("Memories in the same contexts", "Per cent of one memory per context, all with the Phase One history. Win, "
-           "tie, loss: against Phase One, under the relevance judge. Faithful: true and within the budget. Fully "
-           "right: well formed, faithful and nothing repeated. Tokens: of a well-formed memory.",
-           ["Method", "Win", "Tie", "Loss", "Faithful", "Not repeating", "Fully right", "Well formed", "Tokens"],
-           [[title(r["method"]), *(cell(r[q], 1 if q == "tokens" else 100) for q in
-                                   ("win", "tie", "loss", "faithful", "non_redundant", "fully_right", "well_formed",
-                                    "tokens"))] for r in R["validation"] if r["environment"] == "all"], "")
-    yield ("Every environment", "Per cent of the questions asked after the update.", ["Method", "Environment", *asked],
+    kinds = {"win": "Win", "tie": "Tie", "loss": "Loss", "faithful": "Faithful",
+             "non_redundant": "Not repeating", "fully_right": "Fully right", "well_formed": "Well formed",
+             "tokens": "Tokens"}
+    yield ("Memories in the same contexts", "Per cent; a memory per context, all with the Phase One history. "
+           "Win, tie, loss: against Phase One, by the relevance judge. Faithful: true and within the budget. "
+           "Fully right: well formed, faithful and nothing repeated. Tokens: of a well-formed memory.",
+           ["Method", *kinds.values()],
+           [[title(r["method"]), *(cell(r[q], 1 if q == "tokens" else 100) for q in kinds)]
+            for r in R["validation"] if r["environment"] == "all"], "")
+    yield ("Every environment", "Per cent of the questions asked after the update.",
+           ["Method", "Environment", *asked],
            [line(r, title(r["method"]), r["environment"]) for r in R["rows"]
             if r["scope"] == "after" and r["environment"] != "all"], "folded")
-    yield ("With the first questions", "The same with the recent questions pooled in, which Phase One answered: the "
-           "way the paper counts.", ["Method", *asked], scope("all"), "folded")
+    yield ("With the first questions", "The same with the recent questions pooled in, which Phase One "
+           "answered: the way the paper counts.", ["Method", *asked], scope("all"), "folded")
 
 
 def markdown(R):
@@ -87,62 +94,77 @@ def show(R, *numbers):
 
 # ------------------------------------------------------------------------------------------------ the page
 STYLE = """
-:root{color-scheme:light dark;--ink:#1d2129;--soft:#59616e;--page:#fff;--rule:#d5d9e0;--heat:#2f7ed8;--mark:#ffe49a}
-@media(prefers-color-scheme:dark){:root{--ink:#e8eaee;--soft:#a9b1be;--page:#15181d;--rule:#3a414c;--heat:#3d7fc4;
---mark:#6b5200}}
+:root{color-scheme:light dark;--ink:#1d2129;--soft:#59616e;--page:#fff;--rule:#d5d9e0;--heat:#2f7ed8;
+--mark:#ffe49a}
+@media(prefers-color-scheme:dark){:root{--ink:#e8eaee;--soft:#a9b1be;--page:#15181d;--rule:#3a414c;
+--heat:#3d7fc4;--mark:#6b5200}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:72rem;padding:1rem;font:17px/1.5 system-ui,sans-serif;color:var(--ink);
 background:var(--page);overflow-wrap:anywhere}
-h1{font-size:1.7rem;line-height:1.2;margin:.5rem 0}h2{font-size:1.3rem;margin:2.4rem 0 .3rem}h3{font-size:1.1rem}
-p{max-width:46rem;margin:.4rem 0 .9rem}.soft,small{color:var(--soft);font-size:1rem}
+h1{font-size:1.7rem;line-height:1.2;margin:.5rem 0}h2{font-size:1.3rem;margin:2.4rem 0 .3rem}
+h3{font-size:1.1rem;margin:2rem 0 .5rem}
+p{max-width:46rem;margin:.4rem 0 .9rem}.soft,small{color:var(--soft);font-size:16px}
 .box{overflow-x:auto;border:1px solid var(--rule);border-radius:8px}
 table{border-collapse:collapse;width:100%;overflow-wrap:normal}
-td,th{padding:.45rem .7rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--rule);
+td,th{padding:.4rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--rule);
 font-variant-numeric:tabular-nums}
 tr:last-child td{border-bottom:0}th{color:var(--soft);font-weight:600}
-th+th{white-space:normal;min-width:6.5rem}
-td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:var(--page);white-space:normal;
-min-width:8rem}
+th+th{white-space:normal;min-width:6rem}.heat th+th{min-width:0}
+td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:var(--page);
+white-space:normal;min-width:6.4rem}
 td small{display:block}.heat td+td{background:color-mix(in srgb,var(--heat) var(--h),transparent)}
-.heat th+th{min-width:0}.own{outline:2px solid var(--ink);outline-offset:-4px}
+.own{outline:2px solid var(--ink);outline-offset:-4px}
 summary{cursor:pointer;padding:.8rem 0;font-size:1.15rem;font-weight:600}
-.grid{display:grid;gap:1.5rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr))}
-figure{margin:0}svg{width:100%;height:auto;display:block}svg text{font-size:16px;fill:var(--soft)}
+.grid{display:grid;gap:1rem 1.5rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr))}
+figure,dl,dd{margin:0}svg{width:100%;height:auto;display:block}svg text{font-size:16px;fill:var(--soft)}
 .key span{white-space:nowrap;margin-right:1rem}
 .key i{display:inline-block;width:1.6rem;border-top:4px solid;vertical-align:middle;margin-right:.4rem}
-.frames{display:grid;gap:6px;grid-template-columns:repeat(auto-fill,minmax(min(46%,220px),1fr));max-width:60rem}
-.frames img{width:100%;border-radius:6px;display:block}
-dt{font-weight:600;margin-top:.7rem}dd{margin:0}
+.frames{display:grid;gap:6px;grid-template-columns:repeat(auto-fill,minmax(min(46%,220px),1fr));
+max-width:60rem;margin-bottom:1rem}
+.frames img{width:100%;border-radius:6px;display:block}dt{font-weight:600}
 mark{background:var(--mark);color:inherit;border-radius:3px;padding:0 .15em;text-decoration:underline}
+@media(min-width:44rem){td,th{padding:.45rem .8rem}td:first-child,th:first-child{min-width:9rem}}
 """
 INKS = ["#2f7ed8", "#d9661f", "#1f9d6b", "#b85cc8", "#b8920b", "#d8485f", "#3aa0b5", "#8a8f98"]
+
+
+def ticks(low, high):
+    """Two to six round numbers between low and high, low < high.
+
+    >>> ticks(-0.54, 0.55), ticks(0, 119)
+    ([-0.5, 0.0, 0.5], [0, 50, 100])
+    """
+    ten = 10 ** math.floor(math.log10((high - low) / 5))
+    step = next(m * ten for m in (1, 2, 5, 10) if m * ten >= (high - low) / 5)
+    return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def chart(name, lines):
     """A line chart with axes and legend as inline SVG. lines: {label: [(step, value)]}, not empty."""
     esc, points = html.escape, [p for line in lines.values() for p in line]
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
-    x1, y1 = x1 + (x1 == x0), y1 + (y1 == y0)
+    (x0, x1), (y0, y1) = ((min(v), max(v) + (min(v) == max(v))) for v in zip(*points))
     X, Y = lambda x: 62 + 266 * (x - x0) / (x1 - x0), lambda y: 196 - 180 * (y - y0) / (y1 - y0)
     svg = ""
-    for i, anchor in enumerate(("start", "middle", "end")):                    # three ticks on each axis
-        x, y = x0 + (x1 - x0) * i / 2, y0 + (y1 - y0) * i / 2
-        svg += (f'<path d="M62 {Y(y):.0f}H332" stroke="var(--rule)"/><text x="56" y="{Y(y) + 5:.0f}" '
-                f'text-anchor="end">{y:.3g}</text><text x="{X(x):.0f}" y="216" text-anchor="{anchor}">{x:.4g}</text>')
+    for y in ticks(y0, y1):
+        svg += (f'<path d="M62 {Y(y):.0f}H332" stroke="var(--rule)"/>'
+                f'<text x="56" y="{Y(y) + 5:.0f}" text-anchor="end">{y:g}</text>')
+    for x in ticks(x0, x1):
+        svg += f'<text x="{X(x):.0f}" y="216" text-anchor="middle">{x:g}</text>'
     for i, line in enumerate(lines.values()):
         path = "L".join(f"{X(x):.1f} {Y(y):.1f}" for x, y in line)
         svg += f'<path d="M{path}" fill="none" stroke="{INKS[i % len(INKS)]}" stroke-width="2"/>'
     keys = "".join(f'<span><i style="border-color:{INKS[i % len(INKS)]}"></i>{esc(label)}</span>'
                    for i, label in enumerate(lines))
-    return (f'<figure><figcaption><b>{esc(name)}</b></figcaption><svg viewBox="0 0 340 244" role="img" aria-label="'
-            f'{esc(name)} by step">{svg}<path d="M62 14V196H332" fill="none" stroke="var(--soft)"/><text x="197" '
-            f'y="238" text-anchor="middle">step</text></svg><p class="key">{keys}</p></figure>')
+    return (f'<figure><figcaption><b>{esc(name)}</b></figcaption><svg viewBox="0 0 340 244" role="img" '
+            f'aria-label="{esc(name)} by step">{svg}<path d="M62 14V196H332" fill="none" '
+            f'stroke="var(--soft)"/><text x="197" y="238" text-anchor="middle">step</text></svg>'
+            f'<p class="key">{keys}</p></figure>')
 
 
 def curves(S):
-    """Charts of the training logs of Phase One and of the adapters: one per column of CURVES that a log has."""
+    """Charts of the training logs of Phase One and the adapters: one per column of CURVES that a log has."""
     logs, charts = {}, []
-    for run in [r for r in (S.FROM, S.RUN) if r]:                              # what RUN has replaces what FROM has
+    for run in [r for r in (S.FROM, S.RUN) if r]:                      # what RUN has replaces what FROM has
         root = common.ROOT / "runs" / run
         for path in [*root.glob("phase1/log.csv"), *sorted(root.glob("phase2/*/*/log.csv"))]:
             stage, label = ("phase1", "") if path.parent.name == "phase1" else path.parts[-3:-1]
@@ -151,9 +173,10 @@ def curves(S):
     for stage, runs in logs.items():
         for column in S.CURVES.split(","):
             lines = {label or column: [(float(r["step"]), float(r[column])) for r in rows
-                                       if r.get(column) not in (None, "", "nan")] for label, rows in runs.items()}
+                                       if r.get(column) not in (None, "", "nan", "inf")]
+                     for label, rows in runs.items()}
             lines = {label: line for label, line in lines.items() if line}
-            charts += [chart(f"{title(stage)}: {column}", lines)] if lines else []
+            charts += [chart(f"{title(stage)}: {COLUMNS.get(column, column)}", lines)] if lines else []
     return "".join(charts) or "<p>No training log was found.</p>"
 
 
@@ -166,23 +189,25 @@ def marked(memory, reference):
     bare = lambda phrase: phrase.strip(" ,.;:!?").lower()
     split = lambda text: re.split(r"(?<=[,.;:!?])\s+", text)
     known = {bare(phrase) for phrase in split(reference)}
-    return " ".join(html.escape(p) if bare(p) in known else f"<mark>{html.escape(p)}</mark>" for p in split(memory))
+    return " ".join(html.escape(phrase) if bare(phrase) in known else f"<mark>{html.escape(phrase)}</mark>"
+                    for phrase in split(memory))
 
 
 def example(stream, clip, frames, wrote):
-    """One clip: at most four of its frames (n, H, W, 3), and [(policy, memory)], the first being Phase One's."""
+    """One clip: four of its frames (n, H, W, 3) at most, and [(policy, memory)] with Phase One first."""
     from PIL import Image
     images, items = [], []
     for frame in frames[::-(-len(frames) // 4)]:
         picture, data = Image.fromarray(frame), io.BytesIO()
         picture.thumbnail((480, 480))                                          # keeps the page small
         picture.save(data, "JPEG", quality=88)
-        images.append(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">')
+        text = base64.b64encode(data.getvalue()).decode()
+        images.append(f'<img alt="" src="data:image/jpeg;base64,{text}">')
     for policy, memory in wrote:
-        items.append(f"<dt>{html.escape(policy)}</dt><dd>"
-                     f"{marked(memory, wrote[0][1]) if memory else 'wrote no well-formed memory'}</dd>")
-    return (f"<h3>{html.escape(stream)} at {common.clock(clip['start'])}</h3><div class=\"frames\">{''.join(images)}"
-            f"</div><dl>{''.join(items)}</dl>")
+        items.append(f"<div><dt>{html.escape(policy)}</dt><dd>"
+                     f"{marked(memory, wrote[0][1]) if memory else 'wrote no well-formed memory'}</dd></div>")
+    return (f'<h3>{html.escape(stream)} at {common.clock(clip["start"])}</h3>'
+            f'<div class="frames">{"".join(images)}</div><dl class="grid">{"".join(items)}</dl>')
 
 
 def examples(S, jobs, memories, streams):
@@ -191,19 +216,27 @@ def examples(S, jobs, memories, streams):
     for i in range(min(S.EXAMPLES, len(streams))):
         stream = streams[i * len(streams) // S.EXAMPLES]
         clip = stream["clips"][len(stream["clips"]) // 2]
-        wrote = [(title(j.method) + f": {j.environment}" * bool(j.environment), row["memory"]) for j in order
-                 for row in memories[j.slug] if (row["stream"], row["clip"]) == (stream["stream"], clip["clip"])]
+        here = lambda row: row["stream"] == stream["stream"] and row["clip"] == clip["clip"]
+        wrote = [(title(j.method) + f": {j.environment}" * bool(j.environment), row["memory"])
+                 for j in order for row in memories[j.slug] if here(row)]
         frames = common.read_frames(clip["file"], common.frame_times(clip, S.FRAMES_PER_CLIP))
         out.append(example(stream["stream"], clip, frames, wrote))
     return "".join(out)
 
 
 def headline(R):
-    """The result in two sentences."""
-    after = {r["method"]: r for r in R["rows"] if r["scope"] == "after" and r["environment"] == "all"}
-    texts = [f"{title(m)} {100 * r['accuracy']['mean']:.1f} %" for m, r in after.items() if r["questions"]]
-    return (f"Share of questions answered rightly from nothing but each policy's own memories of {R['streams']} "
-            f"unseen streams: {'; '.join(texts)}.")
+    """The result in a few sentences."""
+    mean = lambda x, scale=100: cell({**x, "low": None, "high": None}, scale)
+    after = {r["method"]: mean(r["accuracy"]) for r in R["rows"]
+             if r["scope"] == "after" and r["environment"] == "all"}
+    text = (f"From nothing but its own memories of {R['streams']} unseen streams, the base answers "
+            f"{after['base']}% of the questions and Phase One {after['phase1']}%.")
+    for m in [m for m in R["transfer"] if m != "phase1"]:
+        gain, others = R["gains"][m]["over_phase1"], R["gains"][m]["mismatched"]
+        text += (f" Adapters ({m}) answer {after[m]}% in the environment whose recent questions they "
+                 f"learned from: {mean(gain['accuracy'], 1)} points over Phase One"
+                 + (f", against {mean(others['accuracy'], 1)} in the other environments." if others else "."))
+    return text
 
 
 def page(R, S, jobs, memories, streams):
@@ -215,15 +248,20 @@ def page(R, S, jobs, memories, streams):
             if looks != "heat" or i == 0 or row[i] == "–":
                 return ""
             return f' style="--h:{0.75 * float(row[i]):.0f}%"' + ' class="own"' * (row[0] == head[i])
-        body = "".join("<tr>" + "".join(f"<td{attributes(row, i)}>{split(text)}</td>" for i, text in enumerate(row))
-                       + "</tr>" for row in rows)
-        table = (f'<p class="soft">{esc(note)}</p><div class="box"><table class="{looks}"><thead><tr>'
-                 f'{"".join(f"<th>{esc(h)}</th>" for h in head)}</tr></thead><tbody>{body}</tbody></table></div>')
+        cells = lambda row: "".join(f"<td{attributes(row, i)}>{split(x)}</td>" for i, x in enumerate(row))
+        body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
+        names = "".join(f"<th>{esc(h)}</th>" for h in head)
+        table = (f'<p class="soft">{esc(note)}</p><div class="box"><table class="{looks}"><thead><tr>{names}'
+                 f'</tr></thead><tbody>{body}</tbody></table></div>')
         parts.append(f"<details><summary>{esc(name)}</summary>{table}</details>" if looks == "folded"
                      else f"<h2>{esc(name)}</h2>{table}")
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-'
-            f'width,initial-scale=1"><title>{esc(R["run"])}: results</title><style>{STYLE}</style></head><body>'
-            f'<h1>What the memories can answer: run {esc(R["run"])}</h1><p>{esc(headline(R))}</p>{"".join(parts)}'
-            f'<h2>Training</h2><div class="grid">{curves(S)}</div><h2>What each policy wrote</h2><p class="soft">Each '
-            f"policy with its own memories as history. Marked: what Phase One's memory of the same clip does not say."
-            f'</p>{examples(S, jobs, memories, streams)}</body></html>\n')
+    name, charts, shown = esc(R["run"]), curves(S), examples(S, jobs, memories, streams)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{name}: results</title><style>{STYLE}</style></head><body>
+<h1>What the memories can answer: run {name}</h1><p>{esc(headline(R))}</p>{"".join(parts)}
+<h2>Training</h2><div class="grid">{charts}</div>
+<h2>What each policy wrote</h2><p class="soft">Each policy with its own memories as history. Marked: what
+Phase One's memory of the same clip does not say.</p>{shown}</body></html>
+"""

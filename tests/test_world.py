@@ -256,3 +256,42 @@ def test_videos_survive_encoding(tmp_path):
     assert np.abs(back.astype(int) - frames).mean() < 6
     assert (world.draw_frames(truth[0]) == world.draw_frames(truth[0])).all()
     assert (world.draw_frames(truth[0])[0] != world.draw_frames(truth[0])[2]).any()        # the people move
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The committed base; per name of a set of videos its contexts (windows with a stronger writer's history) and judge."""
+    pytest.importorskip("torch")
+    pytest.importorskip("decord")
+    import common
+    from tiny import make_base
+    S = common.settings({"__doc__": ""}, [])
+    policy, rng, sets = common.load_policy(S), random.Random(9), {}
+    for name, blank in (("seen", False), ("blanked", True)):
+        rows, _, ask = make_base.held_out(tmp_path_factory.mktemp(name), make_base.STREAMS + 1000, 4, blank)
+        sets[name] = make_base.caption_contexts(rows, ask, 8, S.K, rng), ask
+    return policy, sets, make_base
+
+
+def test_every_category_is_perceived(base):
+    policy, sets, make_base = base
+    assert all(share >= 0.95 for share in make_base.forced_decoding(policy, *sets["seen"]).values())
+
+
+def test_without_pixels_nothing_is_known(base):
+    policy, sets, make_base = base
+    chance = {"place": 1 / 6, "wear": 1 / 7, "action": 1 / 7, "object": 1 / 56, "count": 1 / 6, "speech": 1 / 144}
+    shares = make_base.forced_decoding(policy, *sets["blanked"])
+    assert all(shares[c] <= chance[c] + 0.2 for c in chance), shares
+    assert sum(shares.values()) <= sum(chance.values()) + 0.3, shares
+
+
+def test_the_tokenizer_prices_three_facts_at_the_budget(base):
+    policy, _, _ = base
+    cost = lambda memory: len(policy.tokenizer(memory)["input_ids"])
+    rng = random.Random(10)
+    for i in range(100):
+        told = world.clip_facts(stream(i)[0])
+        chosen = rng.sample(told, 4)
+        assert cost(world.sentence("still", chosen[:3])) <= 17 < cost(world.sentence("now", chosen))
+        assert policy.tokenizer.decode(policy.tokenizer(world.sentence("now", chosen))["input_ids"]) == world.sentence("now", chosen)
