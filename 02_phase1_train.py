@@ -155,6 +155,17 @@ def histories(S, policy, streams):
     return written
 
 
+def show_group(policy, context, prompt, samples, score, group):
+    """The teaching view: one group in full, its rewards term by term, the advantages and what the gate does."""
+    print(re.sub(r"(<\|video_pad\|>)+", "<frames>", policy.tokenizer.decode(prompt.ids)))
+    for i, s in enumerate(samples):
+        terms = "  ".join(f"{k} {v[i] if v[i] is None else round(v[i], 3)}" for k, v in score["terms"].items())
+        print(f"\n#{i}  {s.text}\n    {terms}  | total {score['total'][i]}")
+        if group and i in group["kept"]:
+            j = group["kept"].index(i)
+            print(f"    advantage {group['advantages'][j]:+.2f}  {'counts' if group['counts'][j] else 'GATED: no loss'}")
+
+
 def main(argv=None):
     S = settings(globals(), argv)
     out = start(S, "phase1")
@@ -166,10 +177,11 @@ def main(argv=None):
     print(f"{sum(p.numel() for p in params) / 1e6:.2f} M trainable parameters; {S.STEPS} steps of {S.CONTEXTS} contexts, "
           f"{math.ceil(S.CONTEXTS / S.MINI_BATCH)} updates a step")
     announce(S, policy, batch.next(0), S.STEPS * S.CONTEXTS, 2 * S.GROUP + 1, 5 if S.KL else 4)
-    grpo(policy, S, out, params, batch, lambda c, s: rewards(S, judge, c, s), reference="base")
-    if not S.SHOW:
-        policy.save("phase1", out / "adapter")
-        print(f"Phase One is in {out / 'adapter'}; next: python 03_collect_tasks.py --RUN={S.RUN}")
+    shown = grpo(policy, S, out, params, batch, lambda c, s: rewards(S, judge, c, s), reference="base")
+    if shown:
+        return show_group(policy, *shown)
+    policy.save("phase1", out / "adapter")
+    print(f"Phase One is in {out / 'adapter'}; next: python 03_collect_tasks.py --RUN={S.RUN}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Three ideas carry the file; each has its own section below:
   2. Vision runs once per clip. The tower is frozen, so a clip's features serve rollout, old log-probs and training.
   3. The noise of a sample depends on (seed, step, context, sample) alone, so a resumed run repeats itself exactly.
 """
-import contextlib, csv, dataclasses, difflib, importlib, json, math, os, pathlib, random, re, signal, sys, threading, time, warnings
+import contextlib, csv, dataclasses, difflib, importlib, json, math, os, pathlib, re, resource, signal, sys, threading, time, warnings
 from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
 
@@ -45,7 +45,6 @@ ASK_TO_THINK = " First think, then write </think>, then the answer."     # for t
 TEXTS = ("PROMPT", "ASK_TO_THINK", "TASK_PROMPT")                                # edited here, not on a command line
 TASK_PROMPT = "\nThese questions were asked lately; similar ones will come, so remember what they need:\n"
 
-
 # ================================================================ settings and files
 def settings(module, argv=None):
     """Constants of common.py and of a script, with `--NAME=value` from the command line applied.
@@ -81,7 +80,6 @@ def settings(module, argv=None):
         S[name] = value
     return SimpleNamespace(**S)
 
-
 def start(S, stage):
     """Folder runs/RUN/stage, after comparing S with the settings saved there. Raises SystemExit on a difference."""
     if torch is None:
@@ -100,7 +98,6 @@ def start(S, stage):
         write_json(out / "settings.json", now)
     return out
 
-
 def need(S, name):
     """Path of runs/RUN/name, or of runs/FROM/name. Raises SystemExit naming the script that makes it."""
     runs = [r for r in (S.RUN, S.FROM) if r]
@@ -110,7 +107,6 @@ def need(S, name):
     maker = dict(streams="01_make_streams", phase1="02_phase1_train", tasks="03_collect_tasks", reward="04_train_reward",
                  phase2="05_phase2_train", eval="06_eval")[name.split("/")[0]]
     raise SystemExit(f"runs/{' and runs/'.join(runs)}: {name} is missing. Make it first: python {maker}.py --RUN={S.RUN}")
-
 
 @contextlib.contextmanager
 def written_aside(path):
@@ -123,29 +119,23 @@ def written_aside(path):
         os.fsync(f.fileno())
     os.replace(aside, path)
 
-
 def write_text(path, text):
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
-
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
 
 def write_jsonl(path, rows):
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
-
 def read_json(path):
     return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-
 
 def append_jsonl(path, rows):
     """For work in progress: a line may be torn by a kill, so read it back with torn=True."""
     with open(path, "a", encoding="utf-8") as f:
         f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-
 
 def read_jsonl(path, torn=False):
     """Rows of a JSONL file; torn: a last line without its line end is cut off the file first."""
@@ -154,7 +144,6 @@ def read_jsonl(path, torn=False):
         text = text[:text.rfind("\n") + 1]
         write_text(path, text)
     return [json.loads(line) for line in text.split("\n") if line.strip()]
-
 
 def load_streams(S, split):
     """Stream rows of one split, with clip files made absolute. Raises SystemExit if there are none."""
@@ -166,28 +155,20 @@ def load_streams(S, split):
         clip["file"] = str(path.parent / clip["file"])           # an absolute path stays as it is
     return rows
 
-
 def clock(seconds):
-    """Stream time as text.
-
-    >>> clock(3725.4)
-    '01:02:05'
-    """
+    """Stream time as HH:MM:SS."""
     return f"{int(seconds) // 3600:02}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
-
 
 # ================================================================ memory format
 Context = dataclasses.make_dataclass("Context", [("stream", str), ("clips", list), ("history", list), ("questions", list)])
 Context.__doc__ = "The last k clips (rows of streams.jsonl), the memories of all but the newest, and the task prompt's questions."
 Context.clip = property(lambda self: self.clips[-1]["clip"])
 
-
 def make_context(stream, t, memories, questions=(), k=5):
     """Context of clip t: `memories[i]` is the memory of clip i ("" or missing where none was kept)."""
     first = max(0, t - k + 1)
     get = memories.get if isinstance(memories, dict) else lambda i, none: memories[i]
     return Context(stream["stream"], stream["clips"][first:t + 1], [get(i, "") for i in range(first, t)], list(questions))
-
 
 @dataclasses.dataclass
 class Sample:
@@ -198,7 +179,6 @@ class Sample:
     thinking_tokens: int
     memory_tokens: int
     truncated: bool
-
 
 def parse_response(text):
     """(memory, thinking) of a response; memory is None unless it is exactly one `</think>` and then one JSON object
@@ -211,129 +191,98 @@ def parse_response(text):
     >>> parse_response('</think>{"description": "x", "description": "y"}')[0]
     """
     thinking, closed, rest = text.partition("</think>")
-    if not closed or "</think>" in rest:
-        return None, thinking.strip()
     try:
-        pairs = json.loads(rest, object_pairs_hook=list)
+        pairs = json.loads(rest, object_pairs_hook=tuple)          # a tuple of pairs, so that a repeated key shows
     except ValueError:
-        return None, thinking.strip()
-    ok = isinstance(pairs, list) and len(pairs) == 1 and pairs[0][0] == "description" and isinstance(pairs[0][1], str)
+        pairs = ()
+    ok = closed and isinstance(pairs, tuple) and [k for k, _ in pairs] == ["description"] and isinstance(pairs[0][1], str)
     return (pairs[0][1].strip() or None) if ok else None, thinking.strip()
 
-
 # ================================================================ frames to patches to prompt
-# ---- video decoding: decord, each call under a time limit -----------------------------------------------------
+# ---- video decoding: decord, each call under a time limit ----------------------------------------------
 DECODE_SECONDS = 60     # s that one call may take: decord 0.6.0 hangs for ever on some files
 _videos = {}            # the 8 last used open files, since opening one scans all of it
-
 
 class VideoError(ValueError):
     """A video that cannot be read; the text holds the file, the reason and the cure."""
     def __init__(self, file, reason):
-        super().__init__(f"{file}: {reason}. Leave it out, fetch it again, or ffmpeg -i IN -c:v libx264 OUT.mp4")
+        super().__init__(f"{file}: {reason}. Leave it out, fetch it again, or re-encode it to H.264 in mp4")
 
-
-class _Video:
-    """An open file. times (n,), end: s on the file's own clock. next: for AVI the index that comes next, else None."""
-    def __init__(self, file, size):
-        self.file, self.size = file, dict(zip(("height", "width"), size or ()))
-        self.open()
-
-    def open(self):
-        import decord
-        decord.logging.set_level(decord.logging.QUIET)
-        with open(self.file, "rb") as f:
-            head = f.read(189)
-        if head[:1] == head[188:] == b"G":
-            raise VideoError(self.file, "is an MPEG transport stream, which decord silently reads a key frame late")
-        # One thread: with more, damage costs more good frames, and short reads gain little.
-        self.reader = decord.VideoReader(self.file, num_threads=1, **self.size)
-        stamps = self.reader.get_frame_timestamp(range(len(self.reader)))       # (n, 2) start, end
-        self.next = 0 if head[8:11] == b"AVI" else None     # H.264 in AVI: after a seek, silently wrong frames ...
-        if self.next == 0 and stamps[0, 0] < -1e6:          # ... and no time stamps; but an AVI's rate is constant
-            stamps[:, 0] = [i / self.reader.get_avg_fps() for i in range(len(stamps))]
-            stamps[:, 1] = stamps[:, 0] + 1 / self.reader.get_avg_fps()
-        # A file cut without re-encoding starts before 0. Its hidden frames are counted but never delivered: index i
-        # is the i-th frame from 0 on (checked against PyAV), and an index beyond those hangs.
-        stamps = stamps[stamps[:, 0] >= -1e-3] if stamps[0, 0] < -1e-3 else stamps
-        self.times, self.end = stamps[:, 0], float(stamps[-1, 1])
-
-    def get(self, indices):
-        """Frames (n, H, W, 3) of sorted indices. One that fails fails all, and the reader is of no more use."""
-        if self.next is None:
-            return self.reader.get_batch(indices).asnumpy()
-        if indices[0] < self.next:
-            self.open()
-        read = ((i, self.reader.next()) for i in range(self.next, indices[-1] + 1))
-        self.next = indices[-1] + 1
-        return np.stack([frame.asnumpy() for i, frame in read if i in indices])
-
+def _open_video(file, size):
+    """-> [decord reader, times (n,) of the frames, end]; times in s on the file's own clock."""
+    import decord
+    decord.logging.set_level(decord.logging.QUIET)
+    with open(file, "rb") as f:
+        head = f.read(189)
+    # One thread: with more, damage costs more good frames, and short reads gain little.
+    reader = decord.VideoReader(file, num_threads=1, **dict(zip(("height", "width"), size or ())))
+    stamps = reader.get_frame_timestamp(range(len(reader)))     # (n, 2) start, end
+    if head[:1] == head[188:] == b"G" or stamps[0, 0] < -1e6:   # seen: a key frame late; wrong by a seek
+        raise VideoError(file, "is MPEG-TS or lacks time stamps (H.264 in AVI): decord gives wrong frames")
+    if stamps[0, 0] < -1e-3:    # Cut without re-encoding: the frames before 0 are counted, never delivered.
+        stamps = stamps[stamps[:, 0] >= -1e-3]      # Index i is the i-th from 0 on (as in PyAV); others hang.
+    return [reader, stamps[:, 0], float(stamps[-1, 1])]
 
 def _in_time(file, size, work):
-    """work(video) in a thread with a time limit: signals do not end a hang. A hung thread stays behind, asleep."""
+    """work(video) in a thread with a time limit, as signals end no hang (which leaves a sleeping thread)."""
     file = os.fspath(file)
     if not os.path.isfile(file) or not os.path.getsize(file):
         raise VideoError(file, "is empty" if os.path.isfile(file) else "is not a file")
-    key = (file, size, os.stat(file).st_mtime_ns, os.getpid())      # pid: decord's threads don't survive a fork
-    kept, done = _videos.pop(key, None), []                         # popped: a reader serves one thread at a time
+    key = (file, size, os.stat(file).st_mtime_ns, os.getpid())  # pid: decord's threads do not survive a fork
+    kept, done = _videos.pop(key, None), []                     # popped: a reader serves one thread at a time
 
     def body():
         try:
-            video = kept or _Video(file, size)
+            video = kept or _open_video(file, size)
             done.extend((work(video), video))
         except Exception as error:      # decord's own DECORDError is a bare Exception
-            reason = f"cannot be opened or decoded ({' '.join(str(error).split())[-100:]})"
-            if "video stream" in str(error):
-                reason = "holds no video, or one of a codec that decord lacks (AV1)"
+            reason = f"not decodable, or no video, or AV1 ({' '.join(str(error).split())[-90:]})"
             done.append(error if isinstance(error, VideoError) else VideoError(file, reason))
     thread = threading.Thread(target=body, daemon=True)
     thread.start()
     thread.join(DECODE_SECONDS)
-    if not done or isinstance(done[0], VideoError):
+    if len(done) < 2:
         raise done[0] if done else VideoError(file, f"did not decode in DECODE_SECONDS = {DECODE_SECONDS}")
     _videos[key] = done[1]
     for old in list(_videos)[:-8]:
         _videos.pop(old, None)
     return done[0]
 
-
 def read_frames(file, times, size=None):
-    """The frames of file nearest to times (s on its own clock, from probe_video's start on; any order) by their real
-    time stamps -> uint8 (n, H, W, 3), resized to size = (H, W) if given. Where the file is damaged, the nearest
-    other wanted frame stands in, with a warning. VideoError: under half of the frames decode, or a time is over 1 s
+    """The frames nearest to times (s on the file's own clock, which begins at probe_video's start) by their
+    real time stamps -> uint8 (n, H, W, 3), resized to size = (H, W) if given. Where the file is damaged the
+    nearest other wanted frame stands in, with a warning. VideoError: under half decode, or a time is > 1 s
     outside the video."""
     times = np.asarray(times, dtype=float)
     span = f"from {times.min():.1f} to {times.max():.1f} s"
 
     def work(video):
-        if times.min() < video.times[0] - 1 or times.max() > video.end + 1:
-            raise VideoError(file, f"has no frames {span}, only from {video.times[0]:.1f} to {video.end:.1f} s")
-        wanted, back = np.unique(np.abs(video.times - times[:, None]).argmin(1), return_inverse=True)
+        _, stamps, end = video
+        if times.min() < stamps[0] - 1 or times.max() > end + 1:
+            raise VideoError(file, f"has no frames {span}, only from {stamps[0]:.1f} to {end:.1f} s")
+        wanted, back = np.unique(np.abs(stamps - times[:, None]).argmin(1), return_inverse=True)
         try:
-            return video.get(wanted.tolist())[back]
-        except Exception:       # frame by frame, and after each failure on a fresh reader, loses only the bad ones
-            video.open()
-        good = {}
+            return video[0].get_batch(wanted).asnumpy()[back]
+        except Exception:       # one by one, and after a failure on a fresh reader: only the bad ones go
+            good, video[0] = {}, _open_video(file, size)[0]
         for i in wanted.tolist():
             try:
-                good[i] = video.get([i])[0]     # (H, W, 3)
+                good[i] = video[0][i].asnumpy()     # (H, W, 3)
             except Exception:
-                video.open()
+                video[0] = _open_video(file, size)[0]
+        lost = f"is damaged: {len(wanted) - len(good)} of {len(wanted)} frames {span} are lost"
         if 2 * len(good) < len(wanted):
-            raise VideoError(file, f"is damaged: {len(wanted) - len(good)} of {len(wanted)} frames {span} are lost")
-        warnings.warn(f"{file} is damaged: {len(wanted) - len(good)} of {len(wanted)} frames {span} are lost")
+            raise VideoError(file, lost)
+        warnings.warn(f"{file} {lost}")
         return np.stack([good[min(good, key=lambda j: abs(j - i))] for i in wanted])[back]
     return _in_time(file, size, work)
 
-
 def probe_video(file):
-    """-> {duration, start: s, frames, width, height}; decodes the first frame. VideoError if it can't be read."""
+    """-> {duration, start: s, frames, width, height}; decodes the first frame. Raises VideoError."""
     def work(video):
-        height, width = video.get([0]).shape[1:3]
-        start = float(video.times[0])
-        return dict(duration=video.end - start, start=start, frames=len(video.times), width=width, height=height)
+        (height, width), start = video[0][0].shape[:2], float(video[1][0])
+        return dict(duration=video[2] - start, start=start, frames=len(video[1]), width=width, height=height)
     return _in_time(file, None, work)
-
 
 def frame_size(height, width, pixels):
     """(height, width) in multiples of 32, at most `pixels` in area, the aspect ratio kept as well as that allows.
@@ -346,7 +295,6 @@ def frame_size(height, width, pixels):
         scale = math.sqrt(height * width / pixels)
         h, w = (max(32, math.floor(x / scale / 32) * 32) for x in (height, width))
     return h, w
-
 
 def frames_to_patches(frames, pixels):
     """Frames to what Qwen3-VL's vision tower reads (as Qwen3VLVideoProcessor, which needs torchvision).
@@ -364,13 +312,11 @@ def frames_to_patches(frames, pixels):
     x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)     # (t, h/2, w/2, 2, 2, 3, 2, 16, 16): the 4 patches of a token are neighbours
     return x.reshape(t * h * w, -1), (t, h, w)
 
-
 def frame_times(clip, n):
     """Seconds in the clip's file at which its frames are taken; a shorter last clip gets fewer, two at least."""
     length = clip["end"] - clip["start"]
     n = max(2, round(n * min(1, length / 10)))
     return [clip["offset"] + (i + 0.5) * length / n for i in range(n)]
-
 
 def build_prompt(context, video, tokenizer):
     """Prompt text: instruction, then per clip its time, frame pairs with their timestamps and memory; at last the tasks.
@@ -389,84 +335,81 @@ def build_prompt(context, video, tokenizer):
     text = chat("".join(parts))
     return text if text.endswith("<think>\n") else chat("".join(parts) + ASK_TO_THINK)
 
-
 # ================================================================ the policy: one frozen model, its adapters
 Prompt = namedtuple("Prompt", "ids embeds positions visual deep")
 # ids (P,); embeds (P, d) with vision filled in; positions (3, P); visual (P,) bool; deep: per deepstack layer (V, d)
 
+WRITERS = ("base", "phase1", "phase2")       # each builds on the one before it
 
 class Policy:
-    """Qwen3-VL with what can be switched on it. `who` is the writer: "base", "phase1" (LoRA or weights of 02) or
-    "phase2" (that and the adapter of 05). Attributes: model, tokenizer, device, hidden (d), layers (count), S."""
+    """Qwen3-VL with what can be switched on it. `use(writer)` chooses who writes: "base", "phase1" (with what 02 trained) or
+    "phase2" (with the adapter of 05 on top). Attributes: model, lm (its decoder), head, tokenizer, device, hidden (d), layers
+    (count), S (settings), end (id of the end token), banned (ids never sampled), trainable (parameters)."""
 
     def __init__(self, model, tokenizer, S):
-        self.model, self.tokenizer, self.S, self.who = model, tokenizer, S, "base"
-        self.device, self.lm, self.head = model.device, model.model.language_model, model.lm_head
-        self.hidden, self.layers = self.lm.config.hidden_size, len(self.lm.layers)
-        self.lora = {"base": [], "phase1": [], "phase2": []}      # names of the PEFT adapters that each writer uses
-        self.weights = {}                                         # writer -> {parameter name: tensor}, for TRAIN="all"
-        self.steer, self.hook, self.trainable, self.features = None, None, [], OrderedDict()
+        self.model, self.lm, self.head, self.tokenizer, self.S = model, model.model.language_model, model.lm_head, tokenizer, S
+        self.device, self.hidden, self.layers = model.device, self.lm.config.hidden_size, len(self.lm.layers)
+        self.who, self.trainable, self.features = "base", [], OrderedDict()
+        self.lora = {w: [] for w in WRITERS}             # names of PEFT adapters
+        self.whole, self.resident = {}, None             # weights trained whole {name: tensor}, and which are in the model now
+        self.steer, self.steered, self.hook = None, None, None
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if re.fullmatch(r"<\|.*\|>", t.content)}
+        special = {i for i, t in tokenizer.added_tokens_decoder.items() if re.fullmatch(r"<\|.*\|>", t.content)}
         # a sampled <|video_pad|> would crash the next pass; suppressed in sampling and in log-probs alike
-        self.banned = torch.tensor(sorted(i for i in special.values() if i != self.end), device=self.device)
+        self.banned = torch.tensor(sorted(special - {self.end}), device=self.device)
 
     # ---- adapters
     def add_lora(self, writer, name, folder=None):
-        """LoRA on the language model's attention, new (B = 0) or read from a PEFT folder; used by `writer`."""
+        """LoRA on the language model's attention, new (B = 0) or read from a PEFT folder -> its parameters."""
         from peft import LoraConfig
         if folder is None:
             self.model.add_adapter(LoraConfig(r=self.S.LORA_RANK, lora_alpha=2 * self.S.LORA_RANK,
                                               target_modules=r".*language_model.*self_attn\.[qkvo]_proj"), name)
         else:
             self.model.load_adapter(str(folder), adapter_name=name)
-        self.lora[writer] = self.lora[writer] + [name]
+        self.lora[writer] = [name]
         self.use(writer)
         return [p for n, p in self.model.named_parameters() if f".{name}." in n]
 
     def add_steer(self, layer, vector=None):
-        """The paper's adapter: one vector (d,) added to the output of a decoder layer, h <- h + a (method, section 2)."""
+        """The paper's adapter: a vector (d,) added to the output of a decoder layer, h <- h + a; zero at the start."""
         if not 0 <= layer < self.layers:
             raise SystemExit(f"LAYER={layer}: this model has the layers 0 to {self.layers - 1}; near "
                              f"{round(self.layers * 22 / 48)} is the paper's depth (22 of 48)")
         if self.hook:
             self.hook.remove()
-        self.steered = layer
-        self.steer = torch.nn.Parameter(torch.zeros(self.hidden, device=self.device) if vector is None else vector)
+        self.steered, self.steer = layer, torch.nn.Parameter(torch.zeros(self.hidden) if vector is None else vector)
+        self.steer.data = self.steer.data.to(self.device)
         self.hook = self.lm.layers[layer].register_forward_hook(
-            lambda module, args, out: out + self.steer.to(out.dtype)
-            if self.who == "phase2" and self.steer is not None else None)
+            lambda _, args, out: out + self.steer.to(out.dtype) if self.who == "phase2" and self.steer is not None else None)
         self.use("phase2")
         return [self.steer]
 
     def add_weights(self, writer, file=None):
-        """All parameters of the language model, trained for `writer` (vision, embeddings and head stay frozen)."""
-        from safetensors.torch import load_file
+        """All parameters of the decoder (vision, embeddings and head stay frozen), new or read from a file."""
         if self.model.dtype != torch.float32:
             raise SystemExit('training all parameters needs unquantised fp32 weights: use TRAIN="lora" / ADAPTER="steer"')
-        named = {n: p for n, p in self.lm.named_parameters() if "lora_" not in n and "embed_tokens" not in n}
-        copy = {n: p.detach().clone() for n, p in named.items()}
-        self.weights.setdefault(self._holder(self.who) or "base", copy)
-        self.weights[writer] = load_file(str(file)) if file else {n: v.clone() for n, v in copy.items()}
+        from safetensors.torch import load_file
+        if not self.whole:
+            self.whole["base"] = self.resident = {n: p.detach().clone() for n, p in self._decoder().items()}
+        self.whole[writer] = load_file(str(file)) if file else {n: p.detach().clone() for n, p in self._decoder().items()}
         self.use(writer)
-        return list(named.values())
+        return list(self._decoder().values())
 
-    def _holder(self, writer):
-        """Whose weights `writer` runs on: its own, or those of the writer before it; None while nothing was trained whole."""
-        chain = ["phase2", "phase1", "base"]
-        return next((w for w in chain[chain.index(writer):] if w in self.weights), None)
+    def _decoder(self):
+        return {n.replace(".base_layer", ""): p for n, p in self.lm.named_parameters()
+                if "lora_" not in n and "embed_tokens" not in n}
 
     def use(self, writer):
-        """Switches the writer. Weights trained whole are swapped in place; those that leave are kept."""
-        old, new = self._holder(self.who), self._holder(writer)
-        if old != new:
-            named = dict(self.lm.named_parameters())
+        """Switches the writer; weights trained whole are swapped in place."""
+        chain = WRITERS[:WRITERS.index(writer) + 1]
+        whole = next((self.whole[w] for w in chain[::-1] if w in self.whole), None)
+        if whole is not self.resident:
             with torch.no_grad():
-                for name in self.weights[new]:
-                    self.weights[old][name].copy_(named[name])
-                    named[name].copy_(self.weights[new][name])
-        self.who = writer
-        names = (self.lora["phase1"] if writer == "phase2" else []) + self.lora[writer]
+                for n, p in self._decoder().items():
+                    self.resident[n].copy_(p)
+                    p.copy_(whole[n])
+        self.who, self.resident, names = writer, whole, [n for w in chain for n in self.lora[w]]
         if any(self.lora.values()):
             self.model.enable_adapters() if names else self.model.disable_adapters()
             if names:
@@ -489,33 +432,24 @@ class Policy:
             self.use(before)
 
     def save(self, writer, folder):
-        """What 02 or 05 trained: a PEFT folder, steer.safetensors under the authors' key, or weights.safetensors."""
+        """What 02 or 05 trained, alone: a PEFT folder, steer.safetensors under the authors' key, or weights.safetensors."""
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
         folder.mkdir(parents=True, exist_ok=True)
+        self.use(writer)
         if self.lora[writer]:
-            name, file = self.lora[writer][-1], "adapter_model.safetensors"
-            state = get_peft_model_state_dict(self.model, adapter_name=name)
+            state, file = get_peft_model_state_dict(self.model, adapter_name=self.lora[writer][0]), "adapter_model.safetensors"
             state = {f"base_model.model.{k}": v for k, v in state.items()}
-            self.model.peft_config[name].save_pretrained(str(folder))
-        elif writer in self.weights:
-            with self.using(writer):
-                state, file = {n: p for n, p in self.lm.named_parameters() if n in self.weights[writer]}, "weights.safetensors"
+            self.model.peft_config[self.lora[writer][0]].save_pretrained(str(folder))
+        elif writer in self.whole:
+            state, file = self._decoder(), "weights.safetensors"
         else:
             state, file = {f"model.language_model.layers.{self.steered}.adapter.steer": self.steer}, "steer.safetensors"
         with written_aside(folder / file) as aside:
             save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, str(aside))
 
-    def drop(self, writer):
-        """Forgets what `writer` had beyond the writer before it, who is switched on."""
-        self.use("phase1" if writer == "phase2" else "base")
-        for name in self.lora[writer]:
-            self.model.delete_adapter(name)
-        self.lora[writer], self.steer = [], None if writer == "phase2" else self.steer
-        self.weights.pop(writer, None)
-
     def load(self, writer, folder):
-        """Reads what `save` wrote for `writer`; an adapter that it had before is dropped. Leaves that writer switched on."""
+        """Reads what `save` wrote, in the place of what `writer` had before, and switches it on."""
         from safetensors.torch import load_file
         self.drop(writer)
         if (folder / "adapter_config.json").exists():
@@ -524,10 +458,17 @@ class Policy:
             self.add_weights(writer, folder / "weights.safetensors")
         elif (folder / "steer.safetensors").exists():
             (key, vector), = load_file(str(folder / "steer.safetensors")).items()
-            self.add_steer(int(key.split("layers.")[1].split(".")[0]), vector.to(self.device))
+            self.add_steer(int(key.split("layers.")[1].split(".")[0]), vector)
         else:
-            raise SystemExit(f"{folder} holds no adapter: expected adapter_config.json, steer.safetensors or weights.safetensors")
-        self.use(writer)
+            raise SystemExit(f"{folder} holds no adapter_config.json, steer.safetensors or weights.safetensors")
+
+    def drop(self, writer):
+        """Forgets what `writer` has beyond the writer before it, who is switched on."""
+        self.use(WRITERS[max(0, WRITERS.index(writer) - 1)])
+        for name in self.lora[writer]:
+            self.model.delete_adapter(name)
+        self.lora[writer], self.steer = [], None
+        self.whole.pop(writer, None)
 
     # ---- prompts
     def prepare(self, contexts):
@@ -570,7 +511,6 @@ class Policy:
         embeds[visual] = layers[0].to(embeds.dtype)
         return Prompt(ids, embeds, positions[:, 0].to(self.device), visual, layers[1:])
 
-
 # ================================================================ rollout and log-probs: a group is one row
 def visible(owner_q, owner_k):
     """Who sees whom: the prompt (owner 0) is seen by all, an answer (owner 1..G) by itself, padding (-1) by padding.
@@ -578,7 +518,6 @@ def visible(owner_q, owner_k):
     owner_q (B, Q), owner_k (B, T) -> bool (B, 1, Q, T).
     """
     return ((owner_k[:, None] == 0) | (owner_k[:, None] == owner_q[:, :, None]))[:, None]
-
 
 def pick(logits, u, temperature=1.0, top_p=1.0, top_k=0):
     """Tokens by the inverse CDF: one uniform number a token decides, so the noise is independent of batch and order.
@@ -594,7 +533,6 @@ def pick(logits, u, temperature=1.0, top_p=1.0, top_k=0):
     cdf = p.double().cumsum(-1)
     return (cdf <= u[..., None] * cdf[..., -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
 
-
 def rollout(policy, prompts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
     """n samples per prompt (from `policy.prepare`) -> list of lists of Sample, by the writer that is switched on.
 
@@ -609,7 +547,6 @@ def rollout(policy, prompts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
             answers += _decode(policy, prompts[i:i + size], torch.tensor(noise, device=policy.device),
                                temperature, top_p, top_k)
     return [[as_sample(policy, ids) for ids in group] for group in answers]
-
 
 def _decode(policy, prompts, noise, temperature, top_p, top_k):
     """noise (B, n, T) -> B lists of n lists of ids."""
@@ -659,13 +596,11 @@ def _decode(policy, prompts, noise, temperature, top_p, top_k):
                            past_key_values=cache, use_cache=True).last_hidden_state     # (R, W, d)
     return answers
 
-
 def as_sample(policy, ids):
     ended, count = bool(ids) and ids[-1] == policy.end, lambda text: len(policy.tokenizer(text)["input_ids"])
     text = policy.tokenizer.decode(ids[:-1] if ended else ids)
     memory, thinking = parse_response(text)
     return Sample(list(ids), text, memory, count(thinking), count(memory or ""), not ended)
-
 
 def logprobs(policy, prompt, answers):
     """Log-probs of each answer's tokens given the prompt, all answers packed into one row [prompt | a1 | ... | aG].
@@ -698,7 +633,6 @@ def logprobs(policy, prompt, answers):
         at += len(a)
     return out
 
-
 # ================================================================ group-relative policy optimisation
 def group_advantages(rewards, gate=None):
     """A_i = (r_i - mean r) / std r over the whole group, and which samples count (the NSR gate; paper, section 2).
@@ -718,7 +652,6 @@ def group_advantages(rewards, gate=None):
     counts = [a >= 0 or gate is None or g < 0 for a, g in zip(advantages, gate or rewards)]
     return advantages, counts
 
-
 def policy_loss(logp, old, advantages, counts, ratio="gspo", clip=(0.2, 0.28)):
     """Clipped loss of one group: -mean over i of min(s_i A_i, clip(s_i, 1 - low, 1 + high) A_i) (paper, section 2).
 
@@ -735,12 +668,10 @@ def policy_loss(logp, old, advantages, counts, ratio="gspo", clip=(0.2, 0.28)):
         clipped += ((s > high) if A > 0 else (s < low)).float().mean().item()
     return total / len(logp), clipped / len(logp)
 
-
 def kl_to(logp, reference):
     """KL of the policy to the reference, per token by the estimator exp(d) - d - 1, d = ref - logp; mean over samples."""
     gap = [r - n for n, r in zip(logp, reference)]
     return sum((g.exp() - g - 1).mean() for g in gap) / len(gap)
-
 
 def grpo(policy, S, out, params, batch, reward, reference):
     """The loop of 02 (and of 05 on-policy): rollout, reward, advantage, update, log, save; resumes from `out`.
@@ -757,7 +688,7 @@ def grpo(policy, S, out, params, batch, reward, reference):
         first, batch.state = load_checkpoint(out, params, optimizer)
         log.keep(first)
     bar = tqdm(range(first, S.STEPS), initial=first, total=S.STEPS, desc=out.name, disable=S.SHOW or first >= S.STEPS)
-    with Interrupt() as stop:
+    with interruptible() as stop:
         for step in bar:
             # ---- rollout
             began = time.time()
@@ -769,7 +700,7 @@ def grpo(policy, S, out, params, batch, reward, reference):
             scores = reward(contexts, samples)
             groups = [_group(p, s, r, S.GATE) for p, s, r in zip(prompts, samples, scores)]
             if S.SHOW:
-                return show_group(contexts[0], prompts[0], samples[0], scores[0], groups[0], policy)
+                return contexts[0], prompts[0], samples[0], scores[0], groups[0]
             lost = sum(t is None for r in scores for t in r["total"])
             if lost * 2 > S.GROUP * len(contexts):
                 raise SystemExit(f"step {step}: the judge failed on {lost} of {S.GROUP * len(contexts)} samples; "
@@ -795,12 +726,13 @@ def grpo(policy, S, out, params, batch, reward, reference):
             bar.set_postfix(reward=f"{row['reward']:.2f}", malformed=f"{row['malformed']:.2f}")
             if step % S.PRINT_EVERY == 0:
                 bar.write("  ".join(f"{k} {v:.3g}" for k, v in row.items()))
-                _best_and_worst(bar, samples, scores)
+                rated = [(t, s.text) for t, s in zip(scores[0]["total"], samples[0]) if t is not None]
+                for name, pick_one in (("best", max), ("worst", min)) if rated else ():
+                    bar.write(f"  {name} {pick_one(rated)[0]:+.2f}: {pick_one(rated)[1]!r}")
             if stop.asked or (step + 1) % S.SAVE_EVERY == 0 or step + 1 == S.STEPS:
                 save_checkpoint(out, step + 1, params, optimizer, batch.state)
             if stop.asked:
                 raise SystemExit(f"stopped after step {step}; run the same command to go on")
-
 
 def _group(prompt, samples, score, gate):
     """Samples with a reward, their advantages and ids; None if fewer than two are left."""
@@ -810,7 +742,6 @@ def _group(prompt, samples, score, gate):
     advantages, counts = group_advantages([score["total"][i] for i in kept],
                                           [score["gate"][i] for i in kept] if gate else None)
     return dict(prompt=prompt, ids=[samples[i].ids for i in kept], advantages=advantages, counts=counts, kept=kept)
-
 
 def _update(policy, S, params, optimizer, groups, sums, step):
     """One optimizer step on a mini-batch of groups, group by group, so that memory holds one packed row."""
@@ -831,7 +762,6 @@ def _update(policy, S, params, optimizer, groups, sums, step):
     optimizer.step()
     sums["grad_norm"] = max(sums["grad_norm"], norm.item())
 
-
 def _row(S, step, samples, scores, groups, sums, rollout_s, update_s):
     """A CSV row; every column is explained in 02_phase1_train.py."""
     flat = [s for g in samples for s in g]
@@ -839,7 +769,8 @@ def _row(S, step, samples, scores, groups, sums, rollout_s, update_s):
     mean = lambda x: sum(x) / max(1, len(x))
     terms = {k: mean([v for r in scores for v in r["terms"][k] if v is not None]) for k in scores[0]["terms"]}
     tokens, n = sum(len(s.ids) for s in flat), max(1, sum(1 for g in groups if g and any(g["advantages"])))
-    gb = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _resident() / 2**30
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    gb = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident) / 2**30
     return dict(step=step, reward=mean(total), reward_std=float(np.std(total or [0])), **terms,
                 flat=mean([not g or not any(g["advantages"]) for g in groups]),
                 malformed=mean([s.memory is None for s in flat]), truncated=mean([s.truncated for s in flat]),
@@ -848,53 +779,24 @@ def _row(S, step, samples, scores, groups, sums, rollout_s, update_s):
                 memory=mean([s.memory_tokens for s in flat if s.memory]), kl=sums["kl"] / n, clipped=sums["clipped"] / n,
                 grad_norm=sums["grad_norm"], tokens_per_s=tokens / rollout_s, rollout_s=rollout_s, update_s=update_s, gb=gb)
 
-
-def _resident():
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _best_and_worst(bar, samples, scores):
-    rated = [(t, s.text) for t, s in zip(scores[0]["total"], samples[0]) if t is not None]
-    for name, (t, text) in (("best", max(rated)), ("worst", min(rated))) if rated else ():
-        bar.write(f"  {name} {t:+.2f}: {text!r}")
-
-
-def show_group(context, prompt, samples, score, group, policy):
-    """The teaching view: one group in full, its rewards term by term, the advantages and what the gate does."""
-    print(re.sub(r"(<\|video_pad\|>)+", "<frames>", policy.tokenizer.decode(prompt.ids)))
-    for i, s in enumerate(samples):
-        terms = "  ".join(f"{k} {v[i] if v[i] is None else round(v[i], 3)}" for k, v in score["terms"].items())
-        print(f"\n#{i}  {s.text}\n    {terms}  | total {score['total'][i]}")
-        if group and i in group["kept"]:
-            j = group["kept"].index(i)
-            print(f"    advantage {group['advantages'][j]:+.2f}  {'counts' if group['counts'][j] else 'GATED: no loss'}")
-
-
 # ================================================================ keeping a run alive
-class Interrupt:
+@contextlib.contextmanager
+def interruptible():
     """Turns Ctrl-C and SIGTERM into `asked`, so that the step in hand is finished and saved."""
-    asked = False
-
-    def __enter__(self):
-        main = threading.current_thread() is threading.main_thread()
-        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
-        return self
-
-    def _ask(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        for s, handler in self.old.items():
+    stop, main = SimpleNamespace(asked=False), threading.current_thread() is threading.main_thread()
+    ask = lambda *_: setattr(stop, "asked", True)
+    old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    try:
+        yield stop
+    finally:
+        for s, handler in old.items():
             signal.signal(s, handler)
-
 
 def save_checkpoint(out, step, params, optimizer, state):
     """Everything that the next step depends on. Sampling noise derives from (seed, step), so no RNG state is needed."""
     with written_aside(out / "checkpoint.pt") as aside:
         torch.save(dict(step=step, params=[p.detach().cpu() for p in params], optimizer=optimizer.state_dict(),
                         state=json.dumps(state)), aside)
-
 
 def load_checkpoint(out, params, optimizer):
     """(step, state) of a checkpoint whose tensors are put in place."""
@@ -904,7 +806,6 @@ def load_checkpoint(out, params, optimizer):
             p.copy_(v)
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"], json.loads(saved["state"])
-
 
 class Log:
     """A CSV with one row a step; `keep(n)` drops the rows from step n on, which a resumed run writes again."""
@@ -923,7 +824,6 @@ class Log:
             w = csv.DictWriter(f, list(self.rows[-1]))
             w.writeheader()
             w.writerows(self.rows)
-
 
 # ================================================================ model, judge, watching
 def load_policy(S):
@@ -949,7 +849,6 @@ def load_policy(S):
         print("*** no GPU: fp32 on the CPU. Fine for the embedded world; a 30B model is out of reach ***")
     return policy
 
-
 def load_judge(S):
     """Judge and reader with one method `ask(kind, items) -> list`, None for a verdict that failed. Kinds and items:
     "faithful" {context, memory} -> bool; "clean" {previous, memory} -> bool; "rank" {context, memories} -> ranks, 1 = richest;
@@ -959,7 +858,6 @@ def load_judge(S):
         raise SystemExit(f'JUDGE={S.JUDGE} is unknown: the only judge so far is "tiny", for the embedded world')
     world = importlib.import_module("tiny.world")
     return world.Judge(read_jsonl(need(S, "streams/truth.jsonl")))
-
 
 def announce(S, policy, contexts, groups, calls, passes=3):
     """Prints what a run will cost before it starts, from one measured rollout and one measured pass.
@@ -977,7 +875,6 @@ def announce(S, policy, contexts, groups, calls, passes=3):
     length = sum(len(s.ids) for g in samples for s in g) / len(samples)
     print(f"cost: {groups} groups of {S.GROUP} = {groups * S.GROUP} rollouts, {len(prompts[0].ids)} prompt tokens and about "
           f"{length:.0f} sampled ones a group, {groups * calls} judge calls, about {groups * seconds / 60:.1f} min")
-
 
 def watch(policy, S, streams, questions=(), desc="watch", path=None):
     """The policy watches streams side by side, clip by clip, with its own memories as history -> {stream: [row per clip]}.
@@ -1001,3 +898,5 @@ def watch(policy, S, streams, questions=(), desc="watch", path=None):
         if path and rows:
             append_jsonl(path, rows)
     return kept
+
+Interrupt = interruptible
