@@ -1,0 +1,329 @@
+"""Stage 6: watch the test streams with every policy, answer from its memories alone, write the report.
+
+A policy watches each test stream once, clip by clip, with its own memories as history. The reader then
+answers the questions of *every* environment from those memories, so the cross-task transfer matrix costs no
+second watching. Only "+ task prompt" watches once per environment, since its prompt holds that environment's
+recent questions. Every policy is also validated in the same contexts as Phase One: win / tie / loss, quality.
+
+Differences from the paper: 95 % intervals, by a bootstrap over streams (questions about one stream share its
+memories, so the stream is the independent unit); the questions after the update (scope "after") stand apart
+from "all", which pools the first recent questions as the paper does; a reply that the judge failed to give is
+dropped and counted, never a miss. Tables and page are laid out by results/report.py.
+
+Run:  python 06_eval.py     (finished policies are kept: interrupt it, or train another adapter, and go on)
+In:   streams/*.jsonl  phase1/adapter  tasks/recent.json  phase2/*/*/adapter (whichever exist)
+Out:  eval/results.json, results.md, report.html (one file, opens offline), memories.jsonl
+"""
+import hashlib, importlib, json, re
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import common
+
+# ------------------------------------------------------------------------------------------------------------
+STREAMS = 0                         # test streams to watch; 0 = all of them
+EXPECT = "dpo-steer,grpo-steer"     # Phase Two policies of a full comparison; others found in phase2/ join in
+RECENT = 5                          # questions in a task prompt, and pooled into scope "all" (paper: 5)
+VALIDATE_CLIPS = 4                  # contexts per test stream for win / tie / loss and quality
+VALIDATE_TEMPERATURE = 1.0          # as in training: at 0.6 even an untrained base looks faithful
+BOOTSTRAP = 2000                    # resamples of the streams: an interval ends within about 0.3 points
+EXAMPLES = 3                        # clips shown in the report with their frames
+CURVES = "reward,quality,malformed,memory,loss,margin,norm"     # columns of the training logs to draw
+# ------------------------------------------------------------------------------------------------------------
+
+
+# -------------------------------------------------------------------------------- statistics
+METRICS = {"accuracy": (2, 0), "coverage": (1, 0), "precision": (2, 1)}    # columns of `count`: top / bottom
+QUALITY = {"win": (7, 6), "tie": (8, 6), "loss": (9, 6), "faithful": (2, 0), "non_redundant": (3, 0),
+           "fully_right": (4, 0), "well_formed": (1, 0), "tokens": (5, 1)}     # columns of `tally`
+
+
+def resamples(groups, n, seed):
+    """How often each stream is drawn in each of `n` bootstrap samples: (n, streams of all groups).
+
+    groups: sizes; each is resampled by itself (test streams; streams of the recent questions). Every figure
+    uses the same draws, so the differences between methods are paired by stream.
+    """
+    import numpy as np
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.multinomial(g, [1 / g] * g, n) for g in groups if g], axis=1)
+
+
+def ratio(counts, weights, top, bottom, minus=None):
+    """{mean, low, high} of the pooled ratio sum(top) / sum(bottom); with `minus` the lead over it in points.
+
+    counts, minus (streams, columns); weights (B, streams). All three are None where the bottom is 0
+    (precision where nothing was covered); low and high also where a single stream gives no spread.
+
+    >>> import numpy as np
+    >>> ratio(np.array([[4., 2.], [12., 10.]]), resamples([2], 9, 0), 1, 0)["mean"]
+    0.75
+    """
+    import numpy as np
+
+    def share(c):
+        sums = np.concatenate([np.ones((1, len(c))), weights]) @ c     # (1 + B, columns): the data first
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return sums[:, top] / sums[:, bottom]                      # (1 + B,)
+
+    values = share(counts) if minus is None else 100 * (share(counts) - share(minus))
+    if not np.isfinite(values[0]):
+        return {"mean": None, "low": None, "high": None}
+    low = high = None
+    if (counts[:, bottom] > 0).sum() > 1:
+        low, high = np.nanpercentile(values[1:], [2.5, 97.5]).round(6).tolist()
+    return {"mean": round(float(values[0]), 6), "low": low, "high": high}
+
+
+def count(rows, units):
+    """(streams, 3) of asked, covered, correct. A reply of None (the judge failed) is in none of them."""
+    import numpy as np
+    table = np.zeros((len(units), 3))
+    for row in rows:
+        if row["reply"] is not None:
+            table[units[row["stream"]]] += (1, row["reply"] != "insufficient", bool(row["correct"]))
+    return table
+
+
+def tally(rows, units, budget):
+    """(streams, 10): samples, well formed, faithful within budget, clean, all of it, tokens if well formed;
+    comparisons, wins, ties, losses. What the judge failed on is left out of its part."""
+    import numpy as np
+    table = np.zeros((len(units), 10))
+    for row in rows:
+        sums, formed = table[units[row["stream"]]], bool(row["memory"])
+        if None not in (row["faithful"], row["clean"]):
+            good = row["faithful"] and row["tokens"] <= budget
+            sums[:6] += (1, formed, good, row["clean"], good and row["clean"], formed * row["tokens"])
+        for verdict in row["verdicts"].values():
+            sums[6:] += (verdict is not None, verdict == "win", verdict == "tie", verdict == "loss")
+    return table
+
+
+def figures(counts, weights, minus=None, columns=METRICS):
+    return {name: ratio(counts, weights, *pair, minus) for name, pair in columns.items()}
+
+
+def summarise(jobs, answers, recent, units, weights, S):
+    """{rows, gains, transfer}: shares in [0, 1], gains in points, each {mean, low, high}.
+
+    Counts are pooled over questions, never means of ratios, so that accuracy = coverage x precision.
+    """
+    table = {(j.method, j.environment, e): count([r for r in answers[j.slug] if r["environment"] == e], units)
+             for j in jobs for e in recent}
+    first = {e: count(recent[e][:S.RECENT], units) for e in recent}
+    mine = lambda m, e: (m, e if (m, e, e) in table else "", e)        # the policy meant for environment e
+    pool = lambda keys: sum(table[key] for key in keys)
+    rows, gains, transfer = [], {}, {}
+    for m in dict.fromkeys(j.method for j in jobs):
+        have = [e for e in recent if mine(m, e) in table]
+        for e, asked in [(e, [e]) for e in have] + [("all", have)]:
+            scopes = {"after": pool(mine(m, x) for x in asked)}
+            if not m.startswith("base"):     # before the update all others write as Phase One: its answers
+                scopes["all"] = scopes["after"] + sum(first[x] for x in asked)
+            rows += [{"method": m, "environment": e, "scope": scope, **figures(c, weights),
+                      "questions": int(c[:, 0].sum())} for scope, c in scopes.items()]
+        over = lambda ref, keys: figures(pool(keys), weights, pool(mine(ref, key[2]) for key in keys))
+        gains[m] = {"over_" + ref: over(ref, [mine(m, e) for e in have]) if m != ref else None
+                    for ref in ("base", "phase1")} | {"mismatched": None}
+        if m not in ("base", "phase1") and not m.endswith("+prompt"):
+            transfer[m] = {a: {e: figures(table[m, a, e], weights) for e in recent} for a in have}
+            others = [(m, a, e) for a in have for e in recent if a != e]
+            gains[m]["mismatched"] = over("phase1", others) if others else None
+    transfer["phase1"] = {e: figures(table["phase1", "", e], weights) for e in recent}
+    return {"rows": rows, "gains": gains, "transfer": transfer}
+
+
+# -------------------------------------------------------------------------------- policies
+def find_jobs(S, environments):
+    """What is evaluated: method, the environment learned or told ("" = none), writer, adapter folder, slug.
+
+    Phase Two policies are what phase2/ holds; an expected one that is missing is named with its command.
+    """
+    job = lambda method, environment, writer, folder=None: SimpleNamespace(
+        method=method, environment=environment, writer=writer, folder=folder, told=method.endswith("+prompt"),
+        slug=re.sub(r"[^\w+-]", "_", f"{method}.{environment}" if environment else method))
+    jobs, found = [], {}
+    for writer in ("base", "phase1"):
+        jobs += [job(writer, "", writer)] + [job(writer + "+prompt", e, writer) for e in environments]
+    for run in [r for r in (S.FROM, S.RUN) if r]:                      # what RUN has replaces what FROM has
+        for file in sorted((common.ROOT / "runs" / run / "phase2").glob("*/*/adapter/*.safetensors")):
+            found[file.parts[-4], file.parts[-3]] = file.parent
+    for method in dict.fromkeys(S.EXPECT.split(",") + sorted({m for m, _ in found})):
+        jobs += [job(method, e, "phase2", found[method, e]) for e in environments if (method, e) in found]
+        lacks = [e for e in environments if (method, e) not in found]
+        algorithm, _, adapter = method.partition("-")
+        if lacks:
+            print(f"!! {method}: no adapter for {', '.join(lacks)}, left out here. To make it: "
+                  f"python 05_phase2_train.py --RUN={S.RUN} --ALGORITHM={algorithm} --ADAPTER={adapter}")
+    return jobs
+
+
+class Writer:
+    """Loads the model when the first memory that is not kept is asked for; switches to a job's adapters."""
+
+    def __init__(self, S, phase1):
+        self.S, self.phase1, self.policy, self.folder = S, phase1, None, None
+
+    @contextmanager
+    def using(self, job):
+        if self.policy is None:
+            self.policy = common.load_policy(self.S)
+            self.policy.load("phase1", self.phase1)
+        if job.folder and job.folder != self.folder:
+            self.policy.load("phase2", job.folder)
+            self.folder = job.folder
+        with self.policy.using(job.writer):
+            yield self.policy
+
+
+def fingerprint(*things):
+    """Hash of values, and of the contents of every file in a Path: what a kept result depends on."""
+    digest = hashlib.sha256()
+    for thing in things:
+        files = sorted(p for p in thing.rglob("*") if p.is_file()) if isinstance(thing, Path) else []
+        for data in (p.read_bytes() for p in files) if files else [json.dumps(thing, default=str).encode()]:
+            digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()
+
+
+def kept(path, key, make):
+    """Rows of `make(part)`, stored with their key; read back where the file has this key: a run goes on.
+    part: where `make` may keep unfinished work; its name holds the key, so no other run takes it up."""
+    if path.exists():
+        head, *rows = common.read_jsonl(path)
+        if head == {"fingerprint": key}:
+            return rows
+    part = path.with_suffix(f".{key[:12]}.part")
+    rows = make(part)
+    common.write_jsonl(path, [{"fingerprint": key}, *rows])
+    part.unlink(missing_ok=True)
+    return rows
+
+
+# ------------------------------------------------------------------------------- watch, answer, judge
+def watch(writer, job, streams, questions, S, part):
+    """Rows {stream, clip, start, end, memory}, "" where malformed: a policy's pass over the streams."""
+    with writer.using(job) as policy:
+        told = questions[job.environment] if job.told else ()
+        seen = common.watch(policy, S, streams, told, job.slug, part)      # {stream: [row per clip]}
+    keys = ("stream", "clip", "start", "end", "memory")
+    return [{k: row[k] for k in keys} for s in streams for row in seen[s["stream"]]]
+
+
+def answer(judge, tasks, memories):
+    """Rows {task, stream, environment, reply, correct}; the reader gets what was written before the task."""
+    entries = {}
+    for row in memories:
+        entries.setdefault(row["stream"], []).append(row)
+    replies = importlib.import_module("03_collect_tasks").answer(judge, tasks, entries)
+    if 2 * replies.count(None) > len(replies):
+        raise SystemExit(f"the judge failed on {replies.count(None)} of {len(replies)} questions: mend it")
+    return [{"task": t["task"], "stream": t["stream"], "environment": t["environment"], "reply": reply,
+             "correct": reply == t["answer"]} for t, reply in zip(tasks, replies)]
+
+
+def compare(judge, questions, pairs):
+    """win | tie | loss of the first memory of each pair for such questions; both orders must agree, else it
+    is a tie (as in 04). None where the judge failed."""
+    ask = lambda a, b: {"questions": questions, "first": a, "second": b}
+    forth = judge.ask("prefer", [ask(a, b) for a, b in pairs])
+    back = judge.ask("prefer", [ask(b, a) for a, b in pairs])
+    named = {("first", "second"): "win", ("second", "first"): "loss"}
+    return [None if None in both else named.get(both, "tie") for both in zip(forth, back)]
+
+
+def validate(writer, judge, job, contexts, questions, S, reference=None):
+    """Rows {stream, clip, memory, tokens, faithful, clean, verdicts}: one sample per context.
+
+    contexts: with the Phase One history. verdicts: environment -> `compare` with the reference's memory.
+    A malformed response is neither faithful nor clean, and never compared. reference: None makes that itself.
+    """
+    with writer.using(job) as policy:
+        told = questions[job.environment] if job.told else []
+        asked = [common.Context(c.stream, c.clips, c.history, told) for c in contexts]
+        # the reference has noise of its own: Phase One against itself must not be a tie by construction
+        keys = [(S.SEED, 9, int(reference is None), i) for i in range(len(contexts))]
+        samples = common.rollout(policy, policy.prepare(asked), 1, keys, S.VALIDATE_TEMPERATURE)
+    rows = [{"stream": c.stream, "clip": c.clip, "memory": s.memory or "", "tokens": s.memory_tokens,
+             "faithful": False, "clean": False, "verdicts": {}} for c, (s,) in zip(contexts, samples)]
+    if reference is None:
+        return rows
+    formed, last = [(row, c) for row, c in zip(rows, contexts) if row["memory"]], lambda c: (c.history or [""])[-1]
+    faithful = judge.ask("faithful", [{"context": c, "memory": row["memory"]} for row, c in formed])
+    clean = judge.ask("clean", [{"previous": last(c), "memory": row["memory"]} for row, c in formed])
+    for (row, _), one, two in zip(formed, faithful, clean):
+        row |= {"faithful": one, "clean": two}
+    both = [(row, r["memory"]) for row, r in zip(rows, reference) if row["memory"] and r["memory"]]
+    for e in [job.environment] if job.environment else questions:
+        for (row, _), verdict in zip(both, compare(judge, questions[e], [(a["memory"], b) for a, b in both])):
+            row["verdicts"][e] = verdict
+    return rows
+
+
+# -------------------------------------------------------------------------------- the stage
+def main(argv=None):
+    S = common.settings(globals(), argv)
+    out = common.start(S, "eval")
+    from tqdm import tqdm
+    from results import report
+    streams, judge = common.load_streams(S, "test")[:S.STREAMS or None], common.load_judge(S)
+    recent, phase1 = common.read_json(common.need(S, "tasks/recent.json")), common.need(S, "phase1/adapter")
+    questions = {e: [t["question"] for t in rows[:S.RECENT]] for e, rows in recent.items()}
+    ids, tasks = [s["stream"] for s in streams], common.read_jsonl(common.need(S, "streams/tasks.jsonl"))
+    tasks = [t for t in tasks if t["stream"] in ids and t["environment"] in recent]
+    jobs, writer, clips = find_jobs(S, list(recent)), Writer(S, phase1), sum(len(s["clips"]) for s in streams)
+    n, checks = len(jobs), len(jobs) * len(ids) * S.VALIDATE_CLIPS
+    print(f"{n} policies x {clips} clips of {len(ids)} test streams = {n * clips} memories, then "
+          f"{n * len(tasks)} answers and {checks} validated memories; what is kept already is not made again")
+    # ---- every policy watches and answers; new adapters, streams or questions make its part anew
+    world = fingerprint(vars(S), phase1, streams, questions)
+    key = {j.slug: fingerprint(world, j.method, j.environment, j.folder or "") for j in jobs}
+    memories, answers, checked = {}, {}, {}
+    for j in tqdm(jobs, desc="watch and answer"):
+        memories[j.slug] = kept(out / "memories" / f"{j.slug}.jsonl", key[j.slug],
+                                lambda part: watch(writer, j, streams, questions, S, part))
+        answers[j.slug] = kept(out / "answers" / f"{j.slug}.jsonl", fingerprint(key[j.slug], tasks),
+                               lambda _: answer(judge, tasks, memories[j.slug]))
+    # ---- every policy writes in the same contexts: spread over each stream, Phase One's memories as history
+    past = {}
+    for row in memories["phase1"]:
+        past.setdefault(row["stream"], []).append(row["memory"])
+    spread = [(i + 1) / (S.VALIDATE_CLIPS + 1) for i in range(S.VALIDATE_CLIPS)]
+    contexts = [common.make_context(s, int(x * len(s["clips"])), past[s["stream"]], (), S.K)
+                for s in streams for x in spread]
+    plain = next(j for j in jobs if j.slug == "phase1")
+    reference = kept(out / "checked" / "reference.jsonl", world,
+                     lambda _: validate(writer, judge, plain, contexts, questions, S))
+    for j in tqdm(jobs, desc="validate"):
+        checked[j.slug] = kept(out / "checked" / f"{j.slug}.jsonl", key[j.slug],
+                               lambda _: validate(writer, judge, j, contexts, questions, S, reference))
+    # ---- figures and report
+    early = sorted({t["stream"] for rows in recent.values() for t in rows[:S.RECENT]} - set(ids))
+    units = {s: i for i, s in enumerate(ids + early)}
+    weights = resamples([len(ids), len(early)], S.BOOTSTRAP, S.SEED)
+    R = {"run": S.RUN, "streams": len(ids), **summarise(jobs, answers, recent, units, weights, S)}
+    sums = {j.slug: tally(checked[j.slug], units, S.MEMORY_TOKENS) for j in jobs}
+    R["validation"] = []
+    for m in R["gains"]:
+        mine = [j for j in jobs if j.method == m]
+        for e, group in [(j.environment, [j]) for j in mine if j.environment] + [("all", mine)]:
+            shares = figures(sum(sums[j.slug] for j in group), weights, None, QUALITY)
+            R["validation"].append({"method": m, "environment": e, **shares})
+    R["dropped"] = {"replies": sum(r["reply"] is None for rows in answers.values() for r in rows),
+                    "verdicts": sum(None in (r["faithful"], r["clean"], *r["verdicts"].values())
+                                    for rows in checked.values() for r in rows)}
+    common.write_json(out / "results.json", R)
+    common.write_jsonl(out / "memories.jsonl", [{"method": j.method, "environment": j.environment, **row}
+                                                for j in jobs for row in memories[j.slug]])
+    common.write_text(out / "results.md", report.markdown(R))
+    common.write_text(out / "report.html", report.page(R, S, jobs, memories, streams))
+    report.show(R, 0, 1)
+    print(f"\nThe report, which opens offline: {out / 'report.html'}\nTry next, an adapter or an ablation:\n"
+          f"  python 05_phase2_train.py --RUN={S.RUN} --ADAPTER=lora && python 06_eval.py --RUN={S.RUN}\n"
+          f"  python 02_phase1_train.py --RUN=norich --FROM={S.RUN} --RICHNESS=0")
+
+
+if __name__ == "__main__":
+    main()
