@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# ./run.sh          makes .venv, installs the pinned requirements and runs the six stages on the embedded world
+# ./run.sh test     the same set-up, then the tests
+# ./run.sh setup    the set-up alone
+# Arguments like --SEED=1 --RUN=seed1 go to each of the six scripts. PYTHON=python3.12 ./run.sh takes another Python (3.11 or later).
+set -euo pipefail
+cd "$(dirname "$0")"
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  { echo "Python 3.11 or later is needed; $("$python" --version) was found. Name another: PYTHON=python3.12 ./run.sh" >&2; exit 1; }
+
+stamp=$(cat requirements.txt run.sh | cksum)
+if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
+  echo "setting up .venv (some minutes the first time)"
+  "$python" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  echo "$stamp" > .venv/installed          # written last: an interrupted installation is done again
+fi
+
+case "${1:-}" in
+  setup) exit ;;
+  test) shift; exec .venv/bin/python -m pytest tests -q "$@" ;;
+esac
+
+began=$SECONDS
+for stage in 01_make_streams 02_phase1_train 03_collect_tasks 04_train_reward 05_phase2_train; do
+  .venv/bin/python $stage.py "$@"
+done
+.venv/bin/python 05_phase2_train.py --ALGORITHM=grpo "$@"
+.venv/bin/python 06_eval.py "$@"
+echo "the six stages took $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s after the installation"
