@@ -250,7 +250,8 @@ def validate(writer, judge, job, contexts, questions, S, reference=None):
              "faithful": False, "clean": False, "verdicts": {}} for c, (s,) in zip(contexts, samples)]
     if reference is None:
         return rows
-    formed, last = [(row, c) for row, c in zip(rows, contexts) if row["memory"]], lambda c: (c.history or [""])[-1]
+    last = lambda context: (context.history or [""])[-1]
+    formed = [(row, c) for row, c in zip(rows, contexts) if row["memory"]]
     faithful = judge.ask("faithful", [{"context": c, "memory": row["memory"]} for row, c in formed])
     clean = judge.ask("clean", [{"previous": last(c), "memory": row["memory"]} for row, c in formed])
     for (row, _), one, two in zip(formed, faithful, clean):

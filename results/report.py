@@ -116,6 +116,7 @@ td small{display:block}.heat td+td{background:color-mix(in srgb,var(--heat) var(
 .own{outline:2px solid var(--ink);outline-offset:-4px}
 summary{cursor:pointer;padding:.8rem 0;font-size:1.15rem;font-weight:600}
 .grid{display:grid;gap:1rem 1.5rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr))}
+.bars{max-width:28rem;margin:1.2rem 0 .4rem}.bars text{fill:var(--ink)}
 figure,dl,dd{margin:0}svg{width:100%;height:auto;display:block}svg text{font-size:16px;fill:var(--soft)}
 .key span{white-space:nowrap;margin-right:1rem}
 .key i{display:inline-block;width:1.6rem;border-top:4px solid;vertical-align:middle;margin-right:.4rem}
@@ -126,6 +127,23 @@ mark{background:var(--mark);color:inherit;border-radius:3px;padding:0 .15em;text
 @media(min-width:44rem){td,th{padding:.45rem .8rem}td:first-child,th:first-child{min-width:9rem}}
 """
 INKS = ["#2f7ed8", "#d9661f", "#1f9d6b", "#b85cc8", "#b8920b", "#d8485f", "#3aa0b5", "#8a8f98"]
+
+
+def bars(R):
+    """Accuracy after the update as a bar per method, with its interval, in front of coverage (pale)."""
+    rows = [r for r in R["rows"] if r["scope"] == "after" and r["environment"] == "all" and r["questions"]]
+    svg, X = "", lambda share: f"{2 + 276 * share:.1f}"
+    for i, r in enumerate(rows):
+        a, y = r["accuracy"], 54 * i + 24
+        svg += (f'<text x="2" y="{y - 6}">{html.escape(title(r["method"]))}</text>'
+                f'<text x="336" y="{y + 16}" text-anchor="end">{cell({**a, "low": None})}</text>'
+                f'<path fill="var(--rule)" d="M2 {y}H{X(r["coverage"]["mean"])}v20H2z"/>'
+                f'<path fill="var(--heat)" d="M2 {y}H{X(a["mean"])}v20H2z"/>')
+        if a["low"] is not None:
+            svg += (f'<path fill="none" stroke="var(--ink)" stroke-width="2" '
+                    f'd="M{X(a["low"])} {y + 5}v10m0 -5H{X(a["high"])}m0 -5v10"/>')
+    return (f'<svg class="bars" viewBox="0 0 340 {54 * len(rows)}" role="img" aria-label="Accuracy of every '
+            f'method, as in the first table">{svg}</svg>')
 
 
 def ticks(low, high):
@@ -260,7 +278,8 @@ def page(R, S, jobs, memories, streams):
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{name}: results</title><style>{STYLE}</style></head><body>
-<h1>What the memories can answer: run {name}</h1><p>{esc(headline(R))}</p>{"".join(parts)}
+<h1>What the memories can answer: run {name}</h1><p>{esc(headline(R))}</p>
+{bars(R)}<p class="soft">Per cent answered right, with its 95 % interval; pale: covered.</p>{"".join(parts)}
 <h2>Training</h2><div class="grid">{charts}</div>
 <h2>What each policy wrote</h2><p class="soft">Each policy with its own memories as history. Marked: what
 Phase One's memory of the same clip does not say.</p>{shown}</body></html>

@@ -285,7 +285,7 @@ def test_the_page_stands_alone(run):
     assert page.fetched and all(v.startswith("data:image/jpeg;base64,") for v in page.fetched)
     assert not re.search(r"https?://|url\(|@import", text)
     assert "dpo-<b>&" not in text and name in page.text and "<face_" in page.text and "<face_" not in text
-    assert text.count("<svg") == 2 and 'name="viewport"' in text and "prefers-color-scheme:dark" in text
+    assert text.count("<svg") == 3 and 'name="viewport"' in text and "prefers-color-scheme:dark" in text
     assert "<mark>" in text
 
 
