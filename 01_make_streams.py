@@ -6,7 +6,7 @@ few frames of each clip, to know now which can be used; a broken file is skipped
 
 Each later stage reads one split: 02 "train", 03 to 05 "deploy", 06 "test". Plain videos are all of the split
 SPLIT, except in a folder DATA/train, DATA/deploy or DATA/test. Who just wants memories of a folder of videos
-needs "deploy" alone; Phase One then comes from another run (--FROM).
+needs "deploy" alone: 03 takes Phase One from another run (--FROM=OTHERRUN).
 
 Beside a video: NAME.srt, its speech. In the folder DATA: tasks.jsonl, a question per line,
     {"video": "trip/day1.mp4", "question": "Who drove?", "options": ["A. Ann", "B. Bob"], "answer": "B"}
@@ -16,7 +16,7 @@ one kind share an adapter; else all are "questions") and "task" (a unique name).
 Run: python 01_make_streams.py [--NAME=value ...]       e.g. --SOURCE=videos --DATA=~/Videos --RUN=mine
 In:  the source
 Out: streams/streams.jsonl, tasks.jsonl; "tiny": videos/*.mp4, captions.jsonl, truth.jsonl; else files.jsonl
-Takes 10 s for the embedded world; for videos about 0.4 s per clip of 720p on one core, less with --CHECK=0.
+Takes 10 s for the embedded world; for videos 0.4 s per clip of 720p on one core, far less with --CHECK=0.
 """
 import importlib.util
 import math
@@ -65,7 +65,7 @@ def tiny_streams(S, out):
     from tqdm import tqdm
     from tiny import world
     if S.CLIP_SECONDS != world.CLIP_SECONDS:
-        raise SystemExit(f"CLIP_SECONDS={S.CLIP_SECONDS}: the embedded world's are {world.CLIP_SECONDS} s long")
+        raise SystemExit(f"CLIP_SECONDS={S.CLIP_SECONDS}: tiny clips are {world.CLIP_SECONDS} s long")
     (out / "videos").mkdir(exist_ok=True)
     streams, tasks, captions, facts = [], [], [], []
     sizes = {"train": S.TRAIN_STREAMS, "deploy": S.DEPLOY_STREAMS, "test": S.TEST_STREAMS}
@@ -174,6 +174,7 @@ def check_video(file, S):
     0 s even where the sound starts earlier. Raises nothing: an unusable file has no clips.
     """
     stat, clips, skipped = file.stat(), [], []
+    # One frame would miss a hole, and all of them would take as long as to watch the video.
     try:
         seen = common.probe_video(file)
         first, end = math.floor(seen["start"]), seen["start"] + seen["duration"]
@@ -195,14 +196,15 @@ def check_video(file, S):
 
 
 def reason(error, file):
+    """The text of a VideoError without the file, which the summary prints in front of it."""
     return str(error).removeprefix(f"{file}: ")
 
 
 # ---- clips, speech, tasks ----------------------------------------------------------------------------------
 
 def cut_clips(file, first, end, cues, S, offset=None):
-    """Clip rows of one file from `first` to `end`, s of the stream. offset: where `first` lies in the file, in s;
-    None: at `first` there too.
+    """Clip rows of one file, from `first` to `end` in s of the stream. offset: where `first` lies in the file,
+    in s; None: at `first` there too (streams of several files have their own clock).
 
     >>> from types import SimpleNamespace
     >>> S = SimpleNamespace(CLIP_SECONDS=10, SHORTEST=2)
@@ -210,8 +212,8 @@ def cut_clips(file, first, end, cues, S, offset=None):
     [(0.0, 10.0), (10.0, 20.0), (20.0, 23.0)]
     """
     clips, shift = [], 0 if offset is None else offset - first
-    count = max(1, math.ceil((end - first - S.SHORTEST) / S.CLIP_SECONDS))
-    for n in range(count):
+    count = math.floor((end - first - S.SHORTEST) / S.CLIP_SECONDS) + 1
+    for n in range(max(1, count)):
         begin = first + n * S.CLIP_SECONDS
         clip = {"clip": n, "start": float(begin), "end": round(float(min(begin + S.CLIP_SECONDS, end)), 3),
                 "file": file, "offset": float(begin + shift)}
@@ -301,7 +303,8 @@ def summary(streams, tasks, skipped):
     for name, why in skipped:
         print(f"  {name}: {why}")
     for split in sorted(SPLITS.keys() - {s["split"] for s in streams}):
-        print(f"no {split} stream: stage {SPLITS[split]} wants videos in DATA/{split}, or a run with them as --FROM")
+        print(f"no {split} stream: stage {SPLITS[split]} would want videos in a folder DATA/{split}"
+              + (", or skip it with --FROM=RUN, a run that has done it" if split == "train" else ""))
 
 
 def main(argv=None):

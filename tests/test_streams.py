@@ -1,4 +1,4 @@
-"""Stage 1 and the video decoding of common.py, on videos made here and, if there, those of ../shared/videos."""
+"""Stage 1 and the video decoding of common.py, on videos made here and on those of ../shared/videos."""
 import doctest
 import importlib
 import json
