@@ -54,7 +54,7 @@ def length_reward(tokens, limit):
     >>> length_reward(1200, 1200), length_reward(1800, 1200), length_reward(9999, 1200)
     (0.0, -0.5, -1.0)
     """
-    return -min(1.0, max(0.0, tokens / limit - 1))
+    return 0.0 - min(1.0, max(0.0, tokens / limit - 1))
 
 
 def rules_hold(memory, tokens, limit):

@@ -196,6 +196,7 @@ def kept(path, key, make):
         if head == {"fingerprint": key}:
             return rows
     part = path.with_suffix(f".{key[:12]}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = make(part)
     common.write_jsonl(path, [{"fingerprint": key}, *rows])
     part.unlink(missing_ok=True)
