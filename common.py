@@ -302,13 +302,13 @@ def frames_to_patches(frames, pixels):
     frames: (n, H, W, 3) uint8; an odd n repeats the last frame. Returns patches (n/2 * h * w, 3 * 2 * 16 * 16) in merge
     order, normalised to [-1, 1], and the grid (n/2, h, w) in patches of 16 pixels.
     """
-    x = torch.as_tensor(frames).permute(0, 3, 1, 2).float()                              # (n, 3, H, W)
+    x = torch.as_tensor(frames).permute(0, 3, 1, 2)                                      # (n, 3, H, W) uint8
     size = frame_size(*x.shape[2:], pixels)
     if size != tuple(x.shape[2:]):
-        x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).round().clamp(0, 255)
+        x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)   # of uint8, as the library
     x = torch.cat([x, x[-1:]]) if len(x) % 2 else x
     t, h, w = len(x) // 2, size[0] // 16, size[1] // 16
-    x = (x / 127.5 - 1).view(t, 2, 3, h // 2, 2, 16, w // 2, 2, 16)
+    x = (x.float() / 127.5 - 1).view(t, 2, 3, h // 2, 2, 16, w // 2, 2, 16)
     x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)     # (t, h/2, w/2, 2, 2, 3, 2, 16, 16): the 4 patches of a token are neighbours
     return x.reshape(t * h * w, -1), (t, h, w)
 
@@ -830,6 +830,7 @@ def load_policy(S):
     """The frozen model of S.MODEL with its tokenizer -> Policy. Raises SystemExit where it can't be used."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
     torch.set_num_threads(S.CPU_THREADS)
+    torch.manual_seed(S.SEED)                                # PEFT draws a new LoRA's A from the global generator
     name, gpu = str(ROOT / "tiny" / "base") if S.MODEL == "tiny" else S.MODEL, torch.cuda.is_available()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
