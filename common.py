@@ -7,7 +7,7 @@ Three ideas carry the file; each has its own section below:
   2. Vision runs once per clip. The tower is frozen, so a clip's features serve rollout, old log-probs and training.
   3. The noise of a sample depends on (seed, step, context, sample) alone, so a resumed run repeats itself exactly.
 """
-import contextlib, csv, dataclasses, difflib, importlib, json, math, os, pathlib, re, resource, signal, sys, threading, time, warnings
+import contextlib, csv, dataclasses, difflib, importlib, json, math, os, pathlib, re, resource, signal, sys, threading, time
 from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
 
@@ -42,7 +42,8 @@ PROMPT = """You keep the memory of an endless video. Below are its latest clips 
 Write the memory of the last clip in one or two sentences: what it shows or says, true, connected to the memory before, \
 nothing that it already states. Call people by their IDs, like <face_3>. Answer with {"description": "..."}."""
 ASK_TO_THINK = " First think, then write </think>, then the answer."     # for templates that open no thinking part
-TEXTS = ("PROMPT", "ASK_TO_THINK", "TASK_PROMPT")                                # edited here, not on a command line
+FIXED = ("PROMPT", "ASK_TO_THINK", "TASK_PROMPT", "DECODE_SECONDS")              # edited in their file, not by --NAME=value
+HARMLESS = ("RUN", "SHOW", "ENVIRONMENT", "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")    # may differ on resuming
 TASK_PROMPT = "\nThese questions were asked lately; similar ones will come, so remember what they need:\n"
 
 # ================================================================ settings and files
@@ -53,7 +54,7 @@ def settings(module, argv=None):
     resolved by MODEL. Raises SystemExit (with the nearest name, or the expected type) on a bad argument.
     """
     names = {n: v for n, v in (globals() | module).items()
-             if n.isupper() and isinstance(v, (str, int, float, both)) and n not in TEXTS}
+             if n.isupper() and isinstance(v, (str, int, float, both)) and n not in FIXED}
     argv, given = sys.argv[1:] if argv is None else argv, {}
     if any(a in ("-h", "--help") for a in argv):
         print(module["__doc__"] + "\nConstants (--NAME=value; two values: embedded world | full-size model):")
@@ -86,7 +87,7 @@ def start(S, stage):
         raise SystemExit("torch and numpy are missing: ./run.sh setup (or pip install -r requirements.txt)")
     out = ROOT / "runs" / S.RUN / stage if not os.path.isabs(S.RUN) else pathlib.Path(S.RUN) / stage
     out.mkdir(parents=True, exist_ok=True)
-    now = {n: v for n, v in vars(S).items() if n not in ("SHOW", "RUN", "ENVIRONMENT")}
+    now = {n: v for n, v in vars(S).items() if n not in HARMLESS}
     saved = read_json(out / "settings.json") if (out / "settings.json").exists() else now
     changed = [f"  {n}: {saved.get(n)!r} in the run, {now.get(n)!r} now" for n in sorted(saved | now)
                if saved.get(n) != now.get(n)]
@@ -199,90 +200,9 @@ def parse_response(text):
     return (pairs[0][1].strip() or None) if ok else None, thinking.strip()
 
 # ================================================================ frames to patches to prompt
-# ---- video decoding: decord, each call under a time limit ----------------------------------------------
-DECODE_SECONDS = 60     # s that one call may take: decord 0.6.0 hangs for ever on some files
-_videos = {}            # the 8 last used open files, since opening one scans all of it
-
-class VideoError(ValueError):
-    """A video that cannot be read; the text holds the file, the reason and the cure."""
-    def __init__(self, file, reason):
-        super().__init__(f"{file}: {reason}. Leave it out, fetch it again, or re-encode it to H.264 in mp4")
-
-def _open_video(file, size):
-    """-> [decord reader, times (n,) of the frames, end]; times in s on the file's own clock."""
-    import decord
-    decord.logging.set_level(decord.logging.QUIET)
-    with open(file, "rb") as f:
-        head = f.read(189)
-    # One thread: with more, damage costs more good frames, and short reads gain little.
-    reader = decord.VideoReader(file, num_threads=1, **dict(zip(("height", "width"), size or ())))
-    stamps = reader.get_frame_timestamp(range(len(reader)))     # (n, 2) start, end
-    if head[:1] == head[188:] == b"G" or stamps[0, 0] < -1e6:   # seen: a key frame late; wrong by a seek
-        raise VideoError(file, "is MPEG-TS or lacks time stamps (H.264 in AVI): decord gives wrong frames")
-    if stamps[0, 0] < -1e-3:    # Cut without re-encoding: the frames before 0 are counted, never delivered.
-        stamps = stamps[stamps[:, 0] >= -1e-3]      # Index i is the i-th from 0 on (as in PyAV); others hang.
-    return [reader, stamps[:, 0], float(stamps[-1, 1])]
-
-def _in_time(file, size, work):
-    """work(video) in a thread with a time limit, as signals end no hang (which leaves a sleeping thread)."""
-    file = os.fspath(file)
-    if not os.path.isfile(file) or not os.path.getsize(file):
-        raise VideoError(file, "is empty" if os.path.isfile(file) else "is not a file")
-    key = (file, size, os.stat(file).st_mtime_ns, os.getpid())  # pid: decord's threads do not survive a fork
-    kept, done = _videos.pop(key, None), []                     # popped: a reader serves one thread at a time
-
-    def body():
-        try:
-            video = kept or _open_video(file, size)
-            done.extend((work(video), video))
-        except Exception as error:      # decord's own DECORDError is a bare Exception
-            reason = f"not decodable, or no video, or AV1 ({' '.join(str(error).split())[-90:]})"
-            done.append(error if isinstance(error, VideoError) else VideoError(file, reason))
-    thread = threading.Thread(target=body, daemon=True)
-    thread.start()
-    thread.join(DECODE_SECONDS)
-    if len(done) < 2:
-        raise done[0] if done else VideoError(file, f"did not decode in DECODE_SECONDS = {DECODE_SECONDS}")
-    _videos[key] = done[1]
-    for old in list(_videos)[:-8]:
-        _videos.pop(old, None)
-    return done[0]
-
-def read_frames(file, times, size=None):
-    """The frames nearest to times (s on the file's own clock, which begins at probe_video's start) by their
-    real time stamps -> uint8 (n, H, W, 3), resized to size = (H, W) if given. Where the file is damaged the
-    nearest other wanted frame stands in, with a warning. VideoError: under half decode, or a time is > 1 s
-    outside the video."""
-    times = np.asarray(times, dtype=float)
-    span = f"from {times.min():.1f} to {times.max():.1f} s"
-
-    def work(video):
-        _, stamps, end = video
-        if times.min() < stamps[0] - 1 or times.max() > end + 1:
-            raise VideoError(file, f"has no frames {span}, only from {stamps[0]:.1f} to {end:.1f} s")
-        wanted, back = np.unique(np.abs(stamps - times[:, None]).argmin(1), return_inverse=True)
-        try:
-            return video[0].get_batch(wanted).asnumpy()[back]
-        except Exception:       # one by one, and after a failure on a fresh reader: only the bad ones go
-            good, video[0] = {}, _open_video(file, size)[0]
-        for i in wanted.tolist():
-            try:
-                good[i] = video[0][i].asnumpy()     # (H, W, 3)
-            except Exception:
-                video[0] = _open_video(file, size)[0]
-        lost = f"is damaged: {len(wanted) - len(good)} of {len(wanted)} frames {span} are lost"
-        if 2 * len(good) < len(wanted):
-            raise VideoError(file, lost)
-        warnings.warn(f"{file} {lost}")
-        return np.stack([good[min(good, key=lambda j: abs(j - i))] for i in wanted])[back]
-    return _in_time(file, size, work)
-
-def probe_video(file):
-    """-> {duration, start: s, frames, width, height}; decodes the first frame. Raises VideoError."""
-    def work(video):
-        (height, width), start = video[0][0].shape[:2], float(video[1][0])
-        return dict(duration=video[2] - start, start=start, frames=len(video[1]), width=width, height=height)
-    return _in_time(file, None, work)
+def read_frames(file, times):
+    """Frames (n, H, W, 3) uint8 of a file at the given seconds, by 01's reader. Raises its VideoError, within a time limit."""
+    return importlib.import_module("01_make_streams").read_frames(file, times)
 
 def frame_size(height, width, pixels):
     """(height, width) in multiples of 32, at most `pixels` in area, the aspect ratio kept as well as that allows.

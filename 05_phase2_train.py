@@ -1,0 +1,205 @@
+"""Phase Two: what to memorize. The Phase One policy stays frozen; for each environment a small adapter learns from its recent
+questions which facts to write (paper, section 2). No answers are used, and by the paper's path nothing is sampled.
+
+Reads as 02 with one difference: what is trained is `ADAPTER` ("steer": one vector of the hidden size added after decoder layer
+`LAYER`), and what it is trained on is `ALGORITHM`: "dpo" (the paper), on the cached pairs of 04, or "grpo" (ours), on-policy
+through the very loop of 02, where the reward model of 04 takes the place of the richness term.
+
+Differs from the paper: the on-policy path; its reward is r_fmt + r_len + r_qual + RELEVANCE * (R - mean R of the group), and
+its gate looks at the first three alone, since R has no natural zero.
+`python 05_phase2_train.py --SHOW=1` prints one pair (or group) in full and stops.
+
+Run: python 05_phase2_train.py [--NAME=value ...]
+In:  streams/, phase1/adapter (02), tasks/recent.json, cache.jsonl (03), reward/pairs.jsonl, model (04)
+Out: phase2/ALGORITHM-ADAPTER[-NAME]/ENVIRONMENT/adapter, log.csv, checkpoint.pt
+"""
+import importlib
+import random
+import time
+
+from common import (F, interruptible, Log, announce, both, grpo, load_checkpoint, load_judge, load_policy, load_streams, logprobs,
+                    make_context, need, read_json, read_jsonl, save_checkpoint, settings, start, torch)
+
+# ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
+LR = both(2e-2, 1e-3)            # of the vector (paper: 1e-3); 05 divides it by LR_DIVISOR for the other adapters
+LAYER = both(2, 22)              # decoder layer after which the vector is added, from 0 (paper: 22 of 48)
+BETA = both(0.5, 0.1)            # of DPO (paper: 0.1)
+STEPS = both(40, 40)             # DPO updates (paper: 10 to 40)
+PAIRS = both(16, 64)             # pairs per update (paper: 64)
+CONTEXTS = both(16, 32)          # grpo: contexts per rollout
+MINI_BATCH = both(16, 8)         # grpo: contexts per optimizer step
+GRPO_STEPS = both(12, 40)        # grpo: rollouts
+KL = both(0.0, 0.0)              # grpo: weight of the KL to the Phase One policy
+N_MIN, N_MAX = both(3, 11), both(9, 22)   # grpo: clips of a stream, as in 02
+PRINT_EVERY = both(10, 1)        # steps between log lines
+SAVE_EVERY = both(20, 5)         # steps between checkpoints
+# ---------------------------------------------------------------- the method
+ENVIRONMENT = ""                 # one environment by name; "": all of them, one adapter each
+ALGORITHM = "dpo"                # "dpo": on cached pairs (paper); "grpo": on-policy against the reward model
+ADAPTER = "steer"                # "steer": one vector; "lora": on attention; "all": all parameters of the language model
+NAME = ""                        # suffix of the output folder, to keep variants of one run side by side
+LR_DIVISOR = {"steer": 1, "lora": 20, "all": 200}
+SCALE_TO_NORM = 0.0              # > 0: the trained vector is scaled to this norm (paper: step 10 scaled to 0.3; 0.8 of the
+                                 # 40-step norm, which is 0.37 for d = 2048 and differs from model to model)
+RECENT = 5                       # questions that define the environment (paper: 5 to 10)
+RELEVANCE = 0.5                  # grpo: weight of the reward model beside the quality's +-0.5
+GROUP = 8                        # grpo: G, samples per context
+RATIO = "gspo"                   # grpo: as in 02
+CLIP_LOW, CLIP_HIGH = 0.2, 0.28
+GATE = 1
+RESAMPLE = 0.13
+OFF_POLICY_STEPS = 0             # grpo: the history is the policy's own from the start
+FORMAT, RICHNESS = -1.5, 0.0     # the reward model takes the place of richness
+GRAD_CLIP = 1.0
+SHOW = 0                         # 1: print one pair or group in full and stop
+# ----------------------------------------------------------------
+# log.csv of dpo, a row a step: loss; accuracy (share of pairs whose winner gained more than its loser over the reference);
+# margin (mean of beta times that difference); norm (of the vector, or of all trained values); grad_norm; seconds.
+
+
+def dpo_loss(winner, loser, ref_winner, ref_loser, beta):
+    """-log sigmoid(beta * ((log pi - log ref)(winner) - (log pi - log ref)(loser))), sums over the whole response.
+
+    All arguments () tensors, except beta. Returns (loss, margin).
+
+    >>> loss, margin = dpo_loss(*torch.tensor([-3.0, -5.0, -4.0, -4.0]), beta=0.5)
+    >>> round(margin.item(), 3), round(loss.item(), 4)
+    (1.0, 0.3133)
+    """
+    margin = beta * ((winner - ref_winner) - (loser - ref_loser))                        # ()
+    return -F.logsigmoid(margin), margin
+
+
+def train_dpo(policy, S, out, params, pairs):
+    """Pairs (prompt, winner ids, loser ids) -> trained params. Reference log-probs are cached once, by the Phase One policy."""
+    from tqdm import tqdm
+    optimizer, log, first = torch.optim.AdamW(params, lr=S.LR, weight_decay=0.0), Log(out / "log.csv"), 0
+    with policy.using("phase1"), torch.no_grad():
+        reference = [[x.sum() for x in logprobs(policy, p, [w, l])] for p, w, l in pairs]
+    policy.train_only(params)
+    if (out / "checkpoint.pt").exists():
+        first, _ = load_checkpoint(out, params, optimizer)
+        log.keep(first)
+    bar = tqdm(range(first, S.STEPS), initial=first, total=S.STEPS, desc=f"dpo {out.name}", leave=False)
+    with interruptible() as stop:
+        for step in bar:
+            # ---- batch
+            began, rng = time.time(), random.Random(f"{S.SEED} dpo {step}")
+            batch = rng.sample(range(len(pairs)), min(S.PAIRS, len(pairs)))
+            # ---- update
+            optimizer.zero_grad(set_to_none=True)
+            losses, margins = [], []
+            for i in batch:
+                prompt, w, l = pairs[i]
+                winner, loser = (x.sum() for x in logprobs(policy, prompt, [w, l]))      # () each
+                loss, margin = dpo_loss(winner, loser, *reference[i], S.BETA)
+                (loss / len(batch)).backward()
+                losses, margins = losses + [loss.item()], margins + [margin.item()]
+            grad_norm = torch.nn.utils.clip_grad_norm_(params, S.GRAD_CLIP).item()
+            if not grad_norm < float("inf"):
+                raise SystemExit(f"step {step}: the gradient norm is {grad_norm}; lower LR (now {S.LR}) and run again")
+            optimizer.step()
+            # ---- log and save
+            norm = sum(p.detach().float().pow(2).sum() for p in params).sqrt().item()
+            row = dict(step=step, loss=sum(losses) / len(batch), accuracy=sum(m > 0 for m in margins) / len(batch),
+                       margin=sum(margins) / len(batch), norm=norm, grad_norm=grad_norm, seconds=time.time() - began)
+            log.write(row)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", norm=f"{norm:.2f}")
+            if stop.asked or (step + 1) % S.SAVE_EVERY == 0 or step + 1 == S.STEPS:
+                save_checkpoint(out, step + 1, params, optimizer, None)
+            if stop.asked:
+                raise SystemExit(f"stopped after step {step}; run the same command to go on")
+    last = log.rows[-1]
+    print(f"  {out.name:24} {len(pairs)} pairs  loss {float(last['loss']):.3f}  accuracy {float(last['accuracy']):.2f}  "
+          f"norm {float(last['norm']):.3f}")
+
+
+def rewards(S, judge, model, questions, contexts, samples):
+    """As 02's, with RELEVANCE * (R - mean R of the group) in the place of richness, and a gate on the rest alone."""
+    phase1, reward_model = (importlib.import_module(n) for n in ("02_phase1_train", "04_train_reward"))
+    scores = phase1.rewards(S, judge, contexts, samples)
+    for context, group, score in zip(contexts, samples, scores):
+        valid = [i for i, s in enumerate(group) if s.memory and score["total"][i] is not None]
+        R = reward_model.score(model, [{"questions": questions, "history": context.history, "memory": group[i].memory}
+                                       for i in valid])
+        score["gate"], score["terms"]["relevance"] = list(score["total"]), [0.0] * len(group)
+        for i, r in zip(valid, R):
+            score["terms"]["relevance"][i] = S.RELEVANCE * (r - sum(R) / len(R))
+            score["total"][i] += score["terms"]["relevance"][i]
+    return scores
+
+
+def cached_pairs(policy, S, environment, streams):
+    """(prompt, winner ids, loser ids) of 04's pairs of one environment, on the contexts of the cache."""
+    cache = {(r["stream"], r["clip"]): r for r in read_jsonl(need(S, "tasks/cache.jsonl"))}
+    rows = [r for r in read_jsonl(need(S, "reward/pairs.jsonl")) if r["environment"] == environment]
+    contexts = []
+    for r in rows:
+        c, t = cache[r["stream"], r["clip"]], r["clip"]
+        contexts.append(make_context(streams[r["stream"]], t, dict(zip(range(t - len(c["history"]), t), c["history"])), k=S.K))
+    samples = [cache[r["stream"], r["clip"]]["samples"] for r in rows]
+    return [(p, s[r["winner"]]["ids"], s[r["loser"]]["ids"]) for p, s, r in zip(policy.prepare(contexts), samples, rows)]
+
+
+def show_pair(policy, pair, environment):
+    print(f"environment {environment}\nprompt: ... {policy.tokenizer.decode(pair[0].ids)[-400:]}")
+    for name, ids in zip(("winner", "loser"), pair[1:]):
+        print(f"\n{name} ({len(ids)} tokens): {policy.tokenizer.decode(ids)}")
+
+
+def train_environment(policy, S, out, environment, questions, streams, judge, model):
+    torch.manual_seed(S.SEED)                    # so that an adapter doesn't depend on which ones were trained before it
+    policy.drop("phase2")
+    params = {"steer": lambda: policy.add_steer(S.LAYER), "lora": lambda: policy.add_lora("phase2", f"phase2_{environment}"),
+              "all": lambda: policy.add_weights("phase2")}[S.ADAPTER]()
+    if S.ALGORITHM == "dpo":
+        pairs = cached_pairs(policy, S, environment, {s["stream"]: s for s in streams})
+        if not pairs:
+            return print(f"  {environment:24} no pair: its recent questions prefer none of the cached memories; no adapter")
+        if S.SHOW:
+            return show_pair(policy, pairs[0], environment)
+        train_dpo(policy, S, out, params, pairs)
+    else:
+        phase1 = importlib.import_module("02_phase1_train")
+        batch = phase1.RollingBatch(S, streams, {})
+        score = lambda contexts, samples: rewards(S, judge, model, questions, contexts, samples)
+        shown = grpo(policy, S, out, params, batch, score, reference="phase1")
+        if shown:
+            return phase1.show_group(policy, *shown)
+    if S.SHOW:
+        return
+    if S.SCALE_TO_NORM and S.ADAPTER == "steer":
+        with torch.no_grad():
+            params[0].mul_(S.SCALE_TO_NORM / params[0].norm())
+    policy.save("phase2", out / "adapter")
+
+
+def main(argv=None):
+    S = settings(globals(), argv)
+    if S.ALGORITHM not in ("dpo", "grpo") or S.ADAPTER not in LR_DIVISOR:
+        raise SystemExit(f"ALGORITHM={S.ALGORITHM}, ADAPTER={S.ADAPTER}: take dpo or grpo, and {', '.join(LR_DIVISOR)}")
+    out = start(S, f"phase2/{S.ALGORITHM}-{S.ADAPTER}" + (f"-{S.NAME}" if S.NAME else ""))
+    S.LR, S.STEPS = S.LR / LR_DIVISOR[S.ADAPTER], S.STEPS if S.ALGORITHM == "dpo" else S.GRPO_STEPS
+    recent, streams, judge = read_json(need(S, "tasks/recent.json")), load_streams(S, "deploy"), load_judge(S)
+    if S.ENVIRONMENT and S.ENVIRONMENT not in recent:
+        raise SystemExit(f"ENVIRONMENT={S.ENVIRONMENT}: tasks/recent.json holds {', '.join(recent)}")
+    todo = [e for e in recent if e == (S.ENVIRONMENT or e) and (S.SHOW or not (out / e / "adapter").exists())]
+    if not todo:
+        return print(f"finished before: {out}; next: python 06_eval.py --RUN={S.RUN}")
+    adapter, policy = need(S, "phase1/adapter"), load_policy(S)
+    policy.load("phase1", adapter)
+    model = importlib.import_module("04_train_reward").load_reward_model(S, policy) if S.ALGORITHM == "grpo" else None
+    contexts = [make_context(s, 0, [], k=S.K) for s in streams]
+    groups = len(todo) * S.STEPS * (S.PAIRS if S.ALGORITHM == "dpo" else S.CONTEXTS)
+    announce(S, policy, contexts, groups, 0 if S.ALGORITHM == "dpo" else 2 * S.GROUP, 3)
+    for environment in todo:
+        (out / environment).mkdir(exist_ok=True)
+        questions = [t["question"] for t in recent[environment][:S.RECENT]]
+        train_environment(policy, S, out / environment, environment, questions, streams, judge, model)
+        if S.SHOW:
+            return
+    print(f"adapters are in {out}; next: python 06_eval.py --RUN={S.RUN}")
+
+
+if __name__ == "__main__":
+    main()
