@@ -13,12 +13,14 @@ Run: python 02_phase1_train.py [--NAME=value ...]
 In:  streams/streams.jsonl, captions.jsonl (01)
 Out: phase1/adapter (PEFT folder), log.csv, checkpoint.pt
 """
+import importlib
 import math
 import random
 import re
+import resource
+import sys
 
-from common import (announce, both, grpo, load_judge, load_policy, load_streams, make_context, need, read_jsonl, settings,
-                    start, watch)
+from common import both, grpo, load_judge, load_policy, load_streams, make_context, need, np, read_jsonl, settings, start, torch
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 LR = both(2e-4, 1e-5)            # paper: 1e-6 on all parameters; LoRA takes about ten times that
@@ -148,11 +150,30 @@ def histories(S, policy, streams):
     except SystemExit:
         print("*** streams/captions.jsonl is missing: the off-policy history is written by the base itself. Captions by a "
               "stronger model, one {stream, clip, memory} a line, serve better (paper, section 2) ***")
-        return {s: {i: m.memory or "" for i, m in enumerate(kept)} for s, kept in watch(policy, S, streams).items()}
+        watched = importlib.import_module("03_collect_tasks").watch(policy, S, streams)
+        return {s: {i: m["memory"] for i, m in enumerate(kept)} for s, kept in watched.items()}
     written = {}
     for r in rows:
         written.setdefault(r["stream"], {})[r["clip"]] = r["memory"]
     return written
+
+
+def log_row(step, samples, scores, groups, sums, rollout_s, update_s):
+    """A row of log.csv, whose columns are explained above; scores and groups as `grpo` has them."""
+    flat = [s for g in samples for s in g]
+    total = [t for r in scores for t in r["total"] if t is not None]
+    mean = lambda x: sum(x) / max(1, len(x))
+    terms = {k: mean([v for r in scores for v in r["terms"][k] if v is not None]) for k in scores[0]["terms"]}
+    tokens, n = sum(len(s.ids) for s in flat), max(1, sum(1 for g in groups if g and any(g["advantages"])))
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    gb = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident) / 2**30
+    return dict(step=step, reward=mean(total), reward_std=float(np.std(total or [0])), **terms,
+                flat=mean([not g or not any(g["advantages"]) for g in groups]),
+                malformed=mean([s.memory is None for s in flat]), truncated=mean([s.truncated for s in flat]),
+                gated=mean([not c for g in groups if g for c in g["counts"]]), response=tokens / len(flat),
+                thinking=mean([s.thinking_tokens for s in flat]),
+                memory=mean([s.memory_tokens for s in flat if s.memory]), kl=sums["kl"] / n, clipped=sums["clipped"] / n,
+                grad_norm=sums["grad_norm"], tokens_per_s=tokens / rollout_s, rollout_s=rollout_s, update_s=update_s, gb=gb)
 
 
 def show_group(policy, context, prompt, samples, score, group):
@@ -168,7 +189,7 @@ def show_group(policy, context, prompt, samples, score, group):
 
 def main(argv=None):
     S = settings(globals(), argv)
-    out = start(S, "phase1")
+    out, stage3 = start(S, "phase1"), importlib.import_module("03_collect_tasks")
     if (out / "adapter").exists() and not S.SHOW:
         return print(f"finished before: {out}; next: python 03_collect_tasks.py --RUN={S.RUN}")
     streams, judge, policy = load_streams(S, "train"), load_judge(S), load_policy(S)
@@ -176,8 +197,8 @@ def main(argv=None):
     params = policy.add_lora("phase1", "phase1") if S.TRAIN == "lora" else policy.add_weights("phase1")
     print(f"{sum(p.numel() for p in params) / 1e6:.2f} M trainable parameters; {S.STEPS} steps of {S.CONTEXTS} contexts, "
           f"{math.ceil(S.CONTEXTS / S.MINI_BATCH)} updates a step")
-    announce(S, policy, batch.next(0), S.STEPS * S.CONTEXTS, 2 * S.GROUP + 1, 5 if S.KL else 4)
-    shown = grpo(policy, S, out, params, batch, lambda c, s: rewards(S, judge, c, s), reference="base")
+    stage3.announce(S, policy, batch.next(0), S.STEPS * S.CONTEXTS, 2 * S.GROUP + 1, 5 if S.KL else 4)
+    shown = grpo(policy, S, out, params, batch, lambda c, s: rewards(S, judge, c, s), log_row, reference="base")
     if shown:
         return show_group(policy, *shown)
     policy.save("phase1", out / "adapter")

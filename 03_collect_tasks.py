@@ -10,9 +10,10 @@ Out: tasks/memories.jsonl, memories/STREAM.txt (to be read), recent.json, cache.
 """
 import dataclasses
 import importlib
+import time
 
-from common import (announce, append_jsonl, both, clock, load_judge, load_policy, load_streams, make_context, need, read_jsonl,
-                    rollout, settings, start, watch, write_json, write_jsonl, write_text)
+from common import (append_jsonl, both, clock, load_judge, load_policy, load_streams, logprobs, make_context, need, read_jsonl,
+                    rollout, settings, start, torch, write_json, write_jsonl, write_text)
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 CACHE_STREAMS = both(24, 100)   # streams whose contexts are cached (paper: about 100 videos)
@@ -21,6 +22,48 @@ CHUNK = both(24, 4)             # contexts sampled between two writes of the cac
 RECENT = 10                     # questions kept per environment: the first 5 define Phase Two, the rest validate 04
 GROUP = 8                       # N, memories cached per context (paper, section 2), sampled at temperature 1
 # ----------------------------------------------------------------
+
+
+def announce(S, policy, contexts, groups, calls, passes=3):
+    """Prints what a run will cost before it starts, from one measured rollout and one measured pass.
+
+    contexts: a typical batch; groups: prompts to be sampled in all; calls: judge calls a group; passes: a forward pass counts
+    1, one with its backward 3.
+    """
+    contexts = contexts[:S.ROLLOUT_CONTEXTS]
+    prompts, began = policy.prepare(contexts), time.time()
+    samples = rollout(policy, prompts, S.GROUP, [(S.SEED, 999_999, i) for i in range(len(prompts))])
+    rolled = time.time()
+    with torch.no_grad():
+        logprobs(policy, prompts[0], [s.ids for s in samples[0]])
+    seconds = (rolled - began) / len(prompts) + passes * (time.time() - rolled)
+    length = sum(len(s.ids) for g in samples for s in g) / len(samples)
+    print(f"cost: {groups} groups of {S.GROUP} = {groups * S.GROUP} rollouts, {len(prompts[0].ids)} prompt tokens and about "
+          f"{length:.0f} sampled ones a group, {groups * calls} judge calls, about {groups * seconds / 60:.1f} min")
+
+
+def watch(policy, S, streams, questions=(), desc="watch", path=None):
+    """The policy watches streams side by side, clip by clip, with its own memories as history -> {stream: [row per clip]}.
+
+    Rows are {stream, clip, start, end, memory, text}; a malformed answer leaves the memory "". Inference sampling: temperature
+    0.6, top-p 0.95, top-k 20 (paper, section 1). path: a JSONL to which rows are appended as they come; an interrupted
+    watch goes on from it.
+    """
+    from tqdm import tqdm
+    kept = {s["stream"]: [] for s in streams}
+    for row in read_jsonl(path, torn=True) if path and path.exists() else ():
+        kept[row["stream"]].append(row)
+    for t in tqdm(range(max(len(s["clips"]) for s in streams)), desc=desc, leave=False):
+        now = [(i, s) for i, s in enumerate(streams) if len(kept[s["stream"]]) == t < len(s["clips"])]
+        contexts = [make_context(s, t, [m["memory"] for m in kept[s["stream"]]], questions, S.K) for _, s in now]
+        groups = rollout(policy, policy.prepare(contexts), 1, [(S.SEED, 7, i, t) for i, _ in now], 0.6, 0.95, 20)
+        rows = [dict(stream=s["stream"], clip=t, start=s["clips"][t]["start"], end=s["clips"][t]["end"],
+                     memory=m.memory or "", text=m.text) for (_, s), (m,) in zip(now, groups)]
+        for row in rows:
+            kept[row["stream"]].append(row)
+        if path and rows:
+            append_jsonl(path, rows)
+    return kept
 
 
 def answer(judge, tasks, memories):

@@ -17,7 +17,7 @@ import importlib
 import random
 import time
 
-from common import (F, interruptible, Log, announce, both, grpo, load_checkpoint, load_judge, load_policy, load_streams, logprobs,
+from common import (F, Log, both, grpo, interruptible, load_checkpoint, load_judge, load_policy, load_streams, logprobs,
                     make_context, need, read_json, read_jsonl, save_checkpoint, settings, start, torch)
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
@@ -163,7 +163,7 @@ def train_environment(policy, S, out, environment, questions, streams, judge, mo
         phase1 = importlib.import_module("02_phase1_train")
         batch = phase1.RollingBatch(S, streams, {})
         score = lambda contexts, samples: rewards(S, judge, model, questions, contexts, samples)
-        shown = grpo(policy, S, out, params, batch, score, reference="phase1")
+        shown = grpo(policy, S, out, params, batch, score, phase1.log_row, reference="phase1")
         if shown:
             return phase1.show_group(policy, *shown)
     if S.SHOW:
@@ -191,7 +191,7 @@ def main(argv=None):
     model = importlib.import_module("04_train_reward").load_reward_model(S, policy) if S.ALGORITHM == "grpo" else None
     contexts = [make_context(s, 0, [], k=S.K) for s in streams]
     groups = len(todo) * S.STEPS * (S.PAIRS if S.ALGORITHM == "dpo" else S.CONTEXTS)
-    announce(S, policy, contexts, groups, 0 if S.ALGORITHM == "dpo" else 2 * S.GROUP, 3)
+    importlib.import_module("03_collect_tasks").announce(S, policy, contexts, groups, 0 if S.ALGORITHM == "dpo" else 2 * S.GROUP, 3)
     for environment in todo:
         (out / environment).mkdir(exist_ok=True)
         questions = [t["question"] for t in recent[environment][:S.RECENT]]

@@ -208,7 +208,7 @@ def watch(writer, job, streams, questions, S, part):
     """Rows {stream, clip, start, end, memory}, "" where malformed: a policy's pass over the streams."""
     with writer.using(job) as policy:
         told = questions[job.environment] if job.told else ()
-        seen = common.watch(policy, S, streams, told, job.slug, part)      # {stream: [row per clip]}
+        seen = importlib.import_module("03_collect_tasks").watch(policy, S, streams, told, job.slug, part)    # {stream: [row per clip]}
     keys = ("stream", "clip", "start", "end", "memory")
     return [{k: row[k] for k in keys} for s in streams for row in seen[s["stream"]]]
 

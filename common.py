@@ -130,13 +130,13 @@ def write_json(path, value):
 def write_jsonl(path, rows):
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
-def read_json(path):
-    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-
 def append_jsonl(path, rows):
     """For work in progress: a line may be torn by a kill, so read it back with torn=True."""
     with open(path, "a", encoding="utf-8") as f:
         f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+def read_json(path):
+    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
 
 def read_jsonl(path, torn=False):
     """Rows of a JSONL file; torn: a last line without its line end is cut off the file first."""
@@ -406,7 +406,12 @@ class Policy:
         patches, grids, times = [], [], []
         for _, clip in clips:
             at = frame_times(clip, self.S.FRAMES_PER_CLIP)
-            p, grid = frames_to_patches(read_frames(clip["file"], at), self.S.FRAME_PIXELS)
+            try:
+                frames = read_frames(clip["file"], at)
+            except ValueError as error:                          # 01 tried some frames of every clip; this one is broken elsewhere
+                print(f"*** {error}. Clip {clip['clip']} is watched as grey frames ***")
+                frames = np.full((len(at), 64, 64, 3), 127, np.uint8)
+            p, grid = frames_to_patches(frames, self.S.FRAME_PIXELS)
             at = [t - clip["offset"] for t in at + at[-1:] * (len(at) % 2)]
             patches, grids, times = patches + [p], grids + [grid], times + [[sum(at[i:i + 2]) / 2 for i in range(0, len(at), 2)]]
         visual = self.model.model.visual
@@ -593,12 +598,13 @@ def kl_to(logp, reference):
     gap = [r - n for n, r in zip(logp, reference)]
     return sum((g.exp() - g - 1).mean() for g in gap) / len(gap)
 
-def grpo(policy, S, out, params, batch, reward, reference):
+def grpo(policy, S, out, params, batch, reward, log_row, reference):
     """The loop of 02 (and of 05 on-policy): rollout, reward, advantage, update, log, save; resumes from `out`.
 
     batch: `next(step)` -> contexts, `update(step, samples)`, and `state` (anything JSON). reward(contexts, samples) -> per
-    group {"total": [..], "gate": [..], "terms": {name: [..]}} with None where a judge failed. reference: the writer that KL
-    refers to. Ends with the checkpoint of step S.STEPS; Ctrl-C and SIGTERM save first.
+    group {"total": [..], "gate": [..], "terms": {name: [..]}} with None where a judge failed. log_row: 02's. reference: the
+    writer that KL refers to. Ends with the checkpoint of step S.STEPS; Ctrl-C and SIGTERM save first. With SHOW the first
+    group is returned instead.
     """
     from tqdm import tqdm
     optimizer = torch.optim.AdamW(params, lr=S.LR, weight_decay=0.0)
@@ -641,7 +647,7 @@ def grpo(policy, S, out, params, batch, reward, reference):
                 _update(policy, S, params, optimizer, used[i:i + S.MINI_BATCH], sums, step)
             batch.update(step, samples)
             # ---- log and save
-            row = _row(S, step, samples, scores, groups, sums, rolled - began, time.time() - rolled)
+            row = log_row(step, samples, scores, groups, sums, rolled - began, time.time() - rolled)
             log.write(row)
             bar.set_postfix(reward=f"{row['reward']:.2f}", malformed=f"{row['malformed']:.2f}")
             if step % S.PRINT_EVERY == 0:
@@ -681,23 +687,6 @@ def _update(policy, S, params, optimizer, groups, sums, step):
                          f"Lower LR (now {S.LR}) and run again: it goes on from the last checkpoint")
     optimizer.step()
     sums["grad_norm"] = max(sums["grad_norm"], norm.item())
-
-def _row(S, step, samples, scores, groups, sums, rollout_s, update_s):
-    """A CSV row; every column is explained in 02_phase1_train.py."""
-    flat = [s for g in samples for s in g]
-    total = [t for r in scores for t in r["total"] if t is not None]
-    mean = lambda x: sum(x) / max(1, len(x))
-    terms = {k: mean([v for r in scores for v in r["terms"][k] if v is not None]) for k in scores[0]["terms"]}
-    tokens, n = sum(len(s.ids) for s in flat), max(1, sum(1 for g in groups if g and any(g["advantages"])))
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    gb = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident) / 2**30
-    return dict(step=step, reward=mean(total), reward_std=float(np.std(total or [0])), **terms,
-                flat=mean([not g or not any(g["advantages"]) for g in groups]),
-                malformed=mean([s.memory is None for s in flat]), truncated=mean([s.truncated for s in flat]),
-                gated=mean([not c for g in groups if g for c in g["counts"]]), response=tokens / len(flat),
-                thinking=mean([s.thinking_tokens for s in flat]),
-                memory=mean([s.memory_tokens for s in flat if s.memory]), kl=sums["kl"] / n, clipped=sums["clipped"] / n,
-                grad_norm=sums["grad_norm"], tokens_per_s=tokens / rollout_s, rollout_s=rollout_s, update_s=update_s, gb=gb)
 
 # ================================================================ keeping a run alive
 @contextlib.contextmanager
@@ -779,45 +768,3 @@ def load_judge(S):
         raise SystemExit(f'JUDGE={S.JUDGE} is unknown: the only judge so far is "tiny", for the embedded world')
     world = importlib.import_module("tiny.world")
     return world.Judge(read_jsonl(need(S, "streams/truth.jsonl")))
-
-def announce(S, policy, contexts, groups, calls, passes=3):
-    """Prints what a run will cost before it starts, from one measured rollout and one measured pass.
-
-    contexts: a typical batch; groups: prompts to be sampled in all; calls: judge calls a group; passes: a forward pass counts
-    1, one with its backward 3.
-    """
-    contexts = contexts[:S.ROLLOUT_CONTEXTS]
-    prompts, began = policy.prepare(contexts), time.time()
-    samples = rollout(policy, prompts, S.GROUP, [(S.SEED, 999_999, i) for i in range(len(prompts))])
-    rolled = time.time()
-    with torch.no_grad():
-        logprobs(policy, prompts[0], [s.ids for s in samples[0]])
-    seconds = (rolled - began) / len(prompts) + passes * (time.time() - rolled)
-    length = sum(len(s.ids) for g in samples for s in g) / len(samples)
-    print(f"cost: {groups} groups of {S.GROUP} = {groups * S.GROUP} rollouts, {len(prompts[0].ids)} prompt tokens and about "
-          f"{length:.0f} sampled ones a group, {groups * calls} judge calls, about {groups * seconds / 60:.1f} min")
-
-def watch(policy, S, streams, questions=(), desc="watch", path=None):
-    """The policy watches streams side by side, clip by clip, with its own memories as history -> {stream: [row per clip]}.
-
-    Rows are {stream, clip, start, end, memory, text}; a malformed answer leaves the memory "". Inference sampling: temperature
-    0.6, top-p 0.95, top-k 20 (paper, section 1). path: a JSONL to which rows are appended as they come; an interrupted
-    watch goes on from it.
-    """
-    from tqdm import tqdm
-    kept = {s["stream"]: [] for s in streams}
-    for row in read_jsonl(path, torn=True) if path and path.exists() else ():
-        kept[row["stream"]].append(row)
-    for t in tqdm(range(max(len(s["clips"]) for s in streams)), desc=desc, leave=False):
-        now = [(i, s) for i, s in enumerate(streams) if len(kept[s["stream"]]) == t < len(s["clips"])]
-        contexts = [make_context(s, t, [m["memory"] for m in kept[s["stream"]]], questions, S.K) for _, s in now]
-        groups = rollout(policy, policy.prepare(contexts), 1, [(S.SEED, 7, i, t) for i, _ in now], 0.6, 0.95, 20)
-        rows = [dict(stream=s["stream"], clip=t, start=s["clips"][t]["start"], end=s["clips"][t]["end"],
-                     memory=m.memory or "", text=m.text) for (_, s), (m,) in zip(now, groups)]
-        for row in rows:
-            kept[row["stream"]].append(row)
-        if path and rows:
-            append_jsonl(path, rows)
-    return kept
-
-Interrupt = interruptible

@@ -233,7 +233,7 @@ def run(tmp_path, monkeypatch):
                                          "end": clip["end"], "memory": sample.memory or "", "text": ""})
         return out
     monkeypatch.setattr(common, "load_policy", lambda S: policy)
-    monkeypatch.setattr(common, "watch", watch)
+    monkeypatch.setattr(importlib.import_module("03_collect_tasks"), "watch", watch)
     monkeypatch.setattr(common, "rollout", lambda policy, prompts, n, keys, *a, **k: [
         [policy.write(c, key)] for c, key in zip(prompts, keys)])
     monkeypatch.setattr(common, "read_frames", lambda file, times: np.zeros((4, 96, 96, 3), np.uint8))
