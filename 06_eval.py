@@ -14,7 +14,7 @@ Run:  python 06_eval.py     (finished policies are kept: interrupt it, or train 
 In:   streams/*.jsonl  phase1/adapter  tasks/recent.json  phase2/*/*/adapter (whichever exist)
 Out:  eval/results.json, results.md, report.html (one file, opens offline), memories.jsonl
 """
-import hashlib, importlib, json, re
+import dataclasses, hashlib, importlib, json, random, re
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ import common
 STREAMS = 0                         # test streams to watch; 0 = all of them
 EXPECT = "dpo-steer,grpo-steer"     # Phase Two policies of a full comparison; others found in phase2/ join in
 RECENT = 5                          # questions in a task prompt, and pooled into scope "all" (paper: 5)
-VALIDATE_CLIPS = 4                  # contexts per test stream for win / tie / loss and quality
+VALIDATE = 160                      # contexts for the quality of a method, dealt out to its adapters
 VALIDATE_TEMPERATURE = 1.0          # as in training: at 0.6 even an untrained base looks faithful
 BOOTSTRAP = 2000                    # resamples of the streams: an interval ends within about 0.3 points
 EXAMPLES = 3                        # clips shown in the report with their frames
@@ -138,9 +138,7 @@ def summarise(jobs, answers, recent, units, weights, S):
 # -------------------------------------------------------------------------------- policies
 def find_jobs(S, environments):
     """What is evaluated: method, the environment learned or told ("" = none), writer, adapter folder, slug.
-
-    Phase Two policies are what phase2/ holds; an expected one that is missing is named with its command.
-    """
+    An expected Phase Two policy that phase2/ lacks is named with its command."""
     job = lambda method, environment, writer, folder=None: SimpleNamespace(
         method=method, environment=environment, writer=writer, folder=folder, told=method.endswith("+prompt"),
         slug=re.sub(r"[^\w+-]", "_", f"{method}.{environment}" if environment else method))
@@ -206,21 +204,20 @@ def kept(path, key, make):
 # ------------------------------------------------------------------------------- watch, answer, judge
 def watch(writer, job, streams, questions, S, part):
     """Rows {stream, clip, start, end, memory}, "" where malformed: a policy's pass over the streams."""
+    collect = importlib.import_module("03_collect_tasks")
+    told = questions[job.environment] if job.told else ()
     with writer.using(job) as policy:
-        told = questions[job.environment] if job.told else ()
-        seen = importlib.import_module("03_collect_tasks").watch(policy, S, streams, told, job.slug, part)    # {stream: [row per clip]}
+        seen = collect.watch(policy, S, streams, told, job.slug, part)     # {stream: [row per clip]}
     keys = ("stream", "clip", "start", "end", "memory")
     return [{k: row[k] for k in keys} for s in streams for row in seen[s["stream"]]]
 
 
 def answer(judge, tasks, memories):
     """Rows {task, stream, environment, reply, correct}; the reader gets what was written before the task."""
-    entries = {}
-    for row in memories:
-        entries.setdefault(row["stream"], []).append(row)
+    entries = {s: [row for row in memories if row["stream"] == s] for s in {t["stream"] for t in tasks}}
     replies = importlib.import_module("03_collect_tasks").answer(judge, tasks, entries)
-    if 2 * replies.count(None) > len(replies):
-        raise SystemExit(f"the judge failed on {replies.count(None)} of {len(replies)} questions: mend it")
+    if 2 * (lost := replies.count(None)) > len(replies):
+        raise SystemExit(f"the judge failed on {lost} of {len(replies)} questions: mend it and run again")
     return [{"task": t["task"], "stream": t["stream"], "environment": t["environment"], "reply": reply,
              "correct": reply == t["answer"]} for t, reply in zip(tasks, replies)]
 
@@ -243,10 +240,12 @@ def validate(writer, judge, job, contexts, questions, S, reference=None):
     """
     with writer.using(job) as policy:
         told = questions[job.environment] if job.told else []
-        asked = [common.Context(c.stream, c.clips, c.history, told) for c in contexts]
+        asked, samples, n = [dataclasses.replace(c, questions=told) for c in contexts], [], S.ROLLOUT_CONTEXTS
         # the reference has noise of its own: Phase One against itself must not be a tie by construction
         keys = [(S.SEED, 9, int(reference is None), i) for i in range(len(contexts))]
-        samples = common.rollout(policy, policy.prepare(asked), 1, keys, S.VALIDATE_TEMPERATURE)
+        for i in range(0, len(asked), n):                      # prompts hold vision features: a few at a time
+            prompts = policy.prepare(asked[i:i + n])
+            samples += common.rollout(policy, prompts, 1, keys[i:i + n], S.VALIDATE_TEMPERATURE)
     rows = [{"stream": c.stream, "clip": c.clip, "memory": s.memory or "", "tokens": s.memory_tokens,
              "faithful": False, "clean": False, "verdicts": {}} for c, (s,) in zip(contexts, samples)]
     if reference is None:
@@ -257,7 +256,8 @@ def validate(writer, judge, job, contexts, questions, S, reference=None):
     clean = judge.ask("clean", [{"previous": last(c), "memory": row["memory"]} for row, c in formed])
     for (row, _), one, two in zip(formed, faithful, clean):
         row |= {"faithful": one, "clean": two}
-    both = [(row, r["memory"]) for row, r in zip(rows, reference) if row["memory"] and r["memory"]]
+    theirs = {(r["stream"], r["clip"]): r["memory"] for r in reference}
+    both = [(row, theirs[c.stream, c.clip]) for row, c in formed if theirs[c.stream, c.clip]]
     for e in [job.environment] if job.environment else questions:
         for (row, _), verdict in zip(both, compare(judge, questions[e], [(a["memory"], b) for a, b in both])):
             row["verdicts"][e] = verdict
@@ -276,9 +276,8 @@ def main(argv=None):
     ids, tasks = [s["stream"] for s in streams], common.read_jsonl(common.need(S, "streams/tasks.jsonl"))
     tasks = [t for t in tasks if t["stream"] in ids and t["environment"] in recent]
     jobs, writer, clips = find_jobs(S, list(recent)), Writer(S, phase1), sum(len(s["clips"]) for s in streams)
-    n, checks = len(jobs), len(jobs) * len(ids) * S.VALIDATE_CLIPS
-    print(f"{n} policies x {clips} clips of {len(ids)} test streams = {n * clips} memories, then "
-          f"{n * len(tasks)} answers and {checks} validated memories; what is kept already is not made again")
+    print(f"{len(jobs)} policies x {clips} clips of {len(ids)} test streams = {len(jobs) * clips} memories, "
+          f"{len(jobs) * len(tasks)} answers, {S.VALIDATE} validated memories a method; less what is kept")
     # ---- every policy watches and answers; new adapters, streams or questions make its part anew
     world = fingerprint(vars(S), phase1, streams, questions)
     key = {j.slug: fingerprint(world, j.method, j.environment, j.folder or "") for j in jobs}
@@ -288,19 +287,18 @@ def main(argv=None):
                                 lambda part: watch(writer, j, streams, questions, S, part))
         answers[j.slug] = kept(out / "answers" / f"{j.slug}.jsonl", fingerprint(key[j.slug], tasks),
                                lambda _: answer(judge, tasks, memories[j.slug]))
-    # ---- every policy writes in the same contexts: spread over each stream, Phase One's memories as history
-    past = {}
-    for row in memories["phase1"]:
-        past.setdefault(row["stream"], []).append(row["memory"])
-    spread = [(i + 1) / (S.VALIDATE_CLIPS + 1) for i in range(S.VALIDATE_CLIPS)]
-    contexts = [common.make_context(s, int(x * len(s["clips"])), past[s["stream"]], (), S.K)
-                for s in streams for x in spread]
-    plain = next(j for j in jobs if j.slug == "phase1")
-    reference = kept(out / "checked" / "reference.jsonl", world,
-                     lambda _: validate(writer, judge, plain, contexts, questions, S))
+    # ---- every method writes in the same contexts, with Phase One's memories as history
+    past = {s: [row["memory"] for row in memories["phase1"] if row["stream"] == s] for s in ids}
+    spots = [(s, t) for s in streams for t in range(1, len(s["clips"]))]
+    spots = random.Random(S.SEED).sample(spots, min(S.VALIDATE, len(spots)))
+    contexts = [common.make_context(s, t, past[s["stream"]], (), S.K) for s, t in spots]
+    reference = kept(out / "checked" / "reference.jsonl", world, lambda _: validate(
+        writer, judge, next(j for j in jobs if j.slug == "phase1"), contexts, questions, S))
+    place = {e: i for i, e in enumerate(recent)}
+    dealt = lambda j: contexts[place[j.environment]::len(place)] if j.environment else contexts
     for j in tqdm(jobs, desc="validate"):
         checked[j.slug] = kept(out / "checked" / f"{j.slug}.jsonl", key[j.slug],
-                               lambda _: validate(writer, judge, j, contexts, questions, S, reference))
+                               lambda _: validate(writer, judge, j, dealt(j), questions, S, reference))
     # ---- figures and report
     early = sorted({t["stream"] for rows in recent.values() for t in rows[:S.RECENT]} - set(ids))
     units = {s: i for i, s in enumerate(ids + early)}
