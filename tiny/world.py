@@ -1,14 +1,14 @@
-"""The embedded world: short streams of little pictures whose facts are known, so that everything can be judged exactly.
+"""The embedded world: short streams of little pictures whose facts are known, so that a judge can be exact.
 
-A stream is a row of 10 s clips. Each clip holds eight facts in six categories (place, wear, action, object, count,
-speech), drawn on 96 x 96 pixels; a memory is a sentence of a controlled language that states some of them:
+A stream is a row of 10 s clips. Each clip holds eight facts in six categories (place, wear, action, object,
+count, speech), drawn on 96 x 96 pixels; a memory is a sentence of a controlled language that states some:
 
     still, <face_3> wears red, a blue lamp, <face_4> says 'tea noon'.
 
-"still" means the place of the preceding clip, "now" another place, or nothing before. The budget of a memory holds three
-of the eight facts, so what to write is a real choice. Tasks are multiple-choice questions about single clips
-and about neighbouring ones, one environment per category. The judge knows the facts of a clip, as a video judge
-sees the video; its reader gets the memory texts and the question and nothing else.
+"still" means the place of the preceding clip, "now" another place, or nothing before. The budget of a memory
+holds three of the eight facts, so what to write is a real choice. Tasks are multiple-choice questions about
+single clips and neighbouring ones, one environment per category. The judge knows the facts of a clip, as a
+video judge sees the video; its reader gets the memory texts and the question and nothing else.
 
 Needs numpy, and Pillow and PyAV for pictures and mp4 files; no torch.
 """
@@ -16,7 +16,7 @@ import random
 import re
 from collections import namedtuple
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 CELL = 32                 # px; one cell is one vision token (patch 16, merge 2)
 SIDE = 3 * CELL           # px; a frame is 3 x 3 cells
 FPS = 2                   # stored frames per second
@@ -29,7 +29,7 @@ FACT_STAYS = 0.25         # chance that object, count, coat or action stays as i
 FACTS_PER_MEMORY = 3      # what the token budget of a memory holds
 MULTI_SHARE = 0.25        # share of questions that need several clips
 CRF = 14                  # x264 quality: small text survives
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 CATEGORIES = ("place", "wear", "action", "object", "count", "speech")
 PLACES = ("kitchen", "garden", "office", "library", "garage", "bedroom")
@@ -55,18 +55,19 @@ GRAMMAR = {
 }
 
 
-# ---- facts and the controlled language --------------------------------------------------------------------------
+# ---- facts and the controlled language -------------------------------------------------------------------
 
 def stream_seed(seed, split, index):
-    """The seed of a stream. Splits use disjoint ranges, so no two of them share a stream (index < 1,000,000)."""
+    """The seed of a stream (index < 1,000,000). Splits use disjoint ranges: no two share a stream."""
     return (seed * len(SPLITS) + SPLITS.index(split)) * 1_000_000 + index
 
 
 def make_stream(seed, clips=CLIPS):
-    """The truth of a stream: a list of dicts (JSON values only), one per clip, each with eight facts and its looks.
+    """The truth of a stream: a list of JSON dicts, one per clip, with eight facts and its looks.
 
-    {"place", "people": {digit: {"wear", "action"}}, "object": "red lamp", "count": "three", "speech": [digit, "tea noon"],
-     "cells": the three top cells, left to right, "seats": the digit or "" in each middle cell, "jitter": 0..2**30}
+    {"place", "people": {digit: {"wear", "action"}}, "object": "red lamp", "count": "three",
+     "speech": [digit, "tea noon"], "cells": what the three top cells show, left to right,
+     "seats": the digit or "" of each middle cell, "jitter": 0..2**30}
     """
     rng = random.Random(seed)
     other = lambda values, last: rng.choice([v for v in values if v != last])
@@ -108,8 +109,9 @@ def say(fact):
     ("<face_3> says 'tea noon'", 'exactly one ball')
     """
     face = f"<face_{fact.who}>"
-    return {"place": f"in the {fact.value}", "wear": f"{face} wears {fact.value}", "action": f"{face} is {fact.value}",
-            "object": f"a {fact.value}", "count": f"exactly {fact.value} ball" + "s" * (fact.value != "one"),
+    return {"place": f"in the {fact.value}", "wear": f"{face} wears {fact.value}",
+            "action": f"{face} is {fact.value}", "object": f"a {fact.value}",
+            "count": f"exactly {fact.value} ball" + "s" * (fact.value != "one"),
             "speech": f"{face} says '{fact.value}'"}[fact.category]
 
 
@@ -119,7 +121,7 @@ def phrases(clip):
 
 
 def parse(memory):
-    """(connector or None, [Fact or None]) of a memory; None for a phrase outside the language (a negation is one).
+    """(connector or None, [Fact or None]) of a memory; None for a phrase outside the language.
 
     >>> parse("now, a red lamp, <face_3> is not waving.")
     ('now', [Fact(category='object', who='', value='red lamp'), None])
@@ -128,8 +130,8 @@ def parse(memory):
     found = []
     for phrase in shape[2].split(", ") if shape[2] else []:
         hits = [(category, re.fullmatch(rule, phrase)) for category, rule in GRAMMAR.items()]
-        found.append(next((Fact(category, hit.groupdict().get("who", ""), hit["value"]) for category, hit in hits if hit),
-                          None))
+        made = [Fact(category, hit.groupdict().get("who", ""), hit["value"]) for category, hit in hits if hit]
+        found.append(made[0] if made else None)
     return shape[1], found
 
 
@@ -144,21 +146,21 @@ def sentence(connector, chosen):
 
 
 def connector_at(truth, t, has_previous=True):
-    """"still" if the place of clip t is that of the clip before, "now" otherwise or if nothing was written before."""
+    """"still" if clip t is at the place of the clip before, "now" otherwise or if nothing came before."""
     return "still" if has_previous and t > 0 and truth[t]["place"] == truth[t - 1]["place"] else "now"
 
 
 def caption(truth, t, previous, rng):
-    """A right memory of clip t: three random facts that `previous` doesn't state. previous: None or the memory before."""
+    """A right memory of clip t: three random facts that `previous` (the memory before, or None) lacks."""
     stated = set(facts(previous or ""))
     fresh = [fact for fact in clip_facts(truth[t]) if fact not in stated]
     return sentence(connector_at(truth, t, previous is not None), rng.sample(fresh, FACTS_PER_MEMORY))
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------
+# ---- pictures --------------------------------------------------------------------------------------------
 
-TINTS = {"kitchen": (250, 225, 190), "garden": (200, 235, 190), "office": (205, 220, 245), "library": (225, 205, 180),
-         "garage": (205, 205, 210), "bedroom": (235, 210, 240)}
+TINTS = {"kitchen": (250, 225, 190), "garden": (200, 235, 190), "office": (205, 220, 245),
+         "library": (225, 205, 180), "garage": (205, 205, 210), "bedroom": (235, 210, 240)}
 INK, SKIN = (60, 60, 60), (240, 190, 150)
 
 
@@ -174,8 +176,9 @@ def _sign(draw, x, y, place):
             draw.rectangle((x + 5 + i, y + 5, x + 7 + i, low - 1), (40, 140, 40))
         elif kind == 2:                                                        # lying bars
             draw.rectangle((x + 5, y + 5 + i, right - 1, y + 7 + i), (40, 70, 160))
-        elif kind == 3:                                                        # brown frames inside one another
-            draw.rectangle((x + 5 + i // 2, y + 5 + i // 2, right - 1 - i // 2, low - 1 - i // 2), None, (120, 70, 20), 2)
+        elif kind == 3:                                                        # brown frames, nested
+            j = i // 2
+            draw.rectangle((x + 5 + j, y + 5 + j, right - 1 - j, low - 1 - j), None, (120, 70, 20), 2)
         elif kind == 4:                                                        # slanting bars
             draw.line((x + 5, y + 8 + i, x + 8 + i, y + 5), INK, 3)
         else:                                                                  # dots
@@ -214,8 +217,9 @@ def _object(draw, x, y, thing):
 
 
 def _person(draw, x, y, who, looks, bob, font):
-    """A person in a coat; the head in a box with the ID at its top-left corner, as around each face of a real video."""
-    coat, action, limb = COLOURS[looks["wear"]], looks["action"], lambda *p: draw.line([(x + a, y + b) for a, b in p], INK, 2)
+    """A person in a coat; the ID stands in a box at the top-left of the head, as in a real video."""
+    coat, action = COLOURS[looks["wear"]], looks["action"]
+    limb = lambda *points: draw.line([(x + a, y + b) for a, b in points], INK, 2)
     lift = {"jumping": -3 - bob, "sitting": 2}.get(action, 0)
     top = y + 14 + lift                                                        # of the coat
     if action == "sleeping":                                                   # lies along the floor
@@ -247,7 +251,7 @@ def _person(draw, x, y, who, looks, bob, font):
 
 
 def draw_frames(clip, blank=False):
-    """The frames of one clip: uint8 (20, 96, 96, 3), RGB. The people move a little; blank: grey frames without any fact."""
+    """The frames of one clip, uint8 (20, 96, 96, 3), RGB. People move a little; blank: grey, no facts."""
     import numpy
     from PIL import Image, ImageDraw, ImageFont
     if blank:
@@ -272,7 +276,7 @@ def draw_frames(clip, blank=False):
             x, y = i * CELL, CELL + rng.randint(0, 1)
             if who:
                 _person(draw, x, y, who, clip["people"][who], bob, small)
-        draw.rectangle((0, 2 * CELL + 2, SIDE, SIDE), (0, 0, 0))               # the subtitle: speaker, two words
+        draw.rectangle((0, 2 * CELL + 2, SIDE, SIDE), (0, 0, 0))               # subtitle: speaker, two words
         for i, word in enumerate([clip["speech"][0] + ":", *clip["speech"][1].split()]):
             draw.text((i * CELL + 16, SIDE - 15), word, (255, 255, 255), large, "mm")
         poses.append(numpy.asarray(image))
@@ -280,17 +284,18 @@ def draw_frames(clip, blank=False):
 
 
 def write_video(path, frames):
-    """Encode uint8 (n, height, width, 3) frames as an mp4 (H.264) at FPS; a key frame per clip keeps seeking cheap."""
+    """Encode uint8 (n, height, width, 3) frames as an mp4 (H.264) at FPS, a key frame per clip."""
     import av
     with av.open(str(path), "w", format="mp4") as box:
-        stream = box.add_stream("libx264", rate=FPS, options={"crf": str(CRF), "g": str(FPS * CLIP_SECONDS), "threads": "1"})
+        options = {"crf": str(CRF), "g": str(FPS * CLIP_SECONDS), "threads": "1"}
+        stream = box.add_stream("libx264", rate=FPS, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
             box.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         box.mux(stream.encode())
 
 
-# ---- tasks ------------------------------------------------------------------------------------------------------
+# ---- tasks -----------------------------------------------------------------------------------------------
 
 # kind: (environment, paraphrases). {t} and {u} are clip borders as HH:MM:SS, {who} a face ID, {x} a value.
 QUESTIONS = {
@@ -301,16 +306,21 @@ QUESTIONS = {
     "wear_many": ("wear", "How many different people were seen from {t} to {u}?",
                   "From {t} to {u}, how many different people were there?"),
     "action_at": ("action", "What was {who} doing at {t}?", "Which action did {who} do at {t}?"),
-    "action_next": ("action", "What did {who} do right after {x} at {t}?", "After {x} at {t}, what did {who} do next?"),
+    "action_next": ("action", "What did {who} do right after {x} at {t}?",
+                    "After {x} at {t}, what did {who} do next?"),
     "object_at": ("object", "Which object was shown at {t}?", "What object was there at {t}?"),
     "object_colour": ("object", "What colour was the {x} at {t}?", "Which colour was the {x} shown at {t}?"),
-    "object_next": ("object", "Which object came right after the {x} of {t}?", "After the {x} of {t}, which object came next?"),
+    "object_next": ("object", "Which object came right after the {x} of {t}?",
+                    "After the {x} of {t}, which object came next?"),
     "count_at": ("count", "How many balls were there at {t}?", "How many balls were shown at {t}?"),
-    "count_next": ("count", "How many balls came right after the {x} of {t}?", "After the {x} balls of {t}, how many came next?"),
+    "count_next": ("count", "How many balls came right after the {x} of {t}?",
+                   "After the {x} balls of {t}, how many came next?"),
     "speech_at": ("speech", "What did {who} say at {t}?", "Which words did {who} say at {t}?"),
-    "speech_next": ("speech", "What was said right after '{x}' of {t}?", "After '{x}' of {t}, what was said next?"),
+    "speech_next": ("speech", "What was said right after '{x}' of {t}?",
+                    "After '{x}' of {t}, what was said next?"),
 }
-_FIELDS = {"{t}": r"(?P<t>\d\d:\d\d:\d\d)", "{u}": r"(?P<u>\d\d:\d\d:\d\d)", "{who}": r"<face_(?P<who>[1-9])>", "{x}": r"(?P<x>[a-z ]+)"}
+_FIELDS = {"{t}": r"(?P<t>\d\d:\d\d:\d\d)", "{u}": r"(?P<u>\d\d:\d\d:\d\d)",
+           "{who}": r"<face_(?P<who>[1-9])>", "{x}": r"(?P<x>[a-z ]+)"}
 
 
 def _pattern(text):
@@ -364,7 +374,7 @@ class Notes:
         if len(values) == 1:
             return values.pop()[1]
         if category == "place" and not values and connector == "still" and i and self.next(i - 1) == i:
-            return self.value(i - 1, "place")                                  # "still": where the clip before was
+            return self.value(i - 1, "place")                                  # where the clip before was
         return None
 
     def people(self, i):
@@ -384,10 +394,11 @@ def solve(kind, fields, notes):
     if kind == "object_colour":
         colour, shape = (notes.value(i, "object") or "none none").split()
         return colour if shape == x else None
-    span = range(fields["t"], fields["u"], CLIP_SECONDS)
-    rows = [notes.index(t) for t in span]
-    known = [{place} if (place := notes.value(i, "place")) else None for i in rows] if kind == "place_many" else \
-            [notes.people(i) for i in rows]
+    rows = [notes.index(t) for t in range(fields["t"], fields["u"], CLIP_SECONDS)]
+    if kind == "place_many":
+        known = [{place} if (place := notes.value(i, "place")) else None for i in rows]
+    else:
+        known = [notes.people(i) for i in rows]
     return NUMBERS[len(set().union(*known)) - 1] if known and all(known) else None
 
 
@@ -396,19 +407,21 @@ def _alternatives(kind, right, rng):
     values = {"place": PLACES, "wear": COLOURS, "action": ACTIONS, "count": NUMBERS}.get(QUESTIONS[kind][0])
     if kind == "object_colour":
         values = COLOURS
-    elif kind.endswith("_many"):                                               # people: two to four; places: one to three
+    elif kind.endswith("_many"):                                     # two to four people, one to three places
         values = NUMBERS[:4] if kind == "place_many" else NUMBERS[1:5]
-    elif kind.startswith(("object", "speech")):                                # one part wrong, the other part wrong, both
-        (a, b), (firsts, seconds) = right.split(), (COLOURS, OBJECTS) if kind.startswith("object") else (FIRST, SECOND)
+    elif kind.startswith(("object", "speech")):                        # one part wrong, the other, both
+        a, b = right.split()
+        firsts, seconds = (COLOURS, OBJECTS) if kind.startswith("object") else (FIRST, SECOND)
         c, d = rng.choice([v for v in firsts if v != a]), rng.choice([v for v in seconds if v != b])
         return [f"{c} {b}", f"{a} {d}", f"{c} {d}"]
     return rng.sample([value for value in values if value != right], 3)
 
 
-def _questions(truth, environment, rng):
-    """Every (kind, fields) of an environment that a truthful writer, who may not repeat himself, can serve."""
+def _questions(truth, environment):
+    """Every (kind, fields) of an environment that a truthful writer, who may not repeat, can serve."""
     told = [clip_facts(clip) for clip in truth]
-    new = [[f for f in told[t] if f.category == environment and (t == 0 or f not in told[t - 1])] for t in range(len(truth))]
+    new = [[f for f in now if f.category == environment and f not in before]
+           for now, before in zip(told, [[]] + told)]
     for t, fresh in enumerate(new):
         seconds = {"t": t * CLIP_SECONDS}
         for fact in fresh:
@@ -416,9 +429,11 @@ def _questions(truth, environment, rng):
             yield f"{environment}_at", ask
             if environment == "object":
                 yield "object_colour", {**seconds, "x": fact.value.split()[1]}
-            follow = [f for f in new[t + 1] if f.who == fact.who or environment == "speech"] if t + 1 < len(truth) else []
-            if environment not in ("place", "wear") and follow:
-                yield f"{environment}_next", {**seconds, "x": fact.value, **({"who": fact.who} if environment == "action" else {})}
+            after = new[t + 1] if t + 1 < len(truth) else []
+            if environment == "action" and any(f.who == fact.who for f in after):
+                yield "action_next", {**ask, "x": fact.value}
+            elif environment in ("object", "count", "speech") and after:
+                yield f"{environment}_next", {**seconds, "x": fact.value}
         span = {"place": 3, "wear": 2}.get(environment)
         if span and t + span <= len(truth):
             yield f"{environment}_many", {**seconds, "u": (t + span) * CLIP_SECONDS}
@@ -427,64 +442,68 @@ def _questions(truth, environment, rng):
 def make_tasks(stream, truth, rng, per_environment=2):
     """The tasks of one stream: rows of streams/tasks.jsonl, `per_environment` different ones per category.
 
-    Asked after the stream's end. The clock of a stream starts at 0; the right option's letter is drawn at random.
+    Asked after the stream's end. A stream's clock starts at 0; the right option's letter is random.
     """
-    full = Notes([[t * CLIP_SECONDS, (t + 1) * CLIP_SECONDS, sentence("now", clip_facts(clip))] for t, clip in enumerate(truth)])
+    full = Notes([[t * CLIP_SECONDS, (t + 1) * CLIP_SECONDS, sentence("now", clip_facts(clip))]
+                  for t, clip in enumerate(truth)])
     rows = []
     for environment in CATEGORIES:
-        pool = list(_questions(truth, environment, rng))
+        pool = list(_questions(truth, environment))
         rng.shuffle(pool)
         several = [q for q in pool if q[0].endswith(("_many", "_next"))]
         single = [q for q in pool if q not in several]
         for n in range(per_environment):
             source = several if several and (not single or rng.random() < MULTI_SHARE) else single
-            if not source:                                                     # a short stream has few new facts
+            if not source:                                                     # a short stream: few new facts
                 break
             kind, fields = source.pop()
             who = f"<face_{fields['who']}>" if fields.get("who") else ""
             right = solve(kind, fields, full)
             options = rng.sample([right, *_alternatives(kind, right, rng)], 4)
             texts = {**fields, "who": who, "t": clock(fields["t"]), "u": clock(fields.get("u", 0))}
-            rows.append({"task": f"{stream}-{environment}-{n + 1}", "stream": stream, "environment": environment,
-                         "time": float(len(truth) * CLIP_SECONDS), "question": rng.choice(QUESTIONS[kind][1:]).format(**texts),
+            rows.append({"task": f"{stream}-{environment}-{n + 1}", "stream": stream,
+                         "environment": environment, "time": float(len(truth) * CLIP_SECONDS),
+                         "question": rng.choice(QUESTIONS[kind][1:]).format(**texts),
                          "options": [f"{letter}. {option}" for letter, option in zip("ABCD", options)],
                          "answer": "ABCD"[options.index(right)]})
     return rows
 
 
-# ---- the exact judge --------------------------------------------------------------------------------------------
+# ---- the exact judge -------------------------------------------------------------------------------------
 
 class Judge:
-    """Judge and reader with the one method that all judges have, `ask(kind, items) -> list`; it never fails (None).
+    """Judge and reader, with the one method that all judges have: `ask(kind, items) -> list`. It never fails.
 
-    truth_rows: rows of streams/truth.jsonl. Only "faithful" and "rank" look at the truth; the others read texts.
+    truth_rows: rows of streams/truth.jsonl. Only "faithful" and "rank" look at them; the others read texts.
     """
 
     def __init__(self, truth_rows=()):
         self.truth = {(row["stream"], row["clip"]): row["facts"] for row in truth_rows}
 
     def ask(self, kind, items):
-        """kind: "faithful" | "clean" | "rank" | "prefer" | "answer"; items: dicts of the arguments of that method."""
+        """kind: "faithful" | "clean" | "rank" | "prefer" | "answer"; items: that method's arguments."""
         if kind not in ("faithful", "clean", "rank", "prefer", "answer"):
             raise ValueError(f"unknown judge question {kind!r}; known: faithful, clean, rank, prefer, answer")
         return [getattr(self, kind)(**item) for item in items]
 
     def faithful(self, context, memory):
-        """Every phrase is of the language and true in the newest clip, and the connector fits the preceding memory."""
+        """Every phrase is of the language and true in the newest clip; the connector fits the clip before."""
         connector, found = parse(memory)
         clip = self.truth[context.stream, context.clip]
         before = self.truth.get((context.stream, context.clip - 1)) if context.history else None
         wanted = "still" if before and before["place"] == clip["place"] else "now"
-        return bool(found) and connector == wanted and memory.endswith(".") and set(found) <= set(clip_facts(clip))
+        well_formed = bool(found) and connector == wanted and memory.endswith(".")
+        return well_formed and set(found) <= set(clip_facts(clip))
 
     def clean(self, previous, memory):
-        """Nothing that the preceding memory states; no coordinates, no talk of the video, no labels within quotes."""
-        phrases_of = lambda text: {say(f) for f in facts(text)} | set(re.sub(r"^(now|still), |\.$", "", text).split(", "))
-        unwanted = r"\[\s*\d+(\s*,\s*\d+)+|\b(this video|the video|subtitles?|bounding box|frame)\b|['\"][^'\"]*<face_\d+>\s*:"
-        return not (phrases_of(previous or "") - {""}) & phrases_of(memory) and not re.search(unwanted, memory, re.IGNORECASE)
+        """Nothing that the preceding memory states; no coordinates, no talk of the video, no labels."""
+        said = lambda text: set(re.sub(r"^(now|still), |\.$", "", text.strip()).split(", ")) - {""}
+        unwanted = (r"\[\s*\d+(\s*,\s*\d+)+|\b(this video|the video|subtitles?|bounding box)\b"
+                    r"|['\"][^'\"]*<face_\d+>\s*:")
+        return not said(previous or "") & said(memory) and not re.search(unwanted, memory, re.IGNORECASE)
 
     def rank(self, context, memories):
-        """Ranks by the number of distinct true facts that the preceding memory doesn't state: 1 is best, ties share."""
+        """Ranks by the number of distinct true facts that the preceding memory doesn't state; 1 is best."""
         old = set(facts(context.history[-1] or "")) if context.history else set()
         true = set(clip_facts(self.truth[context.stream, context.clip])) - old
         counts = [len(true & set(facts(memory))) for memory in memories]
@@ -493,8 +512,8 @@ class Judge:
     def prefer(self, questions, first, second):
         """Which memory serves such questions better: "first", "second" or "tie". Texts only.
 
-        A question is after its category; a memory scores the distinct things of that category that it tells of, so that
-        two contradicting values for one thing count once.
+        A question is after its category; a memory scores the distinct things of that category that it tells
+        of, so that two contradicting values for one thing count once.
         """
         kinds = [read_question(question)[0] for question in questions]
         after = [QUESTIONS[kind][0] for kind in kinds if kind]
@@ -503,7 +522,7 @@ class Judge:
         return "tie" if scores[0] == scores[1] else "first" if scores[0] > scores[1] else "second"
 
     def answer(self, entries, question, options):
-        """The letter of the answer that the memories hold, else "insufficient" (also if no option says it). Texts only."""
+        """The letter of the option that the memories hold, "insufficient" if there is none. Texts only."""
         kind, fields = read_question(question)
         found = solve(kind, fields, Notes(entries)) if kind else None
         return next((option[0] for option in options if found and option[3:] == found), "insufficient")
