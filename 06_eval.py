@@ -23,6 +23,7 @@ import common
 
 # ------------------------------------------------------------------------------------------------------------
 STREAMS = 0                         # test streams to watch; 0 = all of them
+METHODS = ""                        # evaluate only these beside base and phase1, like base+prompt,dpo-steer
 EXPECT = "dpo-steer,grpo-steer"     # Phase Two policies of a full comparison; others found in phase2/ join in
 RECENT = 5                          # questions in a task prompt, and pooled into scope "all" (paper: 5)
 VALIDATE = 160                      # contexts for the quality of a method, dealt out to its adapters
@@ -142,20 +143,21 @@ def find_jobs(S, environments):
     job = lambda method, environment, writer, folder=None: SimpleNamespace(
         method=method, environment=environment, writer=writer, folder=folder, told=method.endswith("+prompt"),
         slug=re.sub(r"[^\w+-]", "_", f"{method}.{environment}" if environment else method))
-    jobs, found = [], {}
+    wanted = lambda m: not S.METHODS or m in ("base", "phase1", *S.METHODS.split(","))
+    jobs, home = [], common.ROOT / "runs"
     for writer in ("base", "phase1"):
         jobs += [job(writer, "", writer)] + [job(writer + "+prompt", e, writer) for e in environments]
-    for run in [r for r in (S.FROM, S.RUN) if r]:                      # what RUN has replaces what FROM has
-        for file in sorted((common.ROOT / "runs" / run / "phase2").glob("*/*/adapter/*.safetensors")):
-            found[file.parts[-4], file.parts[-3]] = file.parent
-    for method in dict.fromkeys(S.EXPECT.split(",") + sorted({m for m, _ in found})):
+    # adapters of FROM belong to its own Phase One; else what RUN has replaces what FROM has
+    runs = [S.RUN] if (home / S.RUN / "phase1" / "adapter").exists() or not S.FROM else [S.FROM, S.RUN]
+    found = {f.parts[-4:-2]: f.parent for r in runs for f in (home / r).glob("phase2/*/*/adapter/*.safetensors")}
+    methods = dict.fromkeys((S.METHODS or S.EXPECT).split(",") + sorted({m for m, _ in found}))
+    for method in [m for m in methods if wanted(m) and m.split("+")[0] not in ("base", "phase1")]:
         jobs += [job(method, e, "phase2", found[method, e]) for e in environments if (method, e) in found]
-        lacks = [e for e in environments if (method, e) not in found]
-        algorithm, _, adapter = method.partition("-")
-        if lacks:
-            print(f"!! {method}: no adapter for {', '.join(lacks)}, left out here. To make it: "
-                  f"python 05_phase2_train.py --RUN={S.RUN} --ALGORITHM={algorithm} --ADAPTER={adapter}")
-    return jobs
+        if lacks := [e for e in environments if (method, e) not in found]:
+            names = zip(("ALGORITHM", "ADAPTER", "NAME"), method.split("-", 2))
+            print(f"!! {method}: no adapter for {', '.join(lacks)}, left out here. To make it: python "
+                  f"05_phase2_train.py --RUN={S.RUN} " + " ".join(f"--{k}={v}" for k, v in names))
+    return [j for j in jobs if wanted(j.method)]
 
 
 class Writer:
@@ -318,7 +320,7 @@ def main(argv=None):
     common.write_jsonl(out / "memories.jsonl", [{"method": j.method, "environment": j.environment, **row}
                                                 for j in jobs for row in memories[j.slug]])
     common.write_text(out / "results.md", report.markdown(R))
-    common.write_text(out / "report.html", report.page(R, S, jobs, memories, streams))
+    common.write_text(out / "report.html", report.page(R, S, jobs, memories, streams, phase1))
     report.show(R, 0, 1)
     print(f"\nThe report, which opens offline: {out / 'report.html'}\nTry next, an adapter or an ablation:\n"
           f"  python 05_phase2_train.py --RUN={S.RUN} --ADAPTER=lora && python 06_eval.py --RUN={S.RUN}\n"

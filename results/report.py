@@ -179,14 +179,13 @@ def chart(name, lines):
             f'<p class="key">{keys}</p></figure>')
 
 
-def curves(S):
+def curves(S, jobs, phase1):
     """Charts of the training logs of Phase One and the adapters: one per column of CURVES that a log has."""
     logs, charts = {}, []
-    for run in [r for r in (S.FROM, S.RUN) if r]:                      # what RUN has replaces what FROM has
-        root = common.ROOT / "runs" / run
-        for path in [*root.glob("phase1/log.csv"), *sorted(root.glob("phase2/*/*/log.csv"))]:
-            stage, label = ("phase1", "") if path.parent.name == "phase1" else path.parts[-3:-1]
-            with open(path, newline="") as f:
+    adapters = [(j.method, j.environment, j.folder) for j in jobs if j.folder]
+    for stage, label, folder in [("phase1", "", phase1), *adapters]:
+        if (folder.parent / "log.csv").exists():
+            with open(folder.parent / "log.csv", newline="") as f:
                 logs.setdefault(stage, {})[label] = list(csv.DictReader(f))
     for stage, runs in logs.items():
         for column in S.CURVES.split(","):
@@ -257,7 +256,7 @@ def headline(R):
     return text
 
 
-def page(R, S, jobs, memories, streams):
+def page(R, S, jobs, memories, streams, phase1):
     """The whole report as one HTML document; nothing is fetched from anywhere."""
     esc, parts = html.escape, []
     split = lambda text: re.sub(r"^(\S+) \((.*)\)$", r"\1<small>\2</small>", esc(text))
@@ -273,7 +272,7 @@ def page(R, S, jobs, memories, streams):
                  f'</tr></thead><tbody>{body}</tbody></table></div>')
         parts.append(f"<details><summary>{esc(name)}</summary>{table}</details>" if looks == "folded"
                      else f"<h2>{esc(name)}</h2>{table}")
-    name, charts, shown = esc(R["run"]), curves(S), examples(S, jobs, memories, streams)
+    name, charts, shown = esc(R["run"]), curves(S, jobs, phase1), examples(S, jobs, memories, streams)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">

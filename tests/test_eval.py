@@ -276,6 +276,21 @@ def test_the_stage_end_to_end(run, capsys):
     assert [f.parts[-3:-1] for f in run.policy.loaded[1:]] == [("grpo-steer", "wear")]
 
 
+def test_methods_and_forks(run, capsys, tmp_path):
+    stage.main([f"--RUN={run.folder}", "--BOOTSTRAP=50", "--METHODS=base+prompt,dpo-steer,dpo-stear-x"])
+    rows = json.loads((run.folder / "eval" / "results.json").read_text())["rows"]
+    assert {r["method"] for r in rows} == {"base", "base+prompt", "phase1", "dpo-steer"}
+    assert "!! dpo-stear-x" in (said := capsys.readouterr().out) and "--ADAPTER=stear --NAME=x" in said
+    # a fork with a Phase One of its own must not wear the adapters of the run that it came from
+    fork = tmp_path / "fork"
+    common.write_text(fork / "phase1" / "adapter" / "adapter_model.safetensors", "another")
+    S = SimpleNamespace(RUN=str(fork), FROM=str(run.folder), METHODS="", EXPECT="dpo-steer")
+    assert "dpo-steer" not in {j.method for j in stage.find_jobs(S, ["place"])}
+    (fork / "phase1" / "adapter" / "adapter_model.safetensors").unlink()
+    (fork / "phase1" / "adapter").rmdir()
+    assert stage.find_jobs(S, ["place"])[-1].folder == run.folder / "phase2/dpo-steer/place/adapter"
+
+
 def test_the_page_stands_alone(run):
     name = "dpo-<b>&\"'"                                                     # a folder may be called anything
     common.write_text(run.folder / "phase2" / name / "wear" / "adapter" / "steer.safetensors", "x")
