@@ -144,12 +144,12 @@ def find_jobs(S, environments):
         method=method, environment=environment, writer=writer, folder=folder, told=method.endswith("+prompt"),
         slug=re.sub(r"[^\w+-]", "_", f"{method}.{environment}" if environment else method))
     wanted = lambda m: not S.METHODS or m in ("base", "phase1", *S.METHODS.split(","))
-    jobs, home = [], common.ROOT / "runs"
+    jobs, (own, old) = [], (common.ROOT / "runs" / r for r in (S.RUN, S.FROM or S.RUN))
     for writer in ("base", "phase1"):
         jobs += [job(writer, "", writer)] + [job(writer + "+prompt", e, writer) for e in environments]
-    # adapters of FROM belong to its own Phase One; else what RUN has replaces what FROM has
-    runs = [S.RUN] if (home / S.RUN / "phase1" / "adapter").exists() or not S.FROM else [S.FROM, S.RUN]
-    found = {f.parts[-4:-2]: f.parent for r in runs for f in (home / r).glob("phase2/*/*/adapter/*.safetensors")}
+    # adapters of FROM belong to its Phase One: no use for a fork with its own
+    runs = [own] if (own / "phase1" / "adapter").exists() else [old, own]
+    found = {f.parts[-4:-2]: f.parent for r in runs for f in r.glob("phase2/*/*/adapter/*.safetensors")}
     methods = dict.fromkeys((S.METHODS or S.EXPECT).split(",") + sorted({m for m, _ in found}))
     for method in [m for m in methods if wanted(m) and m.split("+")[0] not in ("base", "phase1")]:
         jobs += [job(method, e, "phase2", found[method, e]) for e in environments if (method, e) in found]
@@ -283,7 +283,7 @@ def main(argv=None):
     # ---- every policy watches and answers; new adapters, streams or questions make its part anew
     world = fingerprint(vars(S), phase1, streams, questions)
     key = {j.slug: fingerprint(world, j.method, j.environment, j.folder or "") for j in jobs}
-    memories, answers, checked = {}, {}, {}
+    memories, answers = {}, {}
     for j in tqdm(jobs, desc="watch and answer"):
         memories[j.slug] = kept(out / "memories" / f"{j.slug}.jsonl", key[j.slug],
                                 lambda part: watch(writer, j, streams, questions, S, part))
@@ -298,9 +298,8 @@ def main(argv=None):
         writer, judge, next(j for j in jobs if j.slug == "phase1"), contexts, questions, S))
     place = {e: i for i, e in enumerate(recent)}
     dealt = lambda j: contexts[place[j.environment]::len(place)] if j.environment else contexts
-    for j in tqdm(jobs, desc="validate"):
-        checked[j.slug] = kept(out / "checked" / f"{j.slug}.jsonl", key[j.slug],
-                               lambda _: validate(writer, judge, j, dealt(j), questions, S, reference))
+    checked = {j.slug: kept(out / "checked" / f"{j.slug}.jsonl", key[j.slug], lambda _: validate(
+        writer, judge, j, dealt(j), questions, S, reference)) for j in tqdm(jobs, desc="validate")}
     # ---- figures and report
     early = sorted({t["stream"] for rows in recent.values() for t in rows[:S.RECENT]} - set(ids))
     units = {s: i for i, s in enumerate(ids + early)}
