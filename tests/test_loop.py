@@ -1,0 +1,410 @@
+"""Memory format, Phase One's rewards and curriculum, and the loop: resume, signals, what makes it stop."""
+import csv
+import doctest
+import importlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import common                                                               # noqa: E402
+
+phase1 = importlib.import_module("02_phase1_train")
+
+
+@pytest.mark.parametrize("name", ["common", "02_phase1_train", "04_train_reward", "05_phase2_train"])
+def test_the_examples_in_the_docstrings_are_true(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0 and result.failed == 0
+
+
+# ================================================================ memory format
+@pytest.mark.parametrize("text, memory, thinking", [
+    ('plan\n</think>\n\n{"description": "now, a red lamp."}', "now, a red lamp.", "plan"),
+    ('</think>{"description": "x"}', "x", ""),
+    ('</think> \n {"description": " x "} \n', "x", ""),
+    ('</think>{"description": "<face_3> says \\"tea\\" \\u00e9"}', '<face_3> says "tea" é', ""),
+    ('</think>{"description": "a } { b"}', "a } { b", ""),
+    ('{"description": "x"}', None, '{"description": "x"}'),                           # thinking never ends
+    ('a</think>b</think>{"description": "x"}', None, "a"),                            # two ends
+    ('a</think>{"description": "x"}</think>', None, "a"),
+    ('a</think>{"description": "x"} and more', None, "a"),
+    ('a</think>so: {"description": "x"}', None, "a"),
+    ('a</think>```json\n{"description": "x"}\n```', None, "a"),
+    ('a</think>{"description": "x"', None, "a"),                                      # cut off
+    ('a</think>{"description": "x"}{"description": "y"}', None, "a"),
+    ('a</think>{"description": "x", "description": "y"}', None, "a"),                 # the key twice
+    ('a</think>{"description": "x", "mood": "y"}', None, "a"),
+    ('a</think>{"Description": "x"}', None, "a"),
+    ('a</think>{"description": ""}', None, "a"),
+    ('a</think>{"description": "  "}', None, "a"),
+    ('a</think>{"description": null}', None, "a"),
+    ('a</think>{"description": 3}', None, "a"),
+    ('a</think>{"description": ["x"]}', None, "a"),
+    ('a</think>{"description": {"description": "x"}}', None, "a"),
+    ('a</think>[["description", "x"]]', None, "a"),                                   # not an object
+    ('a</think>"description"', None, "a"),
+    ('a</think>{}', None, "a"),
+    ("a</think>{'description': 'x'}", None, "a"),
+    ("a</think>", None, "a"), ("</think>", None, ""), ("", None, "")])
+def test_parse_response(text, memory, thinking):
+    assert common.parse_response(text) == (memory, thinking)
+
+
+# ================================================================ rewards of Phase One
+def sample(memory, tokens=5, thinking=0):
+    return common.Sample([1, 2], "", memory, thinking, tokens, False)
+
+
+class FakeJudge:
+    """Verdicts by a word in the memory; `rank` by the number of its words; what holds "fail" gets no verdict."""
+
+    def __init__(self):
+        self.asked = []
+
+    def ask(self, kind, items):
+        self.asked += [(kind, item) for item in items]
+        if kind == "rank":
+            return [self.rank(item["memories"]) for item in items]
+        return [None if f"fail {kind}" in m else f"not {kind}" not in m for m in (item["memory"] for item in items)]
+
+    @staticmethod
+    def rank(memories):
+        if any("no ranking" in m for m in memories):
+            return None
+        n = [len(m.split()) for m in memories]
+        return [1 + sum(x > y for x in n) + (n.count(y) - 1) / 2 for y in n]              # ties share the mean rank
+
+
+def toy_settings(**changed):
+    return SimpleNamespace(**{**dict(MEMORY_TOKENS=17, THINK_TOKENS=16, FORMAT=-1.5, RICHNESS=0.05), **changed})
+
+
+def context(history=()):
+    return common.Context("s", [{"clip": len(history)}], list(history), [])
+
+
+def test_reward_terms_add_up():
+    group = [sample("a lamp"), sample("a red lamp here"), sample("a red cup here"),          # 4 words twice: a tie
+             sample("not faithful x"), sample("not clean x"), sample("face_3 x"), sample("a long one", tokens=18),
+             sample(None, thinking=99), sample("fail faithful x"), sample("fail clean x"), sample("x", thinking=24)]
+    judge = FakeJudge()
+    score, = phase1.rewards(toy_settings(), judge, [context(["before"])], [group])
+    # good: 0, 1, 2 and 10; by words 4, 4, 2, 1: ranks 1.5, 1.5, 3, 4; u = 1 - (rank - 1) / 3
+    u = {1: 1 - 0.5 / 3, 2: 1 - 0.5 / 3, 0: 1 - 2 / 3, 10: 0.0}
+    want = [0.5 + 0.05 * u[0], 0.5 + 0.05 * u[1], 0.5 + 0.05 * u[2], -0.5, -0.5, -0.5, -0.5, -1.5, None, None, 0.5 - 0.5]
+    assert score["total"] == [None if w is None else pytest.approx(w) for w in want]
+    assert score["gate"] == score["total"]
+    terms = score["terms"]
+    assert terms["format"] == [0.0] * 7 + [-1.5] + [0.0] * 3
+    assert terms["length"][7] == 0 and terms["length"][10] == -0.5        # a malformed response gets its format term alone
+    assert terms["quality"][:8] == [0.5] * 3 + [-0.5] * 4 + [0.0] and terms["quality"][8:10] == [None, None]
+    asked = {item["memory"] for kind, item in judge.asked if kind != "rank"}
+    assert not asked & {None, "face_3 x", "a long one"}                   # what breaks a rule needs no judge
+    assert all(item["previous"] == "before" for kind, item in judge.asked if kind == "clean")
+
+
+def test_richness_needs_two_good_memories_a_ranking_and_a_weight():
+    two = [sample("a b"), sample("a b c")]
+    rich = lambda group, **changed: phase1.rewards(toy_settings(**changed), FakeJudge(), [context()], [group])[0]["terms"]["rich"]
+    assert rich(two) == [0.0, 0.05]
+    assert rich([sample("a b"), sample("a b c not clean"), sample(None)]) == [0.0] * 3
+    assert rich([sample("a b"), sample("a no ranking")]) == [0.0] * 2
+    assert rich(two, RICHNESS=0.0) == [0.0] * 2
+    assert rich([sample("a b", thinking=40), sample("a b c", thinking=40)]) == [0.0, 0.05]   # r_len excludes nobody
+
+
+def test_rewards_keep_groups_apart():
+    scores = phase1.rewards(toy_settings(), FakeJudge(), [context(), context(["x"])],
+                            [[sample("a b"), sample("a")], [sample("not clean b"), sample("fail clean")]])
+    assert [s["total"] for s in scores] == [[0.55, 0.5], [-0.5, None]]
+
+
+@pytest.mark.parametrize("tokens, want", [(0, 0), (16, 0), (17, -1 / 16), (24, -0.5), (32, -1), (33, -1), (10**6, -1)])
+def test_length_reward(tokens, want):
+    assert phase1.length_reward(tokens, 16) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("memory, tokens, holds", [
+    ("<face_3> waves at <face_12>", 17, True), ("", 0, True), ("a face", 5, True), ("faces of 3 people", 5, True),
+    ("<face_3> waves", 18, False), ("face_3 waves", 5, False), ("face 3 waves", 5, False), ("face3", 5, False),
+    ("<face_3 waves", 5, False), ("<face_x> waves", 5, False), ("<face_3> and face_4", 5, False), ("<face 3>", 5, False)])
+def test_rules_hold(memory, tokens, holds):
+    assert phase1.rules_hold(memory, tokens, 17) == holds
+
+
+# ================================================================ the rolling batch
+def plain_streams(lengths=(12, 12, 9, 5)):
+    return [{"stream": f"s{i}", "clips": [{"clip": t} for t in range(n)]} for i, n in enumerate(lengths)]
+
+
+def rolling(lengths=(12, 12, 9, 5), **changed):
+    S = SimpleNamespace(**{**dict(SEED=0, CONTEXTS=6, OFF_POLICY_STEPS=0, N_MIN=3, N_MAX=5, RESAMPLE=0.0, K=5), **changed})
+    streams = plain_streams(lengths)
+    captions = {s["stream"]: {c["clip"]: f"{s['stream']}/{c['clip']}" for c in s["clips"]} for s in streams}
+    return phase1.RollingBatch(S, streams, captions)
+
+
+def write(batch, step, slots=6, n=3):
+    """One step: contexts, and an update with memories that tell where they come from."""
+    contexts = batch.next(step)
+    batch.update(step, [[sample(f"{step}.{slot}.{j}") for j in range(n)] for slot in range(slots)])
+    return contexts
+
+
+def test_off_policy_history_is_the_captions():
+    batch, seen = rolling(OFF_POLICY_STEPS=3), set()
+    for step in range(3):
+        contexts = write(batch, step)
+        assert len(contexts) == 6 and batch.state == []
+        for c in contexts:
+            first = max(0, c.clip - 4)
+            assert [x["clip"] for x in c.clips] == list(range(first, c.clip + 1))
+            assert c.history == [f"{c.stream}/{t}" for t in range(first, c.clip)]
+            seen.add((c.stream, c.clip))
+    assert len(seen) > 10
+    assert all(c.history == [] for c in batch.next(3))             # then every slot starts without a memory
+
+
+@pytest.mark.parametrize("resample", [0.0, 1.0])
+def test_extend_below_n_min_resample_above_n_max(resample):
+    """RESAMPLE=0: a slot lives to N_MAX + 1 memories; RESAMPLE=1: to N_MIN; both end with their stream."""
+    batch, lives = rolling(RESAMPLE=resample, lengths=(12, 12, 9, 5)), []
+    batch.next(0)
+    for step in range(40):
+        before = [(i, first, list(kept)) for i, first, kept in batch.state]
+        contexts = write(batch, step)
+        for slot, ((i, first, kept), c) in enumerate(zip(before, contexts)):
+            length = len(batch.streams[i]["clips"])
+            assert c.stream == f"s{i}" and c.clip == first + len(kept) and c.history == kept[-4:]
+            i2, first2, kept2 = batch.state[slot]
+            n, ended = len(kept) + 1, first + len(kept) + 1 >= length
+            goes = ended or n > 5 or (resample == 1 and n >= 3)
+            if goes:
+                lives.append((n, ended))
+                assert kept2 == [] and 0 <= first2 < len(batch.streams[i2]["clips"])
+            else:
+                assert (i2, first2, kept2[:-1]) == (i, first, kept)
+                assert kept2[-1] in [f"{step}.{slot}.{j}" for j in range(3)]
+    assert {n for n, ended in lives if not ended} == ({3} if resample else {6})
+    assert any(ended and n < 6 for n, ended in lives) or resample
+
+
+def test_resampling_in_between_has_its_chance():
+    batch = rolling(lengths=(1000,) * 3, RESAMPLE=0.13, N_MIN=3, N_MAX=22, CONTEXTS=50)
+    kept = extended = 0
+    batch.next(0)
+    for step in range(60):
+        due = [3 <= len(k) + 1 <= 22 for _, _, k in batch.state]
+        write(batch, step, slots=50)
+        kept += sum(d and len(k) > 0 for d, (_, _, k) in zip(due, batch.state))
+        extended += sum(due)
+    assert 1 - kept / extended == pytest.approx(0.13, abs=0.02)
+
+
+def test_a_malformed_memory_leaves_a_gap_and_state_is_json():
+    batch = rolling()
+    batch.next(0)
+    batch.update(0, [[sample(None)]] * 6)
+    assert all(kept in ([], [""]) for _, _, kept in batch.state) and any(kept for _, _, kept in batch.state)
+    import json
+    assert json.loads(json.dumps(batch.state)) == batch.state
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    def trace(seed, resume_at=None):
+        batch, rows = rolling(SEED=seed, OFF_POLICY_STEPS=2, RESAMPLE=0.4), []
+        for step in range(12):
+            if step == resume_at:
+                state, batch = batch.state, rolling(SEED=seed, OFF_POLICY_STEPS=2, RESAMPLE=0.4)
+                batch.state = state
+            rows.append([(c.stream, c.clip, c.history) for c in write(batch, step)])
+        return rows
+    assert trace(0) == trace(0) == trace(0, resume_at=1) == trace(0, resume_at=7) != trace(1)
+
+
+def test_without_captions_the_base_writes_the_history(policy, streams, tmp_path, capsys):
+    S = common.settings(vars(phase1), [f"--RUN={tmp_path}"])
+    short = [s | {"clips": s["clips"][:2]} for s in streams[:2]]
+    found = phase1.histories(S, policy, short)
+    assert {s: sorted(kept) for s, kept in found.items()} == {s["stream"]: [0, 1] for s in short}
+    assert all(isinstance(m, str) for kept in found.values() for m in kept.values())
+    assert "captions.jsonl is missing" in capsys.readouterr().out
+
+
+# ================================================================ the loop: resume, stop
+LOOP = ["--STEPS=4", "--GROUP=4", "--CONTEXTS=3", "--MINI_BATCH=2", "--OFF_POLICY_STEPS=2", "--N_MIN=1", "--N_MAX=3", "--KL=0.1",
+        "--LR=2e-2", "--SAVE_EVERY=2", "--PRINT_EVERY=99"]
+CLOCKS = {"tokens_per_s", "rollout_s", "update_s", "gb"}
+
+
+def token_reward(contexts, samples):
+    """A reward that any model can improve on and that differs within a group: the share of even tokens."""
+    total = [[sum(i % 2 == 0 for i in s.ids) / len(s.ids) - 0.5 for s in g] for g in samples]
+    return [{"total": t, "gate": t, "terms": {"even": t}} for t in total]
+
+
+def loop(policy, out, streams, reward=token_reward, argv=()):
+    """Some steps of `common.grpo` on a new LoRA, as 02 runs it -> the LoRA's parameters."""
+    S = common.settings(vars(phase1), [*LOOP, *argv])
+    out.mkdir(exist_ok=True)
+    policy.drop("phase1")
+    torch.manual_seed(0)
+    params = policy.add_lora("phase1", f"phase1_{time.time_ns()}")
+    captions = {s["stream"]: {c["clip"]: f"now, {c['clip']}" for c in s["clips"]} for s in streams}
+    common.grpo(policy, S, out, params, phase1.RollingBatch(S, streams, captions), reward, phase1.log_row,
+                reference="base")
+    return [p.detach().clone() for p in params]
+
+
+def rows(path):
+    with open(path, newline="") as f:
+        return [{k: v for k, v in row.items() if k not in CLOCKS} for row in csv.DictReader(f)]
+
+
+class Break(Exception):
+    pass
+
+
+def test_k_steps_resume_k_steps_equal_2k_steps_bit_by_bit(policy, streams, tmp_path):
+    whole = loop(policy, tmp_path / "whole", streams)
+    log = rows(tmp_path / "whole" / "log.csv")
+    assert [r["step"] for r in log] == list("0123") and float(log[-1]["kl"]) > 0 and float(log[-1]["grad_norm"]) > 0
+
+    asked = []
+
+    def killed(contexts, samples):                                 # in step 3, after the checkpoint of 2 and a row for 2
+        asked.append(1)
+        if len(asked) == 4:
+            raise Break
+        return token_reward(contexts, samples)
+    with pytest.raises(Break):
+        loop(policy, tmp_path / "cut", streams, killed)
+    assert [r["step"] for r in rows(tmp_path / "cut" / "log.csv")] == list("012")
+    resumed = loop(policy, tmp_path / "cut", streams)
+    assert all(torch.equal(a, b) for a, b in zip(resumed, whole))
+    assert rows(tmp_path / "cut" / "log.csv") == log
+
+    asked.clear()
+
+    def terminated(contexts, samples):                             # SIGTERM in step 1, where no checkpoint is due
+        asked.append(1)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return token_reward(contexts, samples)
+    with pytest.raises(SystemExit, match="stopped after step 1; run the same command to go on"):
+        loop(policy, tmp_path / "term", streams, terminated, ["--SAVE_EVERY=99"])
+    resumed = loop(policy, tmp_path / "term", streams, argv=["--SAVE_EVERY=99"])
+    assert all(torch.equal(a, b) for a, b in zip(resumed, whole))
+    assert rows(tmp_path / "term" / "log.csv") == log
+
+
+def test_a_judge_that_fails_on_most_samples_stops_the_loop(policy, streams, tmp_path):
+    def failing(n):
+        def reward(contexts, samples):
+            scores = token_reward(contexts, samples)
+            for s in scores:
+                s["total"] = [None] * n + s["total"][n:]
+            return scores
+        return reward
+    with pytest.raises(SystemExit, match=r"judge failed on 9 of 12 samples"):
+        loop(policy, tmp_path / "most", streams, failing(3), ["--STEPS=1"])
+    assert not (tmp_path / "most" / "checkpoint.pt").exists() and not (tmp_path / "most" / "log.csv").exists()
+    loop(policy, tmp_path / "half", streams, failing(2), ["--STEPS=1"])      # half of them: dropped, and training goes on
+    assert len(rows(tmp_path / "half" / "log.csv")) == 1
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(policy, streams, tmp_path, monkeypatch):
+    before, real = [], common.policy_loss
+
+    def broken(logp, *args):
+        before[:] = before or [p.detach().clone() for p in policy.trainable]
+        loss, clipped = real(logp, *args)
+        return loss * float("inf"), clipped
+    monkeypatch.setattr(common, "policy_loss", broken)
+    with pytest.raises(SystemExit, match="gradient norm is (nan|inf).*Lower LR"):
+        loop(policy, tmp_path, streams, argv=["--STEPS=1"])
+    assert before and all(torch.equal(a, b) for a, b in zip(before, policy.trainable))
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_flat_groups_and_gated_ones_leave_the_policy_as_it_is(policy, streams, tmp_path):
+    flat = lambda contexts, samples: [{"total": [0.5] * 4, "gate": [0.5] * 4, "terms": {}} for _ in contexts]
+    start = loop(policy, tmp_path / "none", streams, argv=["--STEPS=0"])
+    same = loop(policy, tmp_path / "flat", streams, flat, ["--STEPS=1"])
+    assert all(torch.equal(a, b) for a, b in zip(start, same))
+    assert rows(tmp_path / "flat" / "log.csv")[0]["flat"] == "1"
+
+
+def wait_for(path, process, seconds=120):
+    end = time.time() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.time() < end, process.communicate()
+        time.sleep(0.01)
+
+
+def test_sigterm_and_sigkill_in_a_real_process(toy, tmp_path):
+    """Two runs of 02, one asked to stop, one killed at a random moment; run again, both end in the bytes of a whole run."""
+    argv = lambda name: [f"--RUN={tmp_path / name}", f"--FROM={toy}", "--CPU_THREADS=1", "--STEPS=4", "--GROUP=2", "--CONTEXTS=2",
+                         "--MINI_BATCH=1", "--OFF_POLICY_STEPS=2", "--N_MIN=1", "--N_MAX=3", "--SAVE_EVERY=1", "--LR=1e-2"]
+    running = {n: subprocess.Popen([sys.executable, phase1.__file__, *argv(n)], text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}) for n in ("term", "kill")}
+    try:
+        wait_for(tmp_path / "term" / "phase1" / "log.csv", running["term"])
+        running["term"].send_signal(signal.SIGTERM)
+        wait_for(tmp_path / "kill" / "phase1" / "checkpoint.pt", running["kill"])
+        time.sleep(random.random() * 0.5)
+        running["kill"].kill()
+        said = {n: p.communicate(timeout=120)[0] for n, p in running.items()}
+    finally:
+        for p in running.values():
+            p.kill()
+    assert running["term"].returncode == 1 and "run the same command to go on" in said["term"], said["term"]
+    assert not (tmp_path / "term" / "phase1" / "adapter").exists()
+    for n in ("whole", "term", "kill"):
+        phase1.main(argv(n))
+    file = lambda n: (tmp_path / n / "phase1" / "adapter" / "adapter_model.safetensors").read_bytes()
+    log = lambda n: rows(tmp_path / n / "phase1" / "log.csv")
+    assert len(log("whole")) == 4 and file("whole") == file("term") == file("kill")
+    assert log("whole") == log("term") == log("kill")
+
+
+# ================================================================ files of a run
+def test_files_are_written_aside(tmp_path):
+    path = tmp_path / "x.json"
+    common.write_json(path, {"a": 1})
+    with pytest.raises(Break):
+        with common.written_aside(path) as aside:
+            aside.write_text("half")
+            raise Break
+    assert common.read_json(path) == {"a": 1}                      # readers never see half a file
+
+
+def test_a_torn_line_is_cut_off(tmp_path):
+    path = tmp_path / "x.jsonl"
+    common.write_jsonl(path, [{"i": i, "text": "é\u2028"} for i in range(3)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert [r["i"] for r in common.read_jsonl(path, torn=True)] == [0, 1]
+    common.append_jsonl(path, [{"i": 2, "text": "é\u2028"}])
+    assert path.read_bytes() == whole
+
+
+def test_an_interrupted_watch_goes_on(policy, streams, tmp_path):
+    S = common.settings(vars(phase1), ["--MAX_NEW_TOKENS=16"])
+    short = [s | {"clips": s["clips"][:3]} for s in streams[:2]]
+    watch = importlib.import_module("03_collect_tasks").watch
+    whole = watch(policy, S, short, path=tmp_path / "whole.jsonl")
+    assert [r["clip"] for r in whole[short[0]["stream"]]] == [0, 1, 2]
+    lines = (tmp_path / "whole.jsonl").read_bytes().split(b"\n")
+    (tmp_path / "cut.jsonl").write_bytes(b"\n".join(lines[:3]) + b"\n" + lines[3][:10])
+    assert watch(policy, S, short, path=tmp_path / "cut.jsonl") == whole
+    key = lambda r: (r["clip"], r["stream"])
+    assert (sorted(common.read_jsonl(tmp_path / "cut.jsonl"), key=key)
+            == sorted(common.read_jsonl(tmp_path / "whole.jsonl"), key=key))
