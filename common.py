@@ -7,7 +7,7 @@ Three ideas carry the file; each has its own section below:
   2. Vision runs once per clip. The tower is frozen, so a clip's features serve rollout, old log-probs and training.
   3. The noise of a sample depends on (seed, step, context, sample) alone, so a resumed run repeats itself exactly.
 """
-import contextlib, csv, dataclasses, difflib, importlib, json, math, os, pathlib, re, resource, signal, sys, threading, time
+import contextlib, csv, dataclasses, difflib, importlib, json, math, os, pathlib, re, signal, sys, threading, time
 from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
 
@@ -23,8 +23,8 @@ both = namedtuple("both", "tiny full")  # a constant with two values: the embedd
 
 # ---------------------------------------------------------------- shared constants, --NAME=value in every script
 RUN = "tiny"                            # results go to runs/RUN/STAGE
-FROM = ""                               # another run whose earlier stages are read where RUN lacks them (forks, ablations)
-MODEL = "tiny"                          # "tiny": tiny/base. Else a hub name or folder, e.g. Qwen/Qwen3-VL-30B-A3B-Thinking
+FROM = ""                               # another run, read where RUN lacks a stage (forks, ablations)
+MODEL = "tiny"                          # "tiny": tiny/base. Else a hub name or folder: Qwen/Qwen3-VL-30B-A3B-Thinking
 SEED = 0                                # every random choice derives from it
 JUDGE = "tiny"                          # who judges and reads: "tiny" is the embedded world's exact one
 K = 5                                   # clips per context: the newest and the 4 before it (paper, section 1)
@@ -38,25 +38,21 @@ CPU_THREADS = 2                         # more hurt a small model, and results s
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
 # ----------------------------------------------------------------
 
-PROMPT = """You keep the memory of an endless video. Below are its latest clips with the memories that you wrote for them. \
-Write the memory of the last clip in one or two sentences: what it shows or says, true, connected to the memory before, \
-nothing that it already states. Call people by their IDs, like <face_3>. Answer with {"description": "..."}."""
+PROMPT = """You keep the memory of an endless video. Below are its latest clips with the memories that you wrote for \
+them. Write the memory of the last clip in one or two sentences: what it shows or says, true, connected to the memory \
+before, nothing that it already states. Call people by their IDs, like <face_3>. Answer with {"description": "..."}."""
 ASK_TO_THINK = " First think, then write </think>, then the answer."     # for templates that open no thinking part
-FIXED = ("PROMPT", "ASK_TO_THINK", "TASK_PROMPT", "DECODE_SECONDS")              # edited in their file, not by --NAME=value
-HARMLESS = ("RUN", "SHOW", "ENVIRONMENT", "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")    # may differ on resuming
+FIXED = ("PROMPT", "ASK_TO_THINK", "TASK_PROMPT", "DECODE_SECONDS")      # edited in their file, not by --NAME=value
+HARMLESS = ("RUN", "SHOW", "ENVIRONMENT", "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")  # free on resuming
 TASK_PROMPT = "\nThese questions were asked lately; similar ones will come, so remember what they need:\n"
-
 # ================================================================ settings and files
 def settings(module, argv=None):
-    """Constants of common.py and of a script, with `--NAME=value` from the command line applied.
-
-    module: the script's `globals()`. Returns a namespace with every UPPER_CASE constant; a `both(tiny, full)` is
-    resolved by MODEL. Raises SystemExit (with the nearest name, or the expected type) on a bad argument.
-    """
+    """Namespace of the UPPER_CASE constants of common.py and of a script (module: its `globals()`), with `--NAME=value`
+    applied and each `both` resolved by MODEL. SystemExit (nearest name, expected type) on a bad argument."""
     names = {n: v for n, v in (globals() | module).items()
              if n.isupper() and isinstance(v, (str, int, float, both)) and n not in FIXED}
     argv, given = sys.argv[1:] if argv is None else argv, {}
-    if any(a in ("-h", "--help") for a in argv):
+    if "-h" in argv or "--help" in argv:
         print(module["__doc__"] + "\nConstants (--NAME=value; two values: embedded world | full-size model):")
         for n, v in names.items():
             print(f"  {n:20} {v.tiny!r} | {v.full!r}" if isinstance(v, both) else f"  {n:20} {v!r}")
@@ -70,14 +66,14 @@ def settings(module, argv=None):
     full = given.get("MODEL", names["MODEL"]) != "tiny"
     S = {n: v[full] if isinstance(v, both) else v for n, v in names.items()}
     for name, text in given.items():
-        kind = type(S[name])
+        kind, usual = type(S[name]), S[name]
         try:
-            value = kind(float(text)) if kind is int and float(text) == int(float(text)) else kind(text)
+            value = int(float(text)) if kind is int and float(text) == int(float(text)) else kind(text)
         except ValueError:
-            raise SystemExit(f"--{name}={text}: expected {kind.__name__}, like {S[name]!r}") from None
+            raise SystemExit(f"--{name}={text}: expected {kind.__name__}, like {usual!r}") from None
         twin = names[name].tiny if isinstance(names[name], both) and kind is float else None
-        if full and twin == value and S[name] and not 0.1 < value / S[name] < 10:
-            raise SystemExit(f"--{name}={text} is the embedded world's value; for {given['MODEL']} start from {S[name]}")
+        if full and twin == value and usual and not 0.1 < value / usual < 10:
+            raise SystemExit(f"--{name}={text} is the embedded world's value; for {S['MODEL']} start from {usual}")
         S[name] = value
     return SimpleNamespace(**S)
 
@@ -85,14 +81,14 @@ def start(S, stage):
     """Folder runs/RUN/stage, after comparing S with the settings saved there. Raises SystemExit on a difference."""
     if torch is None:
         raise SystemExit("torch and numpy are missing: ./run.sh setup (or pip install -r requirements.txt)")
-    out = ROOT / "runs" / S.RUN / stage if not os.path.isabs(S.RUN) else pathlib.Path(S.RUN) / stage
+    out = ROOT / "runs" / S.RUN / stage                             # an absolute RUN stays as it is
     out.mkdir(parents=True, exist_ok=True)
     now = {n: v for n, v in vars(S).items() if n not in HARMLESS}
     saved = read_json(out / "settings.json") if (out / "settings.json").exists() else now
-    changed = [f"  {n}: {saved.get(n)!r} in the run, {now.get(n)!r} now" for n in sorted(saved | now)
+    changed = [f"  {n}: {saved.get(n)!r} in the run, {now.get(n)!r} now\n" for n in sorted(saved | now)
                if saved.get(n) != now.get(n)]
     if changed:
-        raise SystemExit(f"{out} was made with other settings:\n" + "\n".join(changed) + "\nTake a new name and read the "
+        raise SystemExit(f"{out} was made with other settings:\n{''.join(changed)}Take a new name and read the "
                          f"earlier stages from this run: --RUN=NEWNAME --FROM={S.RUN}")
     print(f"---- {stage} -> {out}\n" + "  ".join(f"{n}={v}" for n, v in now.items()))
     if not getattr(S, "SHOW", 0):
@@ -105,13 +101,13 @@ def need(S, name):
     for run in runs:
         if (ROOT / "runs" / run / name).exists():
             return ROOT / "runs" / run / name
-    maker = dict(streams="01_make_streams", phase1="02_phase1_train", tasks="03_collect_tasks", reward="04_train_reward",
-                 phase2="05_phase2_train", eval="06_eval")[name.split("/")[0]]
-    raise SystemExit(f"runs/{' and runs/'.join(runs)}: {name} is missing. Make it first: python {maker}.py --RUN={S.RUN}")
+    maker = next(ROOT.glob(f"0?_*{name.split('/')[0]}*.py")).name   # a stage's folder is a part of its script's name
+    raise SystemExit(f"runs/{' and runs/'.join(runs)}: {name} is missing. Make it first: "
+                     f"python {maker} --RUN={S.RUN}")
 
 @contextlib.contextmanager
 def written_aside(path):
-    """Yields a temporary path that takes the place of `path` when the block ends well: readers never see half a file."""
+    """Yields a temporary path that replaces `path` when the block ends well: readers never see half a file."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".aside")
@@ -153,7 +149,7 @@ def load_streams(S, split):
     if not rows:
         raise SystemExit(f"{path} holds no stream of the split {split!r}: see SPLIT in 01_make_streams.py")
     for clip in (c for r in rows for c in r["clips"]):
-        clip["file"] = str(path.parent / clip["file"])           # an absolute path stays as it is
+        clip["file"] = str(path.parent / clip["file"])              # an absolute path stays as it is
     return rows
 
 def clock(seconds):
@@ -161,25 +157,19 @@ def clock(seconds):
     return f"{int(seconds) // 3600:02}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 # ================================================================ memory format
-Context = dataclasses.make_dataclass("Context", [("stream", str), ("clips", list), ("history", list), ("questions", list)])
-Context.__doc__ = "The last k clips (rows of streams.jsonl), the memories of all but the newest, and the task prompt's questions."
+Context = dataclasses.make_dataclass("Context", "stream clips history questions".split())
+Context.__doc__ = "The last k clips (rows of streams.jsonl), memories of all but the newest, and questions."
 Context.clip = property(lambda self: self.clips[-1]["clip"])
+
+Sample = dataclasses.make_dataclass("Sample", "ids text memory thinking_tokens memory_tokens truncated".split())
+Sample.__doc__ = "One answer. ids: its tokens, end token included; memory: None when malformed; *_tokens: counts."
 
 def make_context(stream, t, memories, questions=(), k=5):
     """Context of clip t: `memories[i]` is the memory of clip i ("" or missing where none was kept)."""
     first = max(0, t - k + 1)
     get = memories.get if isinstance(memories, dict) else lambda i, none: memories[i]
-    return Context(stream["stream"], stream["clips"][first:t + 1], [get(i, "") for i in range(first, t)], list(questions))
-
-@dataclasses.dataclass
-class Sample:
-    """One answer. ids: response tokens, end token included; memory: None when malformed; *_tokens: counts."""
-    ids: list
-    text: str
-    memory: str | None
-    thinking_tokens: int
-    memory_tokens: int
-    truncated: bool
+    history = [get(i, "") for i in range(first, t)]
+    return Context(stream["stream"], stream["clips"][first:t + 1], history, list(questions))
 
 def parse_response(text):
     """(memory, thinking) of a response; memory is None unless it is exactly one `</think>` and then one JSON object
@@ -193,23 +183,20 @@ def parse_response(text):
     """
     thinking, closed, rest = text.partition("</think>")
     try:
-        pairs = json.loads(rest, object_pairs_hook=tuple)          # a tuple of pairs, so that a repeated key shows
+        pairs = json.loads(rest, object_pairs_hook=tuple)           # a tuple of pairs, so that a repeated key shows
     except ValueError:
         pairs = ()
-    ok = closed and isinstance(pairs, tuple) and [k for k, _ in pairs] == ["description"] and isinstance(pairs[0][1], str)
-    return (pairs[0][1].strip() or None) if ok else None, thinking.strip()
+    single = closed and isinstance(pairs, tuple) and [k for k, _ in pairs] == ["description"]
+    memory = pairs[0][1].strip() if single and isinstance(pairs[0][1], str) else ""
+    return memory or None, thinking.strip()
 
 # ================================================================ frames to patches to prompt
 def read_frames(file, times):
-    """Frames (n, H, W, 3) uint8 of a file at the given seconds, by 01's reader. Raises its VideoError, within a time limit."""
+    """Frames (n, H, W, 3) uint8 of a file at the given seconds, by 01 within its time limit. Raises VideoError."""
     return importlib.import_module("01_make_streams").read_frames(file, times)
 
 def frame_size(height, width, pixels):
-    """(height, width) in multiples of 32, at most `pixels` in area, the aspect ratio kept as well as that allows.
-
-    >>> frame_size(1080, 1920, 448 * 448)
-    (320, 576)
-    """
+    """(height, width) in multiples of 32, at most `pixels` in area, the aspect ratio kept as well as that allows."""
     h, w = max(1, round(height / 32)) * 32, max(1, round(width / 32)) * 32
     if h * w > pixels:
         scale = math.sqrt(height * width / pixels)
@@ -217,19 +204,18 @@ def frame_size(height, width, pixels):
     return h, w
 
 def frames_to_patches(frames, pixels):
-    """Frames to what Qwen3-VL's vision tower reads (as Qwen3VLVideoProcessor, which needs torchvision).
+    """Frames (n, H, W, 3) uint8 to what the vision tower reads (as Qwen3VLVideoProcessor, which needs torchvision).
 
-    frames: (n, H, W, 3) uint8; an odd n repeats the last frame. Returns patches (n/2 * h * w, 3 * 2 * 16 * 16) in merge
-    order, normalised to [-1, 1], and the grid (n/2, h, w) in patches of 16 pixels.
-    """
+    An odd n repeats the last frame. Returns patches (n/2 * h * w, 3 * 2 * 16 * 16) in merge order, normalised to
+    [-1, 1], and the grid (n/2, h, w) in patches of 16 pixels."""
     x = torch.as_tensor(frames).permute(0, 3, 1, 2)                                      # (n, 3, H, W) uint8
     size = frame_size(*x.shape[2:], pixels)
-    if size != tuple(x.shape[2:]):
-        x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)   # of uint8, as the library
+    if size != tuple(x.shape[2:]):                                                       # of uint8, as the library
+        x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
     x = torch.cat([x, x[-1:]]) if len(x) % 2 else x
     t, h, w = len(x) // 2, size[0] // 16, size[1] // 16
     x = (x.float() / 127.5 - 1).view(t, 2, 3, h // 2, 2, 16, w // 2, 2, 16)
-    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)     # (t, h/2, w/2, 2, 2, 3, 2, 16, 16): the 4 patches of a token are neighbours
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)     # (t, h/2, w/2, 2, 2, 3, 2, 16, 16): a token's 4 are neighbours
     return x.reshape(t * h * w, -1), (t, h, w)
 
 def frame_times(clip, n):
@@ -239,40 +225,37 @@ def frame_times(clip, n):
     return [clip["offset"] + (i + 0.5) * length / n for i in range(n)]
 
 def build_prompt(context, video, tokenizer):
-    """Prompt text: instruction, then per clip its time, frame pairs with their timestamps and memory; at last the tasks.
+    """Prompt text up to where the answer begins: instruction; per clip its time, frame pairs and memory; the tasks.
 
-    video: per clip a list of (seconds in the clip, tokens) per frame pair. The text ends where the answer begins.
-    """
-    parts = [PROMPT, "\n"]
+    video: per clip a list of (seconds in the clip, tokens) per frame pair."""
+    text = PROMPT + "\n"
     for i, (clip, pairs) in enumerate(zip(context.clips, video)):
-        parts += [f"\n{clock(clip['start'])}-{clock(clip['end'])} "]
-        parts += [f"<{t:.1f} seconds><|vision_start|>{'<|video_pad|>' * n}<|vision_end|>" for t, n in pairs]
-        parts += [f"\n{context.history[i] or '(nothing)'}"] if i < len(context.history) else []
-    if context.questions:
-        parts += ["\n" + TASK_PROMPT.strip("\n"), "\n", "\n".join(context.questions)]
-    chat = lambda text: tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                                      add_generation_prompt=True)
-    text = chat("".join(parts))
-    return text if text.endswith("<think>\n") else chat("".join(parts) + ASK_TO_THINK)
+        text += f"\n{clock(clip['start'])}-{clock(clip['end'])} "
+        text += "".join(f"<{t:.1f} seconds><|vision_start|>{'<|video_pad|>' * n}<|vision_end|>" for t, n in pairs)
+        text += f"\n{context.history[i] or '(nothing)'}" if i < len(context.history) else ""
+    text += TASK_PROMPT + "\n".join(context.questions) if context.questions else ""
+    chat = lambda content: tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                         add_generation_prompt=True)
+    return chat(text) if chat(text).endswith("<think>\n") else chat(text + ASK_TO_THINK)
 
 # ================================================================ the policy: one frozen model, its adapters
 Prompt = namedtuple("Prompt", "ids embeds positions visual deep")
 # ids (P,); embeds (P, d) with vision filled in; positions (3, P); visual (P,) bool; deep: per deepstack layer (V, d)
-
 WRITERS = ("base", "phase1", "phase2")       # each builds on the one before it
 
 class Policy:
-    """Qwen3-VL with what can be switched on it. `use(writer)` chooses who writes: "base", "phase1" (with what 02 trained) or
-    "phase2" (with the adapter of 05 on top). Attributes: model, lm (its decoder), head, tokenizer, device, hidden (d), layers
-    (count), S (settings), end (id of the end token), banned (ids never sampled), trainable (parameters)."""
+    """Qwen3-VL with what can be switched on it. `use(writer)` chooses who writes: "base", "phase1" (with what 02
+    trained) or "phase2" (with 05's adapter on top). Attributes: model, lm (its decoder), head, tokenizer, S (settings),
+    device, hidden (d), layers (count), end (the end token), banned (ids never sampled), trainable (parameters)."""
 
     def __init__(self, model, tokenizer, S):
-        self.model, self.lm, self.head, self.tokenizer, self.S = model, model.model.language_model, model.lm_head, tokenizer, S
-        self.device, self.hidden, self.layers = model.device, self.lm.config.hidden_size, len(self.lm.layers)
-        self.who, self.trainable, self.features = "base", [], OrderedDict()
+        self.model, self.lm, self.head = model, model.model.language_model, model.lm_head
+        self.tokenizer, self.S, self.device = tokenizer, S, model.device
+        self.hidden, self.layers = self.lm.config.hidden_size, len(self.lm.layers)
+        self.who, self.trainable, self.features = "base", [], {}
         self.lora = {w: [] for w in WRITERS}             # names of PEFT adapters
-        self.whole, self.resident = {}, None             # weights trained whole {name: tensor}, and which are in the model now
-        self.steer, self.steered, self.hook = None, None, None
+        self.whole, self.resident = {}, None             # weights trained whole, per writer; those in the model now
+        self.steer = self.steered = self.hook = None
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         special = {i for i, t in tokenizer.added_tokens_decoder.items() if re.fullmatch(r"<\|.*\|>", t.content)}
         # a sampled <|video_pad|> would crash the next pass; suppressed in sampling and in log-probs alike
@@ -292,27 +275,30 @@ class Policy:
         return [p for n, p in self.model.named_parameters() if f".{name}." in n]
 
     def add_steer(self, layer, vector=None):
-        """The paper's adapter: a vector (d,) added to the output of a decoder layer, h <- h + a; zero at the start."""
+        """The paper's adapter: a vector (d,) added to a decoder layer's output, h <- h + a; zero at the start."""
         if not 0 <= layer < self.layers:
             raise SystemExit(f"LAYER={layer}: this model has the layers 0 to {self.layers - 1}; near "
                              f"{round(self.layers * 22 / 48)} is the paper's depth (22 of 48)")
         if self.hook:
             self.hook.remove()
-        self.steered, self.steer = layer, torch.nn.Parameter(torch.zeros(self.hidden) if vector is None else vector)
-        self.steer.data = self.steer.data.to(self.device)
+        vector = torch.zeros(self.hidden) if vector is None else vector
+        self.steered, self.steer = layer, torch.nn.Parameter(vector.to(self.device))
+        on = lambda: self.who == "phase2" and self.steer is not None
         self.hook = self.lm.layers[layer].register_forward_hook(
-            lambda _, args, out: out + self.steer.to(out.dtype) if self.who == "phase2" and self.steer is not None else None)
+            lambda _, args, out: out + self.steer.to(out.dtype) if on() else None)
         self.use("phase2")
         return [self.steer]
 
     def add_weights(self, writer, file=None):
         """All parameters of the decoder (vision, embeddings and head stay frozen), new or read from a file."""
         if self.model.dtype != torch.float32:
-            raise SystemExit('training all parameters needs unquantised fp32 weights: use TRAIN="lora" / ADAPTER="steer"')
+            raise SystemExit("training all parameters needs unquantised fp32 weights: "
+                             'use TRAIN="lora" / ADAPTER="steer"')
         from safetensors.torch import load_file
+        copy = lambda: {n: p.detach().clone() for n, p in self._decoder().items()}
         if not self.whole:
-            self.whole["base"] = self.resident = {n: p.detach().clone() for n, p in self._decoder().items()}
-        self.whole[writer] = load_file(str(file)) if file else {n: p.detach().clone() for n, p in self._decoder().items()}
+            self.whole["base"] = self.resident = copy()
+        self.whole[writer] = load_file(str(file)) if file else copy()
         self.use(writer)
         return list(self._decoder().values())
 
@@ -330,10 +316,11 @@ class Policy:
                     self.resident[n].copy_(p)
                     p.copy_(whole[n])
         self.who, self.resident, names = writer, whole, [n for w in chain for n in self.lora[w]]
-        if any(self.lora.values()):
-            self.model.enable_adapters() if names else self.model.disable_adapters()
-            if names:
-                self.model.set_adapter(names)
+        if names:
+            self.model.enable_adapters()
+            self.model.set_adapter(names)
+        elif any(self.lora.values()):
+            self.model.disable_adapters()
         self.train_only(self.trainable)
 
     def train_only(self, params):
@@ -352,19 +339,20 @@ class Policy:
             self.use(before)
 
     def save(self, writer, folder):
-        """What 02 or 05 trained, alone: a PEFT folder, steer.safetensors under the authors' key, or weights.safetensors."""
+        """What 02 or 05 trained: a PEFT folder, steer.safetensors under the authors' key, or weights.safetensors."""
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
-        folder.mkdir(parents=True, exist_ok=True)
         self.use(writer)
         if self.lora[writer]:
-            state, file = get_peft_model_state_dict(self.model, adapter_name=self.lora[writer][0]), "adapter_model.safetensors"
+            name, file = self.lora[writer][0], "adapter_model.safetensors"
+            self.model.peft_config[name].save_pretrained(str(folder))
+            state = get_peft_model_state_dict(self.model, adapter_name=name)
             state = {f"base_model.model.{k}": v for k, v in state.items()}
-            self.model.peft_config[self.lora[writer][0]].save_pretrained(str(folder))
         elif writer in self.whole:
             state, file = self._decoder(), "weights.safetensors"
         else:
-            state, file = {f"model.language_model.layers.{self.steered}.adapter.steer": self.steer}, "steer.safetensors"
+            state = {f"model.language_model.layers.{self.steered}.adapter.steer": self.steer}
+            file = "steer.safetensors"
         with written_aside(folder / file) as aside:
             save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, str(aside))
 
@@ -392,36 +380,36 @@ class Policy:
 
     # ---- prompts
     def prepare(self, contexts):
-        """Prompts of contexts; vision features come from a cache, as the tower is frozen. Raises VideoError."""
-        S, name = self.S, lambda c: (c["file"], c["offset"], c["end"] - c["start"])
-        clips = {name(c): c for x in contexts for c in x.clips if name(c) not in self.features}
-        for group in (list(clips)[i:i + 64] for i in range(0, len(clips), 64)):      # many small clips in one pass
-            self._see([(key, clips[key]) for key in group])
-        prompts = [self._prompt(x, [self.features[name(c)] for c in x.clips]) for x in contexts]
+        """Prompts of contexts; vision features come from a cache, as the tower is frozen."""
+        key = lambda clip: (clip["file"], clip["offset"], clip["end"] - clip["start"])
+        new = {key(c): c for x in contexts for c in x.clips if key(c) not in self.features}
+        for i in range(0, len(new), 64):                                             # many small clips in one pass
+            self._see(dict(list(new.items())[i:i + 64]))
+        prompts = [self._prompt(x, [self.features[key(c)] for c in x.clips]) for x in contexts]
         while len(self.features) > 4000:                                             # oldest first
-            self.features.popitem(last=False)
+            del self.features[next(iter(self.features))]
         return prompts
 
     def _see(self, clips):
         patches, grids, times = [], [], []
-        for _, clip in clips:
+        for clip in clips.values():
             at = frame_times(clip, self.S.FRAMES_PER_CLIP)
             try:
                 frames = read_frames(clip["file"], at)
-            except ValueError as error:                          # 01 tried some frames of every clip; this one is broken elsewhere
+            except ValueError as error:          # 01 tried some frames of every clip; this one is broken elsewhere
                 print(f"*** {error}. Clip {clip['clip']} is watched as grey frames ***")
                 frames = np.full((len(at), 64, 64, 3), 127, np.uint8)
             p, grid = frames_to_patches(frames, self.S.FRAME_PIXELS)
             at = [t - clip["offset"] for t in at + at[-1:] * (len(at) % 2)]
-            patches, grids, times = patches + [p], grids + [grid], times + [[sum(at[i:i + 2]) / 2 for i in range(0, len(at), 2)]]
-        visual = self.model.model.visual
+            times.append([(a + b) / 2 for a, b in zip(at[::2], at[1::2])])               # one per pair of frames
+            patches, grids = patches + [p], grids + [grid]
+        visual, grid_thw = self.model.model.visual, torch.tensor(grids, device=self.device)
         with torch.no_grad():
-            out = visual(torch.cat(patches).to(self.device, visual.dtype), return_dict=True,
-                         grid_thw=torch.tensor(grids, device=self.device))
+            out = visual(torch.cat(patches).to(self.device, visual.dtype), grid_thw=grid_thw, return_dict=True)
         sizes = [t * h * w // 4 for t, h, w in grids]
-        parts = [x.split(sizes) for x in (out.pooler_output, *out.deepstack_features)]
-        for i, (key, _) in enumerate(clips):
-            self.features[key] = grids[i], times[i], [p[i].clone() for p in parts]
+        layers = [x.split(sizes) for x in (out.pooler_output, *out.deepstack_features)]  # of each clip (V, d)
+        for name, grid, at, *features in zip(clips, grids, times, *layers):
+            self.features[name] = grid, at, [x.clone() for x in features]
 
     def _prompt(self, context, features):
         video = [[(t, h * w // 4) for t in times] for (_, h, w), times, _ in features]
@@ -430,25 +418,21 @@ class Policy:
         visual = ids == self.model.config.video_token_id
         grid = torch.tensor([g for g, _, _ in features])
         positions, _ = self.model.model.get_rope_index(ids[None], visual[None].int() * 2, video_grid_thw=grid)
-        layers = [torch.cat(x) for x in zip(*(f for _, _, f in features))]             # pooled, then deepstack: (V, d) each
+        pooled, *deep = [torch.cat(x) for x in zip(*(f for _, _, f in features))]        # (V, d) each
         ids, visual = ids.to(self.device), visual.to(self.device)
-        embeds = self.lm.embed_tokens(ids).detach().clone()
-        embeds[visual] = layers[0].to(embeds.dtype)
-        return Prompt(ids, embeds, positions[:, 0].to(self.device), visual, layers[1:])
+        embeds = self.lm.embed_tokens(ids).detach().clone()                              # (P, d)
+        embeds[visual] = pooled.to(embeds.dtype)
+        return Prompt(ids, embeds, positions[:, 0].to(self.device), visual, deep)
 
 # ================================================================ rollout and log-probs: a group is one row
 def visible(owner_q, owner_k):
     """Who sees whom: the prompt (owner 0) is seen by all, an answer (owner 1..G) by itself, padding (-1) by padding.
-
-    owner_q (B, Q), owner_k (B, T) -> bool (B, 1, Q, T).
-    """
+    owner_q (B, Q), owner_k (B, T) -> bool (B, 1, Q, T)."""
     return ((owner_k[:, None] == 0) | (owner_k[:, None] == owner_q[:, :, None]))[:, None]
 
 def pick(logits, u, temperature=1.0, top_p=1.0, top_k=0):
     """Tokens by the inverse CDF: one uniform number a token decides, so the noise is independent of batch and order.
-
-    logits (..., V), u (...) in [0, 1) -> (...) ids. top_k acts before top_p, as in transformers' generate.
-    """
+    logits (..., V), u (...) in [0, 1) -> (...) ids. top_k acts before top_p, as in transformers' generate."""
     p = (logits.float() / temperature).softmax(-1)                                       # (..., V)
     if 0 < top_k < p.shape[-1]:
         p = p.where(p >= p.topk(top_k).values[..., -1:], 0)
@@ -462,53 +446,49 @@ def rollout(policy, prompts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
     """n samples per prompt (from `policy.prepare`) -> list of lists of Sample, by the writer that is switched on.
 
     keys: a tuple of ints >= 0 per prompt; sample j draws its noise from (*key, j) alone. Each prompt is prefilled once
-    and its cache is never copied: the n samples are columns of one row, and a finished one leaves the row.
-    """
-    size, answers = policy.S.ROLLOUT_CONTEXTS, []
+    and its cache is never copied: the n samples are columns of one row, and a finished one leaves the row."""
+    size, limit, answers = policy.S.ROLLOUT_CONTEXTS, policy.S.MAX_NEW_TOKENS, []
     for i in range(0, len(prompts), size):
-        noise = np.stack([[np.random.default_rng([*key, j]).random(policy.S.MAX_NEW_TOKENS) for j in range(n)]
-                          for key in keys[i:i + size]])
+        noise = np.stack([[np.random.default_rng([*k, j]).random(limit) for j in range(n)] for k in keys[i:i + size]])
+        noise = torch.tensor(noise, device=policy.device)                                # (B, n, T)
         with torch.no_grad():
-            answers += _decode(policy, prompts[i:i + size], torch.tensor(noise, device=policy.device),
-                               temperature, top_p, top_k)
+            answers += _decode(policy, prompts[i:i + size], noise, temperature, top_p, top_k)
     return [[as_sample(policy, ids) for ids in group] for group in answers]
 
 def _decode(policy, prompts, noise, temperature, top_p, top_k):
     """noise (B, n, T) -> B lists of n lists of ids."""
     from transformers import DynamicCache
-    (B, n, limit), d, device = noise.shape, policy.hidden, policy.device
-    P = max(len(p.ids) for p in prompts)
-    embeds = torch.zeros(B, P, d, dtype=prompts[0].embeds.dtype, device=device)
-    owner = torch.full((B, P), -1, device=device)                                        # left padding
-    positions, seen = torch.zeros(3, B, P, dtype=torch.long, device=device), torch.zeros(B, P, dtype=torch.bool, device=device)
-    for b, p in enumerate(prompts):
-        embeds[b, P - len(p.ids):], owner[b, P - len(p.ids):] = p.embeds, 0
-        positions[:, b, P - len(p.ids):], seen[b, P - len(p.ids):] = p.positions, p.visual
-    causal = torch.ones(P, P, dtype=torch.bool, device=device).tril()
-    mask = visible(owner, owner) & causal if (owner < 0).any() else None                 # None: plain causal, the fast kernel
+    (B, n, limit), device, longest = noise.shape, policy.device, max(len(p.ids) for p in prompts)
+    left = [(p, longest - len(p.ids)) for p in prompts]                                  # prompts and their left padding
+    owner = torch.stack([F.pad(p.ids * 0, (pad, 0), value=-1) for p, pad in left])       # (B, P)
+    embeds = torch.stack([F.pad(p.embeds, (0, 0, pad, 0)) for p, pad in left])           # (B, P, d)
+    positions = torch.stack([F.pad(p.positions, (pad, 0)) for p, pad in left], 1)        # (3, B, P)
+    visual = torch.stack([F.pad(p.visual, (pad, 0)) for p, pad in left])                 # (B, P)
+    deep = [torch.cat(x) for x in zip(*(p.deep for p in prompts))]
+    causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+    mask = visible(owner, owner) & causal if (owner < 0).any() else None                 # None: plain causal, fast
     cache = DynamicCache(config=policy.lm.config)
-    out = policy.lm(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True,
-                    visual_pos_masks=seen, deepstack_visual_embeds=[torch.cat(x) for x in zip(*(p.deep for p in prompts))])
-    hidden = out.last_hidden_state[:, -1:].expand(B, n, d)                               # one prefill serves n samples
-    after = torch.stack([p.positions.max() + 1 for p in prompts])                        # (B,) position of the first answer token
-    answers, rows = [[[] for _ in range(n)] for _ in range(B)], list(range(B))           # rows: prompts still in the batch
-    who = torch.arange(n, device=device).expand(B, n)                                    # (R, W) sample of each column, -1 = none
+    hidden = policy.lm(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache,
+                       use_cache=True, visual_pos_masks=visual, deepstack_visual_embeds=deep).last_hidden_state
+    hidden = hidden[:, -1:].expand(B, n, -1)                                             # one prefill serves n samples
+    after = torch.stack([p.positions.max() + 1 for p in prompts])                        # (B,) position of a first token
+    answers, rows = [[[] for _ in range(n)] for _ in range(B)], list(range(B))           # rows: prompts in the batch
+    who = torch.arange(n, device=device).expand(B, n)                                    # (R, W) a column's sample or -1
     for step in range(limit):
         logits = policy.head(hidden)                                                     # (R, W, V)
         logits[..., policy.banned] = -torch.inf
         u = noise[rows, :, step].gather(1, who.clamp(min=0))                             # (R, W)
-        tokens, columns = pick(logits, u, temperature, top_p, top_k).tolist(), who.tolist()
-        alive = []
-        for row, ids, names in zip(rows, tokens, columns):
-            for token, j in zip(ids, names):
-                if j >= 0:
-                    answers[row][j].append(token)
-            alive.append([(j, token) for token, j in zip(ids, names) if j >= 0 and token != policy.end])
+        alive = []                                                                       # per row: (sample, token) pairs
+        for row, names, ids in zip(rows, who.tolist(), pick(logits, u, temperature, top_p, top_k).tolist()):
+            drawn = [(j, token) for j, token in zip(names, ids) if j >= 0]
+            for j, token in drawn:
+                answers[row][j].append(token)
+            alive.append([(j, token) for j, token in drawn if token != policy.end])
         width = max(map(len, alive))
         if width == 0 or step == limit - 1:
-            break
+            return answers
         keep = [r for r, a in enumerate(alive) if a]
-        if len(keep) < len(rows):                                                        # finished prompts leave the batch
+        if len(keep) < len(rows):                                                        # finished prompts leave
             index = torch.tensor(keep, device=device)
             cache.batch_select_indices(index)
             rows, alive, owner, after = [rows[r] for r in keep], [alive[r] for r in keep], owner[index], after[index]
@@ -518,8 +498,7 @@ def _decode(policy, prompts, noise, temperature, top_p, top_k):
         owner = torch.cat([owner, label], 1)                                             # (R, T)
         hidden = policy.lm(inputs_embeds=policy.lm.embed_tokens(ids), attention_mask=visible(label, owner),
                            position_ids=(after + step)[None, :, None].expand(3, -1, width),
-                           past_key_values=cache, use_cache=True).last_hidden_state     # (R, W, d)
-    return answers
+                           past_key_values=cache, use_cache=True).last_hidden_state      # (R, W, d)
 
 def as_sample(policy, ids):
     ended, count = bool(ids) and ids[-1] == policy.end, lambda text: len(policy.tokenizer(text)["input_ids"])
@@ -531,32 +510,25 @@ def logprobs(policy, prompt, answers):
     """Log-probs of each answer's tokens given the prompt, all answers packed into one row [prompt | a1 | ... | aG].
 
     answers: lists of ids. Returns a list of (T_i,) fp32 tensors, with gradient where it is enabled. The head runs one
-    answer at a time under checkpointing: (T, V) logits exist for one answer only.
-    """
+    answer at a time under checkpointing: (T, V) logits exist for one answer only."""
     from torch.utils.checkpoint import checkpoint
     P, ids = len(prompt.ids), [torch.tensor(a, device=policy.device) for a in answers]
     owner = torch.cat([prompt.ids * 0] + [torch.full_like(a, j + 1) for j, a in enumerate(ids)])[None]   # (1, T)
-    after = prompt.positions.max() + 1
-    positions = torch.cat([prompt.positions] + [(after + torch.arange(len(a), device=policy.device)).expand(3, -1)
-                                                for a in ids], 1)[:, None]               # (3, 1, T)
+    own = [prompt.positions.max() + 1 + torch.arange(len(a), device=policy.device) for a in ids]
+    positions = torch.cat([prompt.positions] + [x.expand(3, -1) for x in own], 1)        # (3, T)
     T = owner.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=policy.device).tril()
-    embeds = torch.cat([prompt.embeds, policy.lm.embed_tokens(torch.cat(ids)).to(prompt.embeds.dtype)])[None]
-    hidden = policy.lm(inputs_embeds=embeds, position_ids=positions, attention_mask=visible(owner, owner) & causal,
-                       use_cache=False, visual_pos_masks=F.pad(prompt.visual[None], (0, T - P)),
-                       deepstack_visual_embeds=prompt.deep).last_hidden_state[0]         # (T, d)
+    embeds = torch.cat([prompt.embeds, policy.lm.embed_tokens(torch.cat(ids)).to(prompt.embeds.dtype)])  # (T, d)
+    hidden = policy.lm(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
+                       attention_mask=visible(owner, owner) & causal, deepstack_visual_embeds=prompt.deep,
+                       visual_pos_masks=F.pad(prompt.visual[None], (0, T - P))).last_hidden_state[0]     # (T, d)
 
     def of_answer(rows, a):                                                              # rows (T_i, d), a (T_i,)
-        logits = policy.head(rows).float()                                               # (T_i, V)
-        logits = logits.index_fill(1, policy.banned, -torch.inf)
+        logits = policy.head(rows).float().index_fill(1, policy.banned, -torch.inf)      # (T_i, V)
         return logits.gather(1, a[:, None])[:, 0] - logits.logsumexp(1)                  # (T_i,)
 
-    out, at = [], P
-    for a in ids:                            # the prompt's last token predicts every answer's first
-        rows = torch.cat([hidden[P - 1:P], hidden[at:at + len(a) - 1]])
-        out.append(checkpoint(of_answer, rows, a, use_reentrant=False))
-        at += len(a)
-    return out
+    first, own = hidden[P - 1:P], hidden[P:].split([len(a) for a in ids])    # the prompt's last token predicts each first
+    return [checkpoint(of_answer, torch.cat([first, x[:-1]]), a, use_reentrant=False) for x, a in zip(own, ids)]
 
 # ================================================================ group-relative policy optimisation
 def group_advantages(rewards, gate=None):
@@ -567,30 +539,26 @@ def group_advantages(rewards, gate=None):
 
     >>> A, counts = group_advantages([0.5, 0.5, -0.5, 0.3], gate=[0.5, 0.5, -0.5, 0.3])
     >>> [round(a, 2) for a in A], counts
-    ([0.73, 0.73, -1.71, 0.24], [True, True, True, True])
+    ([0.73, 0.73, -1.7, 0.24], [True, True, True, True])
     >>> group_advantages([0.5, 0.4], gate=[0.5, 0.4])[1]       # the lower one is still a good memory: not pushed down
     [True, False]
     """
     mean = sum(rewards) / len(rewards)
     std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
     advantages = [(r - mean) / std if std > 1e-6 else 0.0 for r in rewards]
-    counts = [a >= 0 or gate is None or g < 0 for a, g in zip(advantages, gate or rewards)]
-    return advantages, counts
+    return advantages, [a >= 0 or gate is None or g < 0 for a, g in zip(advantages, gate or rewards)]
 
 def policy_loss(logp, old, advantages, counts, ratio="gspo", clip=(0.2, 0.28)):
     """Clipped loss of one group: -mean over i of min(s_i A_i, clip(s_i, 1 - low, 1 + high) A_i) (paper, section 2).
 
-    logp, old: lists of (T_i,); ratio "gspo": s_i = exp(mean_t(logp - old)) per sequence, "grpo": per token, then the mean
-    over tokens. A sample that does not count has zero loss and stays in the divisor. Returns (loss, clipped share).
-    """
-    total, clipped = 0.0, 0.0
+    logp, old: lists of (T_i,); ratio "gspo": s_i = exp(mean_t(logp - old)) per sequence, "grpo": per token, then the
+    mean over tokens. A sample that does not count has zero loss and stays in the divisor -> (loss, clipped share)."""
+    total, clipped, low, high = 0.0, 0.0, 1 - clip[0], 1 + clip[1]
     for new, was, A, counted in zip(logp, old, advantages, counts):
-        if A == 0 or not counted:
-            continue
-        s = (new - was).mean().exp()[None] if ratio == "gspo" else (new - was).exp()     # (1,) or (T,)
-        low, high = 1 - clip[0], 1 + clip[1]
-        total = total - torch.minimum(s * A, s.clamp(low, high) * A).mean()              # ()
-        clipped += ((s > high) if A > 0 else (s < low)).float().mean().item()
+        if A and counted:
+            s = (new - was).mean().exp()[None] if ratio == "gspo" else (new - was).exp()     # (1,) or (T,)
+            total = total - torch.minimum(s * A, s.clamp(low, high) * A).mean()              # ()
+            clipped += ((s > high) if A > 0 else (s < low)).float().mean().item()
     return total / len(logp), clipped / len(logp)
 
 def kl_to(logp, reference):
@@ -601,11 +569,10 @@ def kl_to(logp, reference):
 def grpo(policy, S, out, params, batch, reward, log_row, reference):
     """The loop of 02 (and of 05 on-policy): rollout, reward, advantage, update, log, save; resumes from `out`.
 
-    batch: `next(step)` -> contexts, `update(step, samples)`, and `state` (anything JSON). reward(contexts, samples) -> per
-    group {"total": [..], "gate": [..], "terms": {name: [..]}} with None where a judge failed. log_row: 02's. reference: the
-    writer that KL refers to. Ends with the checkpoint of step S.STEPS; Ctrl-C and SIGTERM save first. With SHOW the first
-    group is returned instead.
-    """
+    batch: `next(step)` -> contexts, `update(step, samples)`, and `state` (anything JSON). reward(contexts, samples) ->
+    per group {"total": [..], "gate": [..], "terms": {name: [..]}} with None where a judge failed. log_row: 02's.
+    reference: the writer that KL refers to. Ends with the checkpoint of step S.STEPS; Ctrl-C and SIGTERM save first.
+    With SHOW the first group is returned instead."""
     from tqdm import tqdm
     optimizer = torch.optim.AdamW(params, lr=S.LR, weight_decay=0.0)
     policy.train_only(params)
@@ -617,8 +584,7 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
     with interruptible() as stop:
         for step in bar:
             # ---- rollout
-            began = time.time()
-            contexts = batch.next(step)
+            began, contexts = time.time(), batch.next(step)
             prompts = policy.prepare(contexts)
             samples = rollout(policy, prompts, S.GROUP, [(S.SEED, step, i) for i in range(len(contexts))])
             rolled = time.time()
@@ -633,10 +599,9 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
                                  f"mend it and run again, it goes on from {out}/checkpoint.pt")
             # ---- update: the ratio is 1 in the first mini-batch, the others need the log-probs from before it
             used = [g for g in groups if g and any(g["advantages"])]
-            for i, g in enumerate(used):
-                if i >= S.MINI_BATCH:
-                    with torch.no_grad():
-                        g["old"] = logprobs(policy, g["prompt"], g["ids"])
+            with torch.no_grad():
+                for g in used[S.MINI_BATCH:]:
+                    g["old"] = logprobs(policy, g["prompt"], g["ids"])
             if S.KL:
                 with policy.using(reference), torch.no_grad():
                     for g in used:
@@ -653,8 +618,8 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
             if step % S.PRINT_EVERY == 0:
                 bar.write("  ".join(f"{k} {v:.3g}" for k, v in row.items()))
                 rated = [(t, s.text) for t, s in zip(scores[0]["total"], samples[0]) if t is not None]
-                for name, pick_one in (("best", max), ("worst", min)) if rated else ():
-                    bar.write(f"  {name} {pick_one(rated)[0]:+.2f}: {pick_one(rated)[1]!r}")
+                for name, (total, text) in (("best", max(rated)), ("worst", min(rated))) if rated else ():
+                    bar.write(f"  {name} {total:+.2f}: {text!r}")
             if stop.asked or (step + 1) % S.SAVE_EVERY == 0 or step + 1 == S.STEPS:
                 save_checkpoint(out, step + 1, params, optimizer, batch.state)
             if stop.asked:
@@ -665,8 +630,8 @@ def _group(prompt, samples, score, gate):
     kept = [i for i, t in enumerate(score["total"]) if t is not None]
     if len(kept) < 2:
         return None
-    advantages, counts = group_advantages([score["total"][i] for i in kept],
-                                          [score["gate"][i] for i in kept] if gate else None)
+    total, gates = ([score[k][i] for i in kept] for k in ("total", "gate"))
+    advantages, counts = group_advantages(total, gates if gate else None)
     return dict(prompt=prompt, ids=[samples[i].ids for i in kept], advantages=advantages, counts=counts, kept=kept)
 
 def _update(policy, S, params, optimizer, groups, sums, step):
@@ -680,7 +645,7 @@ def _update(policy, S, params, optimizer, groups, sums, step):
         loss = (loss + S.KL * kl) / len(groups)
         if loss.requires_grad:                                       # a group may have been gated away as a whole
             loss.backward()
-        sums["kl"], sums["clipped"] = sums["kl"] + float(kl.detach()), sums["clipped"] + clipped
+        sums["kl"], sums["clipped"] = sums["kl"] + kl.item(), sums["clipped"] + clipped
     norm = torch.nn.utils.clip_grad_norm_(params, S.GRAD_CLIP)
     if not torch.isfinite(norm):
         raise SystemExit(f"step {step}: the gradient norm is {norm.item()}; nothing was changed in this step. "
@@ -702,10 +667,10 @@ def interruptible():
             signal.signal(s, handler)
 
 def save_checkpoint(out, step, params, optimizer, state):
-    """Everything that the next step depends on. Sampling noise derives from (seed, step), so no RNG state is needed."""
+    """All that the next step depends on. Sampling noise derives from (seed, step), so no RNG state is needed."""
+    values = [p.detach().cpu() for p in params]
     with written_aside(out / "checkpoint.pt") as aside:
-        torch.save(dict(step=step, params=[p.detach().cpu() for p in params], optimizer=optimizer.state_dict(),
-                        state=json.dumps(state)), aside)
+        torch.save(dict(step=step, params=values, optimizer=optimizer.state_dict(), state=json.dumps(state)), aside)
 
 def load_checkpoint(out, params, optimizer):
     """(step, state) of a checkpoint whose tensors are put in place."""
@@ -724,8 +689,7 @@ class Log:
 
     def keep(self, n):
         if self.path.exists():
-            with open(self.path, newline="") as f:
-                self.rows = [r for r in csv.DictReader(f) if int(r["step"]) < n]
+            self.rows = [r for r in csv.DictReader(self.path.read_text().splitlines()) if int(r["step"]) < n]
 
     def write(self, row):
         self.rows.append({k: f"{v:.6g}" for k, v in row.items()})
@@ -734,7 +698,7 @@ class Log:
             w.writeheader()
             w.writerows(self.rows)
 
-# ================================================================ model, judge, watching
+# ================================================================ model and judge
 def load_policy(S):
     """The frozen model of S.MODEL with its tokenizer -> Policy. Raises SystemExit where it can't be used."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -748,23 +712,22 @@ def load_policy(S):
             experts_implementation="grouped_mm", device_map="cuda" if gpu else "cpu").eval()
     except (OSError, ValueError) as e:
         raise SystemExit(f"MODEL={S.MODEL} can't be loaded: {e}") from None
-    policy, weights = Policy(model, tokenizer, S), sum(p.numel() * p.element_size() for p in model.parameters())
+    policy = Policy(model, tokenizer, S)
     if S.MODEL == "tiny" and policy.hidden > 512:
-        raise SystemExit(f"tiny/base holds a model {policy.hidden} wide, but MODEL=tiny takes the embedded world's constants. "
-                         "Name the model by --MODEL=FOLDER instead")
-    print(f"model {name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {weights / 2**30:.3f} GiB in "
-          f"{model.dtype}, {policy.layers} layers {policy.hidden} wide, on {policy.device}; attention: torch SDPA (packed rows "
-          "need a mask)")
+        raise SystemExit(f"tiny/base holds a model {policy.hidden} wide, but MODEL=tiny takes the embedded world's "
+                         "constants. Name the model by --MODEL=FOLDER instead")
+    count, weights = (sum(f(p) for p in model.parameters()) for f in (torch.numel, lambda p: p.nbytes))
+    print(f"model {name}: {count / 1e6:.1f} M parameters, {weights / 2**30:.3f} GiB in {model.dtype}, {policy.layers} "
+          f"layers {policy.hidden} wide, on {policy.device}; attention: torch SDPA (packed rows need a mask)")
     if not gpu:
         print("*** no GPU: fp32 on the CPU. Fine for the embedded world; a 30B model is out of reach ***")
     return policy
 
 def load_judge(S):
     """Judge and reader with one method `ask(kind, items) -> list`, None for a verdict that failed. Kinds and items:
-    "faithful" {context, memory} -> bool; "clean" {previous, memory} -> bool; "rank" {context, memories} -> ranks, 1 = richest;
-    "prefer" {questions, first, second} -> "first" | "second" | "tie"; "answer" {entries, question, options} -> a letter or
-    "insufficient". The exact judge of the embedded world knows each clip's facts, as a video judge sees the video."""
+    "faithful" {context, memory} -> bool; "clean" {previous, memory} -> bool; "rank" {context, memories} -> ranks,
+    1 = richest; "prefer" {questions, first, second} -> "first" | "second" | "tie"; "answer" {entries, question,
+    options} -> a letter or "insufficient". The embedded world's exact judge knows each clip's facts."""
     if S.JUDGE != "tiny":
         raise SystemExit(f'JUDGE={S.JUDGE} is unknown: the only judge so far is "tiny", for the embedded world')
-    world = importlib.import_module("tiny.world")
-    return world.Judge(read_jsonl(need(S, "streams/truth.jsonl")))
+    return importlib.import_module("tiny.world").Judge(read_jsonl(need(S, "streams/truth.jsonl")))
