@@ -27,7 +27,7 @@ BETA = both(0.5, 0.1)            # of DPO (paper: 0.1)
 STEPS = both(40, 40)             # DPO updates (paper: 10 to 40)
 PAIRS = both(16, 64)             # pairs per update (paper: 64)
 CONTEXTS = both(16, 32)          # grpo: contexts per rollout
-MINI_BATCH = both(16, 8)         # grpo: contexts per optimizer step
+MINI_BATCH = both(8, 8)          # grpo: contexts per optimizer step
 GRPO_STEPS = both(12, 40)        # grpo: rollouts
 KL = both(0.0, 0.0)              # grpo: weight of the KL to the Phase One policy
 N_MIN, N_MAX = both(3, 11), both(9, 22)   # grpo: clips of a stream, as in 02
@@ -55,6 +55,7 @@ SHOW = 0                         # 1: print one pair or group in full and stop
 # ----------------------------------------------------------------
 # log.csv of dpo, a row a step: loss; accuracy (share of pairs whose winner gained more than its loser over the reference);
 # margin (mean of beta times that difference); norm (of the vector, or of all trained values); grad_norm; seconds.
+# Of grpo: 02's columns, with relevance (centred, so 0 on average) and R (the reward model's own value, not in the sum).
 
 
 def dpo_loss(winner, loser, ref_winner, ref_loser, beta):
@@ -123,7 +124,9 @@ def rewards(S, judge, model, questions, contexts, samples):
         R = reward_model.score(model, [{"questions": questions, "history": context.history, "memory": group[i].memory}
                                        for i in valid])
         score["gate"], score["terms"]["relevance"] = list(score["total"]), [0.0] * len(group)
+        score["terms"]["R"] = [None] * len(group)                # as it is, to be seen rising; it is not in the sum
         for i, r in zip(valid, R):
+            score["terms"]["R"][i] = r
             score["terms"]["relevance"][i] = S.RELEVANCE * (r - sum(R) / len(R))
             score["total"][i] += score["terms"]["relevance"][i]
     return scores

@@ -39,16 +39,17 @@ LORA_RANK = 16                          # on the language model's attention; alp
 # ----------------------------------------------------------------
 
 PROMPT = """You keep the memory of an endless video. Below are its latest clips with the memories that you wrote for \
-them. Write the memory of the last clip in one or two sentences: what it shows or says, true, connected to the memory \
-before, nothing that it already states. Call people by their IDs, like <face_3>. Answer with {"description": "..."}."""
+them. Write the memory of the last clip in one or two sentences: what it shows or says, true, connected to the \
+memory before, nothing that it already states. Call people by their IDs, like <face_3>. Answer with \
+{"description": "..."}."""
 ASK_TO_THINK = " First think, then write </think>, then the answer."     # for templates that open no thinking part
 FIXED = ("PROMPT", "ASK_TO_THINK", "TASK_PROMPT", "DECODE_SECONDS")      # edited in their file, not by --NAME=value
 HARMLESS = ("RUN", "SHOW", "ENVIRONMENT", "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")  # free on resuming
 TASK_PROMPT = "\nThese questions were asked lately; similar ones will come, so remember what they need:\n"
 # ================================================================ settings and files
 def settings(module, argv=None):
-    """Namespace of the UPPER_CASE constants of common.py and of a script (module: its `globals()`), with `--NAME=value`
-    applied and each `both` resolved by MODEL. SystemExit (nearest name, expected type) on a bad argument."""
+    """Namespace of the UPPER_CASE constants of common.py and of a script (module: its `globals()`): `--NAME=value` is
+    applied, each `both` resolved by MODEL. SystemExit (nearest name, expected type) on a bad argument."""
     names = {n: v for n, v in (globals() | module).items()
              if n.isupper() and isinstance(v, (str, int, float, both)) and n not in FIXED}
     argv, given = sys.argv[1:] if argv is None else argv, {}
@@ -205,7 +206,6 @@ def frame_size(height, width, pixels):
 
 def frames_to_patches(frames, pixels):
     """Frames (n, H, W, 3) uint8 to what the vision tower reads (as Qwen3VLVideoProcessor, which needs torchvision).
-
     An odd n repeats the last frame. Returns patches (n/2 * h * w, 3 * 2 * 16 * 16) in merge order, normalised to
     [-1, 1], and the grid (n/2, h, w) in patches of 16 pixels."""
     x = torch.as_tensor(frames).permute(0, 3, 1, 2)                                      # (n, 3, H, W) uint8
@@ -226,7 +226,6 @@ def frame_times(clip, n):
 
 def build_prompt(context, video, tokenizer):
     """Prompt text up to where the answer begins: instruction; per clip its time, frame pairs and memory; the tasks.
-
     video: per clip a list of (seconds in the clip, tokens) per frame pair."""
     text = PROMPT + "\n"
     for i, (clip, pairs) in enumerate(zip(context.clips, video)):
@@ -245,8 +244,8 @@ WRITERS = ("base", "phase1", "phase2")       # each builds on the one before it
 
 class Policy:
     """Qwen3-VL with what can be switched on it. `use(writer)` chooses who writes: "base", "phase1" (with what 02
-    trained) or "phase2" (with 05's adapter on top). Attributes: model, lm (its decoder), head, tokenizer, S (settings),
-    device, hidden (d), layers (count), end (the end token), banned (ids never sampled), trainable (parameters)."""
+    trained) or "phase2" (with 05's adapter on top). Attributes: model, lm (its decoder), head, tokenizer, S, device,
+    hidden (d), layers (count), end (id), banned (ids never sampled), trainable (parameters), who (writes)."""
 
     def __init__(self, model, tokenizer, S):
         self.model, self.lm, self.head = model, model.model.language_model, model.lm_head
@@ -283,9 +282,8 @@ class Policy:
             self.hook.remove()
         vector = torch.zeros(self.hidden) if vector is None else vector
         self.steered, self.steer = layer, torch.nn.Parameter(vector.to(self.device))
-        on = lambda: self.who == "phase2" and self.steer is not None
-        self.hook = self.lm.layers[layer].register_forward_hook(
-            lambda _, args, out: out + self.steer.to(out.dtype) if on() else None)
+        self.hook = self.lm.layers[layer].register_forward_hook(lambda _, args, out: (
+            out + self.steer.to(out.dtype) if self.who == "phase2" and self.steer is not None else None))
         self.use("phase2")
         return [self.steer]
 
@@ -444,9 +442,8 @@ def pick(logits, u, temperature=1.0, top_p=1.0, top_k=0):
 
 def rollout(policy, prompts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
     """n samples per prompt (from `policy.prepare`) -> list of lists of Sample, by the writer that is switched on.
-
-    keys: a tuple of ints >= 0 per prompt; sample j draws its noise from (*key, j) alone. Each prompt is prefilled once
-    and its cache is never copied: the n samples are columns of one row, and a finished one leaves the row."""
+    keys: a tuple of ints >= 0 per prompt; sample j draws its noise from (*key, j) alone. Each prompt is prefilled
+    once and its cache is never copied: the n samples are columns of one row, and a finished one leaves the row."""
     size, limit, answers = policy.S.ROLLOUT_CONTEXTS, policy.S.MAX_NEW_TOKENS, []
     for i in range(0, len(prompts), size):
         noise = np.stack([[np.random.default_rng([*k, j]).random(limit) for j in range(n)] for k in keys[i:i + size]])
@@ -459,7 +456,7 @@ def _decode(policy, prompts, noise, temperature, top_p, top_k):
     """noise (B, n, T) -> B lists of n lists of ids."""
     from transformers import DynamicCache
     (B, n, limit), device, longest = noise.shape, policy.device, max(len(p.ids) for p in prompts)
-    left = [(p, longest - len(p.ids)) for p in prompts]                                  # prompts and their left padding
+    left = [(p, longest - len(p.ids)) for p in prompts]                                  # and their left padding
     owner = torch.stack([F.pad(p.ids * 0, (pad, 0), value=-1) for p, pad in left])       # (B, P)
     embeds = torch.stack([F.pad(p.embeds, (0, 0, pad, 0)) for p, pad in left])           # (B, P, d)
     positions = torch.stack([F.pad(p.positions, (pad, 0)) for p, pad in left], 1)        # (3, B, P)
@@ -470,15 +467,15 @@ def _decode(policy, prompts, noise, temperature, top_p, top_k):
     cache = DynamicCache(config=policy.lm.config)
     hidden = policy.lm(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache,
                        use_cache=True, visual_pos_masks=visual, deepstack_visual_embeds=deep).last_hidden_state
-    hidden = hidden[:, -1:].expand(B, n, -1)                                             # one prefill serves n samples
-    after = torch.stack([p.positions.max() + 1 for p in prompts])                        # (B,) position of a first token
+    hidden = hidden[:, -1:].expand(B, n, -1)                                             # one prefill for n samples
+    after = torch.stack([p.positions.max() + 1 for p in prompts])                        # (B,) of the first tokens
     answers, rows = [[[] for _ in range(n)] for _ in range(B)], list(range(B))           # rows: prompts in the batch
-    who = torch.arange(n, device=device).expand(B, n)                                    # (R, W) a column's sample or -1
+    who = torch.arange(n, device=device).expand(B, n)                                    # (R, W) sample, -1 = none
     for step in range(limit):
         logits = policy.head(hidden)                                                     # (R, W, V)
         logits[..., policy.banned] = -torch.inf
         u = noise[rows, :, step].gather(1, who.clamp(min=0))                             # (R, W)
-        alive = []                                                                       # per row: (sample, token) pairs
+        alive = []                                                                       # a row's (sample, token)s
         for row, names, ids in zip(rows, who.tolist(), pick(logits, u, temperature, top_p, top_k).tolist()):
             drawn = [(j, token) for j, token in zip(names, ids) if j >= 0]
             for j, token in drawn:
@@ -508,7 +505,6 @@ def as_sample(policy, ids):
 
 def logprobs(policy, prompt, answers):
     """Log-probs of each answer's tokens given the prompt, all answers packed into one row [prompt | a1 | ... | aG].
-
     answers: lists of ids. Returns a list of (T_i,) fp32 tensors, with gradient where it is enabled. The head runs one
     answer at a time under checkpointing: (T, V) logits exist for one answer only."""
     from torch.utils.checkpoint import checkpoint
@@ -527,13 +523,12 @@ def logprobs(policy, prompt, answers):
         logits = policy.head(rows).float().index_fill(1, policy.banned, -torch.inf)      # (T_i, V)
         return logits.gather(1, a[:, None])[:, 0] - logits.logsumexp(1)                  # (T_i,)
 
-    first, own = hidden[P - 1:P], hidden[P:].split([len(a) for a in ids])    # the prompt's last token predicts each first
+    first, own = hidden[P - 1:P], hidden[P:].split([len(a) for a in ids])    # the prompt's last predicts every first
     return [checkpoint(of_answer, torch.cat([first, x[:-1]]), a, use_reentrant=False) for x, a in zip(own, ids)]
 
 # ================================================================ group-relative policy optimisation
 def group_advantages(rewards, gate=None):
     """A_i = (r_i - mean r) / std r over the whole group, and which samples count (the NSR gate; paper, section 2).
-
     gate: the reward that decides whether a sample below the mean may be pushed down: only if its gate is negative.
     None: no gate. A group with a population std under 1e-6 gets zeros.
 
@@ -550,7 +545,6 @@ def group_advantages(rewards, gate=None):
 
 def policy_loss(logp, old, advantages, counts, ratio="gspo", clip=(0.2, 0.28)):
     """Clipped loss of one group: -mean over i of min(s_i A_i, clip(s_i, 1 - low, 1 + high) A_i) (paper, section 2).
-
     logp, old: lists of (T_i,); ratio "gspo": s_i = exp(mean_t(logp - old)) per sequence, "grpo": per token, then the
     mean over tokens. A sample that does not count has zero loss and stays in the divisor -> (loss, clipped share)."""
     total, clipped, low, high = 0.0, 0.0, 1 - clip[0], 1 + clip[1]
@@ -562,15 +556,14 @@ def policy_loss(logp, old, advantages, counts, ratio="gspo", clip=(0.2, 0.28)):
     return total / len(logp), clipped / len(logp)
 
 def kl_to(logp, reference):
-    """KL of the policy to the reference, per token by the estimator exp(d) - d - 1, d = ref - logp; mean over samples."""
+    """KL to the reference, per token by the estimator exp(d) - d - 1, d = ref - logp; mean over samples."""
     gap = [r - n for n, r in zip(logp, reference)]
     return sum((g.exp() - g - 1).mean() for g in gap) / len(gap)
 
 def grpo(policy, S, out, params, batch, reward, log_row, reference):
     """The loop of 02 (and of 05 on-policy): rollout, reward, advantage, update, log, save; resumes from `out`.
-
-    batch: `next(step)` -> contexts, `update(step, samples)`, and `state` (anything JSON). reward(contexts, samples) ->
-    per group {"total": [..], "gate": [..], "terms": {name: [..]}} with None where a judge failed. log_row: 02's.
+    batch: `next(step)` -> contexts, `update(step, samples)`, and `state` (anything JSON). reward(contexts, samples)
+    -> per group {"total": [..], "gate": [..], "terms": {name: [..]}} with None where a judge failed. log_row: 02's.
     reference: the writer that KL refers to. Ends with the checkpoint of step S.STEPS; Ctrl-C and SIGTERM save first.
     With SHOW the first group is returned instead."""
     from tqdm import tqdm
@@ -683,7 +676,6 @@ def load_checkpoint(out, params, optimizer):
 
 class Log:
     """A CSV with one row a step; `keep(n)` drops the rows from step n on, which a resumed run writes again."""
-
     def __init__(self, path):
         self.path, self.rows = path, []
 
@@ -717,8 +709,8 @@ def load_policy(S):
         raise SystemExit(f"tiny/base holds a model {policy.hidden} wide, but MODEL=tiny takes the embedded world's "
                          "constants. Name the model by --MODEL=FOLDER instead")
     count, weights = (sum(f(p) for p in model.parameters()) for f in (torch.numel, lambda p: p.nbytes))
-    print(f"model {name}: {count / 1e6:.1f} M parameters, {weights / 2**30:.3f} GiB in {model.dtype}, {policy.layers} "
-          f"layers {policy.hidden} wide, on {policy.device}; attention: torch SDPA (packed rows need a mask)")
+    print(f"model {name}: {count / 1e6:.1f} M parameters, {weights / 2**30:.3f} GiB in {model.dtype}, on "
+          f"{policy.device}; {policy.layers} layers {policy.hidden} wide; attention: torch SDPA (packed rows need a mask)")
     if not gpu:
         print("*** no GPU: fp32 on the CPU. Fine for the embedded world; a 30B model is out of reach ***")
     return policy

@@ -17,6 +17,12 @@ def title(method):
     return TITLES.get(method, f"Phase Two, {method}")
 
 
+def named(R, method):
+    """Title of a method; how many environments its figures are about, where that is not all of them."""
+    have = sum(r["method"] == method and r["scope"] == "after" for r in R["rows"]) - 1
+    return title(method) + f" ({have} of {len(R['transfer']['phase1'])})" * (have < len(R["transfer"]["phase1"]))
+
+
 def cell(x, scale=100):
     """Mean and interval as text; the mean alone where there is no interval, a dash where there is no figure.
 
@@ -35,7 +41,7 @@ def tables(R):
     """Every table of the results as (title, note, head, rows of texts, looks: "", "folded" or "heat")."""
     asked = ["Accuracy", "Coverage", "Precision", "Questions"]
     line = lambda r, *names: [*names, *(cell(r[m.lower()]) for m in asked[:3]), str(r["questions"])]
-    scope = lambda name: [line(r, title(r["method"])) for r in R["rows"]
+    scope = lambda name: [line(r, named(R, r["method"])) for r in R["rows"]
                           if r["environment"] == "all" and r["scope"] == name]
     dropped = sum(R["dropped"].values())
     yield ("Answers from memory", "Per cent of the questions asked after the update; 95 % intervals over "
@@ -46,7 +52,7 @@ def tables(R):
     yield ("Gains", "In points. Mismatched: an adapter on questions of environments that it did not learn.",
            ["Method", "Accuracy over base", "Accuracy over Phase One", "Mismatched, over Phase One",
             "Precision over Phase One"],
-           [[title(m), points(g, "over_base", "accuracy"), points(g, "over_phase1", "accuracy"),
+           [[named(R, m), points(g, "over_base", "accuracy"), points(g, "over_phase1", "accuracy"),
              points(g, "mismatched", "accuracy"), points(g, "over_phase1", "precision")]
             for m, g in R["gains"].items()], "")
     mean = lambda row: [cell({**c["accuracy"], "low": None}) for c in row.values()]
@@ -63,11 +69,11 @@ def tables(R):
            "Win, tie, loss: against Phase One, by the relevance judge. Faithful: true and within the budget. "
            "Fully right: well formed, faithful and nothing repeated. Tokens: of a well-formed memory.",
            ["Method", *kinds.values()],
-           [[title(r["method"]), *(cell(r[q], 1 if q == "tokens" else 100) for q in kinds)]
+           [[named(R, r["method"]), *(cell(r[q], 1 if q == "tokens" else 100) for q in kinds)]
             for r in R["validation"] if r["environment"] == "all"], "")
     yield ("Every environment", "Per cent of the questions asked after the update.",
            ["Method", "Environment", *asked],
-           [line(r, title(r["method"]), r["environment"]) for r in R["rows"]
+           [line(r, named(R, r["method"]), r["environment"]) for r in R["rows"]
             if r["scope"] == "after" and r["environment"] != "all"], "folded")
     yield ("With the first questions", "The same with the recent questions pooled in, which Phase One "
            "answered: the way the paper counts.", ["Method", *asked], scope("all"), "folded")
@@ -135,7 +141,7 @@ def bars(R):
     svg, X = "", lambda share: f"{2 + 276 * share:.1f}"
     for i, r in enumerate(rows):
         a, y = r["accuracy"], 54 * i + 24
-        svg += (f'<text x="2" y="{y - 6}">{html.escape(title(r["method"]))}</text>'
+        svg += (f'<text x="2" y="{y - 6}">{html.escape(named(R, r["method"]))}</text>'
                 f'<text x="336" y="{y + 16}" text-anchor="end">{cell({**a, "low": None})}</text>'
                 f'<path fill="var(--rule)" d="M2 {y}H{X(r["coverage"]["mean"])}v20H2z"/>'
                 f'<path fill="var(--heat)" d="M2 {y}H{X(a["mean"])}v20H2z"/>')
@@ -250,8 +256,8 @@ def headline(R):
             f"{after['base']}% of the questions and Phase One {after['phase1']}%.")
     for m in [m for m in R["transfer"] if m != "phase1"]:
         gain, others = R["gains"][m]["over_phase1"], R["gains"][m]["mismatched"]
-        text += (f" Adapters ({m}) answer {after[m]}% in the environment whose recent questions they "
-                 f"learned from: {mean(gain['accuracy'], 1)} points over Phase One"
+        text += (f" The adapters of {named(R, m)} answer {after[m]}% in the environment whose recent questions "
+                 f"they learned from: {mean(gain['accuracy'], 1)} points over Phase One"
                  + (f", against {mean(others['accuracy'], 1)} in the other environments." if others else "."))
     return text
 

@@ -309,3 +309,9 @@ def test_the_tokenizer_prices_three_facts_at_the_budget(base):
         assert cost(world.sentence("still", chosen[:3])) <= 17 < cost(world.sentence("now", chosen))
         memory = world.sentence("now", chosen)
         assert policy.tokenizer.decode(policy.tokenizer(memory)["input_ids"]) == memory
+
+
+def test_positions_are_the_models_own(base):
+    policy, sets, make_base = base
+    for prompt in policy.prepare(sets["seen"][0][:4]):
+        assert (make_base.positions(prompt.visual.tolist()) == prompt.positions).all()
