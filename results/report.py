@@ -19,8 +19,9 @@ def title(method):
 
 def named(R, method):
     """Title of a method; how many environments its figures are about, where that is not all of them."""
-    have = sum(r["method"] == method and r["scope"] == "after" for r in R["rows"]) - 1
-    return title(method) + f" ({have} of {len(R['transfer']['phase1'])})" * (have < len(R["transfer"]["phase1"]))
+    have = sum((r["method"], r["scope"]) == (method, "after") for r in R["rows"]) - 1    # "all" is a row too
+    total = len(R["transfer"]["phase1"])
+    return title(method) + f" ({have} of {total})" * (have < total)
 
 
 def cell(x, scale=100):
@@ -256,8 +257,8 @@ def headline(R):
             f"{after['base']}% of the questions and Phase One {after['phase1']}%.")
     for m in [m for m in R["transfer"] if m != "phase1"]:
         gain, others = R["gains"][m]["over_phase1"], R["gains"][m]["mismatched"]
-        text += (f" The adapters of {named(R, m)} answer {after[m]}% in the environment whose recent questions "
-                 f"they learned from: {mean(gain['accuracy'], 1)} points over Phase One"
+        text += (f" The adapters of {named(R, m)} answer {after[m]}% in the environment whose recent "
+                 f"questions they learned from: {mean(gain['accuracy'], 1)} points over Phase One there"
                  + (f", against {mean(others['accuracy'], 1)} in the other environments." if others else "."))
     return text
 

@@ -274,6 +274,7 @@ def test_the_stage_end_to_end(run, capsys):
     common.write_text(run.folder / "phase2" / "grpo-steer" / "wear" / "adapter" / "steer.safetensors", "new")
     stage.main(arguments)
     assert [f.parts[-3:-1] for f in run.policy.loaded[1:]] == [("grpo-steer", "wear")]
+    assert "Phase Two, grpo-steer (1 of 3)" in (out / "results.md").read_text()
 
 
 def test_methods_and_forks(run, capsys, tmp_path):
