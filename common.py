@@ -99,9 +99,9 @@ def start(S, stage):
 def need(S, name):
     """Path of runs/RUN/name, or of runs/FROM/name. Raises SystemExit naming the script that makes it."""
     runs = [r for r in (S.RUN, S.FROM) if r]
-    for run in runs:
-        if (ROOT / "runs" / run / name).exists():
-            return ROOT / "runs" / run / name
+    for path in (ROOT / "runs" / r / name for r in runs):
+        if path.exists():
+            return path
     maker = next(ROOT.glob(f"0?_*{name.split('/')[0]}*.py")).name   # a stage's folder is a part of its script's name
     raise SystemExit(f"runs/{' and runs/'.join(runs)}: {name} is missing. Make it first: "
                      f"python {maker} --RUN={S.RUN}")
@@ -264,11 +264,11 @@ class Policy:
     def add_lora(self, writer, name, folder=None):
         """LoRA on the language model's attention, new (B = 0) or read from a PEFT folder -> its parameters."""
         from peft import LoraConfig
-        if folder is None:
+        if folder:
+            self.model.load_adapter(str(folder), adapter_name=name)
+        else:
             self.model.add_adapter(LoraConfig(r=self.S.LORA_RANK, lora_alpha=2 * self.S.LORA_RANK,
                                               target_modules=r".*language_model.*self_attn\.[qkvo]_proj"), name)
-        else:
-            self.model.load_adapter(str(folder), adapter_name=name)
         self.lora[writer] = [name]
         self.use(writer)
         return [p for n, p in self.model.named_parameters() if f".{name}." in n]
@@ -489,8 +489,8 @@ def _decode(policy, prompts, noise, temperature, top_p, top_k):
             index = torch.tensor(keep, device=device)
             cache.batch_select_indices(index)
             rows, alive, owner, after = [rows[r] for r in keep], [alive[r] for r in keep], owner[index], after[index]
-        padded = torch.tensor([a + [(-1, policy.end)] * (width - len(a)) for a in alive], device=device)
-        who, ids = padded[..., 0], padded[..., 1]                                        # (R, W)
+        padded = [a + [(-1, policy.end)] * (width - len(a)) for a in alive]
+        who, ids = torch.tensor(padded, device=device).unbind(-1)                        # (R, W)
         label = torch.where(who < 0, -1, who + 1)
         owner = torch.cat([owner, label], 1)                                             # (R, T)
         hidden = policy.lm(inputs_embeds=policy.lm.embed_tokens(ids), attention_mask=visible(label, owner),
@@ -512,9 +512,9 @@ def logprobs(policy, prompt, answers):
     owner = torch.cat([prompt.ids * 0] + [torch.full_like(a, j + 1) for j, a in enumerate(ids)])[None]   # (1, T)
     own = [prompt.positions.max() + 1 + torch.arange(len(a), device=policy.device) for a in ids]
     positions = torch.cat([prompt.positions] + [x.expand(3, -1) for x in own], 1)        # (3, T)
-    T = owner.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=policy.device).tril()
     embeds = torch.cat([prompt.embeds, policy.lm.embed_tokens(torch.cat(ids)).to(prompt.embeds.dtype)])  # (T, d)
+    T = len(embeds)
+    causal = torch.ones(T, T, dtype=torch.bool, device=policy.device).tril()
     hidden = policy.lm(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
                        attention_mask=visible(owner, owner) & causal, deepstack_visual_embeds=prompt.deep,
                        visual_pos_masks=F.pad(prompt.visual[None], (0, T - P))).last_hidden_state[0]     # (T, d)
@@ -708,9 +708,9 @@ def load_policy(S):
     if S.MODEL == "tiny" and policy.hidden > 512:
         raise SystemExit(f"tiny/base holds a model {policy.hidden} wide, but MODEL=tiny takes the embedded world's "
                          "constants. Name the model by --MODEL=FOLDER instead")
-    count, weights = (sum(f(p) for p in model.parameters()) for f in (torch.numel, lambda p: p.nbytes))
-    print(f"model {name}: {count / 1e6:.1f} M parameters, {weights / 2**30:.3f} GiB in {model.dtype}, on "
-          f"{policy.device}; {policy.layers} layers {policy.hidden} wide; attention: torch SDPA (packed rows need a mask)")
+    count, gib = (sum(f(p) for p in model.parameters()) for f in (torch.numel, lambda p: p.nbytes / 2**30))
+    print(f"model {name}: {count / 1e6:.1f} M parameters, {gib:.3f} GiB in {model.dtype}, {policy.layers} layers "
+          f"{policy.hidden} wide, on {policy.device}; attention: torch SDPA (packed rows need a mask)")
     if not gpu:
         print("*** no GPU: fp32 on the CPU. Fine for the embedded world; a 30B model is out of reach ***")
     return policy
