@@ -120,13 +120,10 @@ def written_aside(path):
 def write_text(path, text):
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
-
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
 def write_jsonl(path, rows):
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-
 def append_jsonl(path, rows):
     """For work in progress: a line may be torn by a kill, so read it back with torn=True."""
     with open(path, "a", encoding="utf-8") as f:
@@ -161,7 +158,6 @@ def clock(seconds):
 Context = dataclasses.make_dataclass("Context", "stream clips history questions".split())
 Context.__doc__ = "The last k clips (rows of streams.jsonl), memories of all but the newest, and questions."
 Context.clip = property(lambda self: self.clips[-1]["clip"])
-
 Sample = dataclasses.make_dataclass("Sample", "ids text memory thinking_tokens memory_tokens truncated".split())
 Sample.__doc__ = "One answer. ids: its tokens, end token included; memory: None when malformed; *_tokens: counts."
 
@@ -246,7 +242,6 @@ class Policy:
     """Qwen3-VL with what can be switched on it. `use(writer)` chooses who writes: "base", "phase1" (with what 02
     trained) or "phase2" (with 05's adapter on top). Attributes: model, lm (its decoder), head, tokenizer, S, device,
     hidden (d), layers (count), end (id), banned (ids never sampled), trainable (parameters), who (writes)."""
-
     def __init__(self, model, tokenizer, S):
         self.model, self.lm, self.head = model, model.model.language_model, model.lm_head
         self.tokenizer, self.S, self.device = tokenizer, S, model.device
@@ -404,7 +399,7 @@ class Policy:
         visual, grid_thw = self.model.model.visual, torch.tensor(grids, device=self.device)
         with torch.no_grad():
             out = visual(torch.cat(patches).to(self.device, visual.dtype), grid_thw=grid_thw, return_dict=True)
-        sizes = [t * h * w // 4 for t, h, w in grids]
+        sizes = (grid_thw.prod(1) // 4).tolist()                                         # tokens of each clip
         layers = [x.split(sizes) for x in (out.pooler_output, *out.deepstack_features)]  # of each clip (V, d)
         for name, grid, at, *features in zip(clips, grids, times, *layers):
             self.features[name] = grid, at, [x.clone() for x in features]
