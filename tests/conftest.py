@@ -13,14 +13,13 @@ sys.path.insert(0, str(ROOT))
 
 import common                                                               # noqa: E402
 
-TOY = ["--TRAIN_STREAMS=4", "--DEPLOY_STREAMS=4", "--TEST_STREAMS=2", "--CLIPS=6", "--QUESTIONS=2"]
-
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A run folder with the streams of stage 1 in it; never written to by tests."""
     run = tmp_path_factory.mktemp("toy")
-    importlib.import_module("01_make_streams").main([f"--RUN={run}", *TOY])
+    importlib.import_module("01_make_streams").main(
+        [f"--RUN={run}", "--TRAIN_STREAMS=4", "--DEPLOY_STREAMS=1", "--TEST_STREAMS=1", "--CLIPS=6"])
     return run
 
 
