@@ -33,6 +33,7 @@ FRAME_PIXELS = both(96 * 96, 448 * 448)  # pixels of a frame at most; 32 x 32 of
 MEMORY_TOKENS = both(17, 150)           # budget of one memory (paper, section 2); 17: three of a clip's eight facts
 THINK_TOKENS = both(16, 1200)           # L of r_len (paper, section 2)
 MAX_NEW_TOKENS = both(72, 2800)         # thinking up to 2L, then the memory
+FEATURE_CLIPS = both(4000, 200)          # clips whose vision features are kept: about 30 MB each at full size
 ROLLOUT_CONTEXTS = both(48, 1)          # contexts decoded side by side; bounded by memory for keys and values
 CPU_THREADS = 2                         # more hurt a small model, and results stay the same from machine to machine
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
@@ -70,7 +71,7 @@ def settings(module, argv=None):
         kind, usual = type(S[name]), S[name]
         try:
             value = int(float(text)) if kind is int and float(text) == int(float(text)) else kind(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise SystemExit(f"--{name}={text}: expected {kind.__name__}, like {usual!r}") from None
         twin = names[name].tiny if isinstance(names[name], both) and kind is float else None
         if full and twin == value and usual and not 0.1 < value / usual < 10:
@@ -181,7 +182,7 @@ def parse_response(text):
     thinking, closed, rest = text.partition("</think>")
     try:
         pairs = json.loads(rest, object_pairs_hook=tuple)           # a tuple of pairs, so that a repeated key shows
-    except ValueError:
+    except (ValueError, RecursionError):
         pairs = ()
     single = closed and isinstance(pairs, tuple) and [k for k, _ in pairs] == ["description"]
     memory = pairs[0][1].strip() if single and isinstance(pairs[0][1], str) else ""
@@ -368,7 +369,8 @@ class Policy:
         self.use(WRITERS[max(0, WRITERS.index(writer) - 1)])
         for name in self.lora[writer]:
             self.model.delete_adapter(name)
-        self.lora[writer], self.steer = [], None
+        self.lora[writer] = []
+        self.steer = None if writer == "phase2" else self.steer
         self.whole.pop(writer, None)
 
     # ---- prompts
@@ -376,10 +378,10 @@ class Policy:
         """Prompts of contexts; vision features come from a cache, as the tower is frozen."""
         key = lambda clip: (clip["file"], clip["offset"], clip["end"] - clip["start"])
         new = {key(c): c for x in contexts for c in x.clips if key(c) not in self.features}
-        for i in range(0, len(new), 64):                                             # many small clips in one pass
+        for i in range(0, len(new), 256 // self.S.FRAMES_PER_CLIP):                  # many small clips in one pass
             self._see(dict(list(new.items())[i:i + 64]))
         prompts = [self._prompt(x, [self.features[key(c)] for c in x.clips]) for x in contexts]
-        while len(self.features) > 4000:                                             # oldest first
+        while len(self.features) > self.S.FEATURE_CLIPS:                             # oldest first
             del self.features[next(iter(self.features))]
         return prompts
 

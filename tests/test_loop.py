@@ -305,6 +305,27 @@ def test_k_steps_resume_k_steps_equal_2k_steps_bit_by_bit(policy, streams, tmp_p
     assert rows(tmp_path / "term" / "log.csv") == log
 
 
+def test_old_and_reference_logprobs_are_those_from_before_the_step(policy, streams, tmp_path, monkeypatch):
+    """One context per mini-batch: the ratio is 1 in the first update alone; the KL refers to the base throughout."""
+    seen, contexts, samples = [], [], []
+    real_loss, real_kl = common.policy_loss, common.kl_to
+    monkeypatch.setattr(common, "policy_loss", lambda new, old, *rest: seen.append([new, old]) or real_loss(new, old, *rest))
+    monkeypatch.setattr(common, "kl_to", lambda new, ref: seen[-1].append(ref) or real_kl(new, ref))
+
+    def reward(c, s):
+        contexts.extend(c)
+        samples.extend(s)
+        return token_reward(c, s)
+    loop(policy, tmp_path, streams, reward, ["--STEPS=1", "--MINI_BATCH=1"])
+    assert len(seen) == 3
+    for i, (prompt, group, (new, old, ref)) in enumerate(zip(policy.prepare(contexts), samples, seen)):
+        with policy.using("base"), torch.no_grad():                # a new LoRA is the base until its first update
+            before = common.logprobs(policy, prompt, [s.ids for s in group])
+        for x, o, r, b in zip(new, old, ref, before):
+            assert torch.allclose(o, b, atol=1e-4) and torch.allclose(r, b, atol=1e-4)
+            assert torch.allclose(x, b, atol=1e-4) == (i == 0)
+
+
 def test_a_judge_that_fails_on_most_samples_stops_the_loop(policy, streams, tmp_path):
     def failing(n):
         def reward(contexts, samples):
