@@ -129,7 +129,7 @@ def main(argv=None):
     print(f"{len(streams)} streams of {clips} clips to watch, {len(tasks)} questions to come")
     cached = streams[:S.CACHE_STREAMS] if tasks else []
     if cached:
-        announce(S, policy, [make_context(s, 0, [], k=S.K) for s in cached], sum(len(s["clips"]) for s in cached), 3 * S.GROUP, 0)
+        announce(S, policy, [make_context(s, len(s["clips"]) // 2, {}, k=S.K) for s in cached], sum(len(s["clips"]) for s in cached), 3 * S.GROUP, 0)
     memories = watch(policy, S, streams, desc="watch", path=out / "memories.jsonl")
     for stream, rows in memories.items():
         write_text(out / "memories" / f"{stream}.txt", "".join(

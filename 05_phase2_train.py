@@ -192,7 +192,7 @@ def main(argv=None):
     adapter, policy = need(S, "phase1/adapter"), load_policy(S)
     policy.load("phase1", adapter)
     model = importlib.import_module("04_train_reward").load_reward_model(S, policy) if S.ALGORITHM == "grpo" else None
-    contexts = [make_context(s, 0, [], k=S.K) for s in streams]
+    contexts = [make_context(s, len(s["clips"]) // 2, {}, k=S.K) for s in streams]
     groups = len(todo) * S.STEPS * (S.PAIRS if S.ALGORITHM == "dpo" else S.CONTEXTS)
     importlib.import_module("03_collect_tasks").announce(S, policy, contexts, groups, 0 if S.ALGORITHM == "dpo" else 2 * S.GROUP, 3)
     for environment in todo:
