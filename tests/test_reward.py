@@ -184,7 +184,7 @@ def trained(run):
 def test_outputs(trained):
     report = common.read_json(trained / "reward/report.json")
     assert report["padding_change"] < 1e-4 and 0 <= report["pair_accuracy"]["low"] <= report["pair_accuracy"]["high"] <= 1
-    assert {"other_questions", "length_correlation", "order_agreement", "yield"} <= set(report)
+    assert {"shuffled_accuracy", "length_correlation", "order_agreement", "yield"} <= set(report)
     with open(trained / "reward/log.csv", newline="") as f:
         assert [r["step"] for r in csv.DictReader(f)] == list("0123")
     kept = {(r["environment"], r["stream"], r["clip"], r["winner"], r["loser"])
