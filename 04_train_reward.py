@@ -6,7 +6,7 @@ and a scalar head, on text alone, with the preferences of all environments toget
 Differs from the paper: R is ours; among equally long paths, pairs of equal quality come first; samples with the same
 text are not judged, as they tie by construction.
 
-Run: python 04_train_reward.py [--NAME=value ...]     (embedded world: 52 s and 0.6 GB on 2 CPU cores in use by others)
+Run: python 04_train_reward.py [--NAME=value ...]     (embedded world: 52 s and 0.6 GB on 2 cores in use by others)
 In:  streams/streams.jsonl (01), tasks/recent.json, cache.jsonl (03), and what the judge needs
 Out: reward/verdicts/, preferences.jsonl, pairs.jsonl, pairs_trl.jsonl (the same pairs in TRL's preference format),
      log.csv, checkpoint.pt, model/, report.json
@@ -28,7 +28,7 @@ ROWS = both(8, 1)                # contexts per forward pass, bounded by memory;
 SAVE_EVERY = 50                  # steps between checkpoints
 # ---------------------------------------------------------------- the method
 RECENT = 5                       # questions that define an environment (paper: 5 to 10); the next 5 validate R
-HISTORY = 1                      # earlier memories that R reads: with all 4, 150 steps gave 0.93 held out, with 1 0.99
+HISTORY = 1                      # earlier memories that R reads; held out after 150 steps: 0.93 with all 4, 0.99 with 1
 HELD_OUT = 0.25                  # share of the cached streams on which R never trains
 CHUNK = 64                       # contexts per call of the judge: no more than this is lost with a call
 BOOTSTRAP = 1000                 # resamples of the held-out streams for a 95 % interval
