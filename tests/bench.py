@@ -1,15 +1,15 @@
-"""What a group in one row is worth, in one process at the embedded world's sizes. Two comparisons, G = 8 samples a context:
+"""What a group in one row is worth, in one process at the embedded world's sizes. Two comparisons, G = 8 samples:
 
-(a) rollout: common.rollout (vision features kept, the prompt prefilled once per context, finished samples leave the batch)
-    against transformers' generate(num_return_sequences=8) on the same contexts, left-padded into one batch where there are
-    several. generate sees the pixels each time, as it does in training loops that call it. Both sample at temperature 1
-    to exactly NEW tokens in each answer (the end token is switched off for both), so both make the same number of tokens.
-(b) training pass: log-probs of 8 answers and their gradient in a LoRA, by common.logprobs as one packed row against the
-    same function on 8 rows of one answer each; vision features are kept in both.
+(a) rollout: common.rollout (vision features kept, the prompt prefilled once per context) against transformers'
+    generate(num_return_sequences=8) on the same contexts, left-padded into one batch where there are several.
+    generate reads the pixels each time, as in training loops that call it. Both sample at temperature 1 exactly NEW
+    tokens in each answer (no end token on either side), so that finished samples leave our batch is not counted.
+(b) training pass: log-probs of 8 answers and their gradient in a LoRA, by common.logprobs as one packed row against
+    the same function on 8 rows of one answer each; vision features are kept in both.
 
-Run: python tests/bench.py [--json FILE]          (options: --threads N, --repeats N, --contexts N of the larger batch)
-Prints medians, the ratio of each repeat (median, smallest, largest), machine and versions. The two sides take turns, so that
-a machine that is slower for a while slows both. About 3 minutes on 2 cores.
+Run: python tests/bench.py [--json FILE]     (also --threads N, --repeats N, --contexts N of the larger batch)
+Prints medians, the ratio per repeat (median, smallest, largest), machine and versions. The two sides take turns, so
+that a machine that is slower for a while slows both; measure on an idle one. About 1 minute on 2 cores.
 """
 import argparse
 import json
@@ -52,7 +52,8 @@ def make_contexts(folder, n):
         world.write_video(file, np.concatenate([world.draw_frames(clip) for clip in truth]))
         clips = [dict(clip=t, start=10.0 * t, end=10.0 * t + 10, file=str(file), offset=10.0 * t, speech=[])
                  for t in range(len(truth))]
-        memories = [world.sentence(world.connector_at(truth, t), world.clip_facts(truth[t])[t % 3:][:3]) for t in range(len(truth))]
+        memories = [world.sentence(world.connector_at(truth, t), world.clip_facts(clip)[t % 3:][:3])
+                    for t, clip in enumerate(truth)]
         contexts += [common.make_context(dict(stream=str(i), clips=clips), t, memories) for t in range(len(truth))]
     return sorted(contexts, key=lambda c: -c.clip)[::max(1, len(contexts) // n)][:n]
 
@@ -65,9 +66,11 @@ def generate(policy, contexts, prompts, pixels):
              ((p.ids, policy.end), (torch.ones_like(p.ids), 0), (p.visual.int() * 2, 0))) for p in prompts]
     ids, mask, kinds = (torch.stack(x) for x in zip(*rows))
     out = policy.model.generate(
-        input_ids=ids, attention_mask=mask, mm_token_type_ids=kinds, pixel_values_videos=torch.cat([x for c in pixels for x, _ in c]),
-        video_grid_thw=torch.tensor([g for c in pixels for _, g in c]), num_return_sequences=G, do_sample=True, temperature=1.0,
-        top_k=0, top_p=1.0, max_new_tokens=NEW, min_new_tokens=NEW, suppress_tokens=[policy.end, *policy.banned.tolist()],
+        input_ids=ids, attention_mask=mask, mm_token_type_ids=kinds,
+        pixel_values_videos=torch.cat([x for c in pixels for x, _ in c]),
+        video_grid_thw=torch.tensor([g for c in pixels for _, g in c]), num_return_sequences=G, do_sample=True,
+        temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=NEW, min_new_tokens=NEW,
+        suppress_tokens=[policy.end, *policy.banned.tolist()],
         pad_token_id=policy.end)
     return out[:, P:].numel()
 
@@ -89,8 +92,8 @@ def summary(seconds, tokens):
     new, plain = seconds.values()
     ratios = [b / a for a, b in zip(new, plain)]
     return {f"{name}_tokens_per_s": round(tokens / statistics.median(s), 1) for name, s in seconds.items()} | {
-        "ratio": round(statistics.median(ratios), 2), "ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2),
-        "repeats": len(ratios), "tokens": tokens}
+        "ratio": round(statistics.median(ratios), 2), "ratio_min": round(min(ratios), 2),
+        "ratio_max": round(max(ratios), 2), "repeats": len(ratios), "tokens": tokens}
 
 
 def main():
@@ -104,27 +107,30 @@ def main():
     import numpy as np
     import torch
     import common
-    policy = common.load_policy(common.settings({"__doc__": ""}, [f"--MAX_NEW_TOKENS={NEW}", f"--CPU_THREADS={options.threads}"]))
+    policy = common.load_policy(common.settings(
+        {"__doc__": ""}, [f"--MAX_NEW_TOKENS={NEW}", f"--CPU_THREADS={options.threads}"]))
     result = {"machine": machine(options.threads), "G": G, "new_tokens": NEW, "rollout": {}}
     with tempfile.TemporaryDirectory() as folder:
         contexts = make_contexts(folder, options.contexts)
         prompts = policy.prepare(contexts)
-        pixels = [[common.frames_to_patches(common.read_frames(c["file"], common.frame_times(c, policy.S.FRAMES_PER_CLIP)),
-                                            policy.S.FRAME_PIXELS) for c in x.clips] for x in contexts]
-    print(json.dumps(result["machine"]) + f"\nprompts of {min(len(p.ids) for p in prompts)} to {max(len(p.ids) for p in prompts)} tokens")
+        frames = lambda c: common.read_frames(c["file"], common.frame_times(c, policy.S.FRAMES_PER_CLIP))
+        pixels = [[common.frames_to_patches(frames(c), policy.S.FRAME_PIXELS) for c in x.clips] for x in contexts]
+    lengths = sorted(len(p.ids) for p in prompts)
+    print(json.dumps(result["machine"]) + f"\nprompts of {lengths[0]} to {lengths[-1]} tokens")
 
     # ---- (a) rollout: the end token joins the banned ones, so every answer has NEW tokens on both sides
     banned = policy.banned
     for n in sorted({1, options.contexts}):
         policy.banned = torch.cat([banned, torch.tensor([policy.end])])
-        shared = lambda: sum(len(s.ids) for g in common.rollout(policy, prompts[:n], G, [(0, i) for i in range(n)]) for s in g)
+        keys = [(0, i) for i in range(n)]
+        shared = lambda: sum(len(s.ids) for g in common.rollout(policy, prompts[:n], G, keys) for s in g)
         plain = lambda: generate(policy, contexts[:n], prompts[:n], pixels[:n])
         assert shared() == plain() == n * G * NEW
         row = summary(take_turns({"shared": shared, "generate": plain}, options.repeats), n * G * NEW)
         policy.banned = banned
         result["rollout"][f"{n}_contexts"] = row
-        print(f"rollout, {n} contexts x {G} answers x {NEW} tokens: shared prefix {row['shared_tokens_per_s']} tokens/s, generate "
-              f"{row['generate_tokens_per_s']}, ratio {row['ratio']} ({row['ratio_min']} to {row['ratio_max']})")
+        print(f"rollout, {n} contexts x {G} answers x {NEW} tokens: shared prefix {row['shared_tokens_per_s']} tokens/s, "
+              f"generate {row['generate_tokens_per_s']}, ratio {row['ratio']} ({row['ratio_min']} to {row['ratio_max']})")
 
     # ---- (b) training pass
     rng = np.random.default_rng(0)
@@ -140,8 +146,8 @@ def main():
         for a in answers:
             (common.logprobs(policy, prompts[0], [a])[0].mean() / G).backward()
     row = result["packing"] = summary(take_turns({"packed": packed, "separate": separate}, options.repeats), G * NEW)
-    print(f"forward and backward, {G} answers x {NEW} tokens on one context: packed {row['packed_tokens_per_s']} tokens/s, separate "
-          f"rows {row['separate_tokens_per_s']}, ratio {row['ratio']} ({row['ratio_min']} to {row['ratio_max']})")
+    print(f"forward and backward, {G} answers x {NEW} tokens on one context: packed {row['packed_tokens_per_s']} tokens/s, "
+          f"separate rows {row['separate_tokens_per_s']}, ratio {row['ratio']} ({row['ratio_min']} to {row['ratio_max']})")
     if options.json:
         common.write_json(options.json, result)
 

@@ -35,7 +35,8 @@ def loaded():
 
 @pytest.fixture
 def policy(loaded):
-    """The base model, bare. One thread: beside anything else that runs, two wait for each other and take ten times as long."""
+    """The base model, bare. One thread: beside anything else that runs, two wait for each other and take ten
+    times as long."""
     importlib.import_module("torch").set_num_threads(1)
     yield loaded
     for writer in ("phase2", "phase1"):
@@ -46,7 +47,7 @@ def policy(loaded):
 
 @pytest.fixture(scope="session")
 def contexts(streams):
-    """Four contexts: a first clip, a short history, a full window, and one with questions; prompts of four lengths."""
+    """Four contexts of four lengths: a first clip, a short history, a full window, and one with questions."""
     memory = {i: f"now, <face_{i + 1}> wears red, a blue lamp." if i % 3 else "" for i in range(6)}
     return [common.make_context(streams[0], 0, memory), common.make_context(streams[1], 2, memory),
             common.make_context(streams[2], 5, memory),

@@ -98,12 +98,12 @@ def test_reward_terms_add_up():
     score, = phase1.rewards(toy_settings(), judge, [context(["before"])], [group])
     # good: 0, 1, 2 and 10; by words 4, 4, 2, 1: ranks 1.5, 1.5, 3, 4; u = 1 - (rank - 1) / 3
     u = {1: 1 - 0.5 / 3, 2: 1 - 0.5 / 3, 0: 1 - 2 / 3, 10: 0.0}
-    want = [0.5 + 0.05 * u[0], 0.5 + 0.05 * u[1], 0.5 + 0.05 * u[2], -0.5, -0.5, -0.5, -0.5, -1.5, None, None, 0.5 - 0.5]
+    want = [0.5 + 0.05 * u[0], 0.5 + 0.05 * u[1], 0.5 + 0.05 * u[2], *[-0.5] * 4, -1.5, None, None, 0.5 - 0.5]
     assert score["total"] == [None if w is None else pytest.approx(w) for w in want]
     assert score["gate"] == score["total"]
     terms = score["terms"]
     assert terms["format"] == [0.0] * 7 + [-1.5] + [0.0] * 3
-    assert terms["length"][7] == 0 and terms["length"][10] == -0.5        # a malformed response gets its format term alone
+    assert terms["length"][7] == 0 and terms["length"][10] == -0.5    # malformed: the format term alone
     assert terms["quality"][:8] == [0.5] * 3 + [-0.5] * 4 + [0.0] and terms["quality"][8:10] == [None, None]
     asked = {item["memory"] for kind, item in judge.asked if kind != "rank"}
     assert not asked & {None, "face_3 x", "a long one"}                   # what breaks a rule needs no judge
@@ -112,7 +112,8 @@ def test_reward_terms_add_up():
 
 def test_richness_needs_two_good_memories_a_ranking_and_a_weight():
     two = [sample("a b"), sample("a b c")]
-    rich = lambda group, **changed: phase1.rewards(toy_settings(**changed), FakeJudge(), [context()], [group])[0]["terms"]["rich"]
+    def rich(group, **changed):
+        return phase1.rewards(toy_settings(**changed), FakeJudge(), [context()], [group])[0]["terms"]["rich"]
     assert rich(two) == [0.0, 0.05]
     assert rich([sample("a b"), sample("a b c not clean"), sample(None)]) == [0.0] * 3
     assert rich([sample("a b"), sample("a no ranking")]) == [0.0] * 2
@@ -145,7 +146,7 @@ def plain_streams(lengths=(12, 12, 9, 5)):
 
 
 def rolling(lengths=(12, 12, 9, 5), **changed):
-    S = SimpleNamespace(**{**dict(SEED=0, CONTEXTS=6, OFF_POLICY_STEPS=0, N_MIN=3, N_MAX=5, RESAMPLE=0.0, K=5), **changed})
+    S = SimpleNamespace(**dict(SEED=0, CONTEXTS=6, OFF_POLICY_STEPS=0, N_MIN=3, N_MAX=5, RESAMPLE=0.0, K=5) | changed)
     streams = plain_streams(lengths)
     captions = {s["stream"]: {c["clip"]: f"{s['stream']}/{c['clip']}" for c in s["clips"]} for s in streams}
     return phase1.RollingBatch(S, streams, captions)
@@ -239,8 +240,8 @@ def test_without_captions_the_base_writes_the_history(policy, streams, tmp_path,
 
 
 # ================================================================ the loop: resume, stop
-LOOP = ["--STEPS=4", "--GROUP=4", "--CONTEXTS=3", "--MINI_BATCH=2", "--OFF_POLICY_STEPS=1", "--N_MIN=1", "--N_MAX=3", "--KL=0.1",
-        "--LR=2e-2", "--SAVE_EVERY=2", "--PRINT_EVERY=99"]
+LOOP = ["--STEPS=4", "--GROUP=4", "--CONTEXTS=3", "--MINI_BATCH=2", "--OFF_POLICY_STEPS=1", "--N_MIN=1",
+        "--N_MAX=3", "--KL=0.1", "--LR=2e-2", "--SAVE_EVERY=2", "--PRINT_EVERY=99"]
 CLOCKS = {"tokens_per_s", "rollout_s", "update_s", "gb"}
 
 
@@ -310,7 +311,7 @@ def test_old_and_reference_logprobs_are_those_from_before_the_step(policy, strea
     """One context per mini-batch: the ratio is 1 in the first update alone; the KL refers to the base throughout."""
     seen, contexts, samples = [], [], []
     real_loss, real_kl = common.policy_loss, common.kl_to
-    monkeypatch.setattr(common, "policy_loss", lambda new, old, *rest: seen.append([new, old]) or real_loss(new, old, *rest))
+    monkeypatch.setattr(common, "policy_loss", lambda *given: seen.append([*given[:2]]) or real_loss(*given))
     monkeypatch.setattr(common, "kl_to", lambda new, ref: seen[-1].append(ref) or real_kl(new, ref))
 
     def reward(c, s):
@@ -340,7 +341,7 @@ def test_a_judge_that_fails_on_most_samples_stops_the_loop(policy, streams, tmp_
     with pytest.raises(SystemExit, match=r"judge failed on 9 of 12 samples"):
         loop(policy, tmp_path / "most", streams, failing(3), ["--STEPS=1"])
     assert not (tmp_path / "most" / "checkpoint.pt").exists() and not (tmp_path / "most" / "log.csv").exists()
-    loop(policy, tmp_path / "half", streams, failing(2), ["--STEPS=1"])      # half of them: dropped, and training goes on
+    loop(policy, tmp_path / "half", streams, failing(2), ["--STEPS=1"])    # half: dropped, training goes on
     assert len(rows(tmp_path / "half" / "log.csv")) == 1
 
 
@@ -374,11 +375,14 @@ def wait_for(path, process, seconds=120):
 
 
 def test_sigterm_and_sigkill_in_a_real_process(toy, tmp_path):
-    """Two runs of 02, one asked to stop, one killed at a random moment; run again, both end in the bytes of a whole run."""
-    argv = lambda name: [f"--RUN={tmp_path / name}", f"--FROM={toy}", "--CPU_THREADS=1", "--STEPS=4", "--GROUP=2", "--CONTEXTS=2",
-                         "--MINI_BATCH=1", "--OFF_POLICY_STEPS=2", "--N_MIN=1", "--N_MAX=3", "--SAVE_EVERY=1", "--LR=1e-2"]
-    running = {n: subprocess.Popen([sys.executable, phase1.__file__, *argv(n)], text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}) for n in ("term", "kill")}
+    """Two runs of 02, one asked to stop, one killed at a random moment; run again, both end in a whole run's bytes."""
+    argv = lambda name: [f"--RUN={tmp_path / name}", f"--FROM={toy}", "--CPU_THREADS=1", "--STEPS=4", "--GROUP=2",
+                         "--CONTEXTS=2", "--MINI_BATCH=1", "--OFF_POLICY_STEPS=2", "--N_MIN=1", "--N_MAX=3", "--SAVE_EVERY=1",
+                         "--LR=1e-2"]
+    begin = lambda name: subprocess.Popen([sys.executable, phase1.__file__, *argv(name)], text=True,
+                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    running = {n: begin(n) for n in ("term", "kill")}
     try:
         wait_for(tmp_path / "term" / "phase1" / "log.csv", running["term"])
         running["term"].send_signal(signal.SIGTERM)

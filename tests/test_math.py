@@ -226,7 +226,8 @@ GOLDEN = [
      [62, 83, 208, 166, 14, 140, 229, 246, 204, 255, 95, 48], [0, 3, 7, 10, 13, 17], [208, 222, 235, 255, 31, 2])]
 
 
-@pytest.mark.parametrize("case, grid, total, weighted, spread, first, last", GOLDEN, ids=["plain", "odd", "smaller", "larger"])
+@pytest.mark.parametrize("case, grid, total, weighted, spread, first, last", GOLDEN,
+                         ids=["plain", "odd", "smaller", "larger"])
 def test_frames_to_patches_gives_the_library_processors_values(case, grid, total, weighted, spread, first, last):
     *shape, pixels = case
     got, got_grid = common.frames_to_patches(stripes(*shape), pixels)
@@ -267,8 +268,8 @@ def plain_logprobs(policy, context, prompt, ids):
     tokens = torch.cat([prompt.ids, torch.tensor(ids)])[None]
     kinds = torch.cat([prompt.visual.int() * 2, torch.zeros(len(ids), dtype=torch.int)])[None]
     logits = policy.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), mm_token_type_ids=kinds,
-                          pixel_values_videos=torch.cat(patches), video_grid_thw=torch.tensor(grids)).logits[0].float()
-    logits = logits.index_fill(1, policy.banned, -torch.inf)[len(prompt.ids) - 1:-1]
+                          pixel_values_videos=torch.cat(patches), video_grid_thw=torch.tensor(grids)).logits
+    logits = logits[0].float().index_fill(1, policy.banned, -torch.inf)[len(prompt.ids) - 1:-1]
     return logits.log_softmax(-1).gather(1, tokens[0, len(prompt.ids):, None])[:, 0]
 
 
@@ -359,7 +360,8 @@ class Noise:
         for warper in self.warpers:
             scores = warper(ids, scores)
         cdf = scores.double().softmax(-1).cumsum(-1).numpy()
-        token = [np.searchsorted(c, v * c[-1], side="right") for c, v in zip(cdf, self.u[:, ids.shape[1] - self.start])]
+        now = self.u[:, ids.shape[1] - self.start]
+        token = [np.searchsorted(c, v * c[-1], side="right") for c, v in zip(cdf, now)]
         return torch.full_like(scores, -torch.inf).scatter(1, torch.tensor(token)[:, None], 0.0)
 
 
@@ -372,13 +374,14 @@ def test_rollout_equals_generate_token_for_token(policy, contexts, how):
     prompts, keys = policy.prepare(chosen), [(1, 2, i) for i in range(2)]
     groups = common.rollout(policy, prompts, 8, keys, **how)
     for context, prompt, key, got in zip(chosen, prompts, keys, groups):
-        pixels = [common.frames_to_patches(common.read_frames(c["file"], common.frame_times(c, policy.S.FRAMES_PER_CLIP)),
-                                           policy.S.FRAME_PIXELS) for c in context.clips]
+        frames = [common.read_frames(c["file"], common.frame_times(c, policy.S.FRAMES_PER_CLIP)) for c in context.clips]
+        pixels = [common.frames_to_patches(x, policy.S.FRAME_PIXELS) for x in frames]
         out = policy.model.generate(
             input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids[None]),
             mm_token_type_ids=prompt.visual[None].int() * 2, pixel_values_videos=torch.cat([x for x, _ in pixels]),
-            video_grid_thw=torch.tensor([g for _, g in pixels]), num_return_sequences=8, do_sample=True, temperature=1.0,
-            top_k=0, top_p=1.0, max_new_tokens=policy.S.MAX_NEW_TOKENS, eos_token_id=policy.end, pad_token_id=policy.end,
+            video_grid_thw=torch.tensor([g for _, g in pixels]), num_return_sequences=8, do_sample=True,
+            temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=policy.S.MAX_NEW_TOKENS, eos_token_id=policy.end,
+            pad_token_id=policy.end,
             logits_processor=[Noise(policy, key, 8, len(prompt.ids), warpers)])
         for s, row in zip(got, out[:, len(prompt.ids):].tolist()):
             cut = row.index(policy.end) + 1 if policy.end in row else len(row)
@@ -412,7 +415,7 @@ def test_steering_vector(policy, contexts, tmp_path):
     prompt, ids = policy.prepare([contexts[1]])[0], answers(policy, 11, (6, 9))
     base = reading(policy, prompt, ids)
     vector, = policy.add_steer(policy.layers // 2)
-    assert vector.shape == (policy.hidden,) and torch.equal(reading(policy, prompt, ids), base)      # zero changes nothing
+    assert vector.shape == (policy.hidden,) and torch.equal(reading(policy, prompt, ids), base)  # zero: no change
     policy.train_only([vector])
     sum(x.sum() for x in common.logprobs(policy, prompt, ids)).backward()
     assert vector.grad.abs().max() > 0 and all(p.grad is None for p in policy.model.parameters())
@@ -429,7 +432,7 @@ def test_steering_vector(policy, contexts, tmp_path):
     assert torch.equal(reading(policy, prompt, ids), steered)
     from safetensors.torch import load_file
     assert list(load_file(str(tmp_path / "steer.safetensors"))) == [
-        f"model.language_model.layers.{policy.layers // 2}.adapter.steer"]                           # the authors' key
+        f"model.language_model.layers.{policy.layers // 2}.adapter.steer"]          # the authors' key
 
 
 def test_steering_is_an_addition_to_one_layers_output(policy, contexts):
@@ -463,7 +466,7 @@ def test_lora_folder_is_a_peft_folder(policy, contexts, tmp_path):
     assert torch.equal(reading(policy, prompt, ids), tuned)
     plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(
         common.ROOT / "tiny" / "base", dtype=torch.float32).eval(), str(tmp_path))
-    tokens = torch.tensor([answers(policy, 14, (25,))[0]])         # text alone: what LoRA changes is the language model
+    tokens = torch.tensor([answers(policy, 14, (25,))[0]])    # text alone: LoRA is in the language model
     with torch.no_grad():
         assert (plain(input_ids=tokens).logits - policy.model(input_ids=tokens).logits).abs().max() < 1e-4
 
@@ -473,7 +476,7 @@ def test_second_lora_stands_on_the_first(policy, contexts):
     first = noisy_lora(policy)
     phase1 = reading(policy, prompt, ids)
     second = policy.add_lora("phase2", "phase2_place")
-    assert torch.allclose(reading(policy, prompt, ids), phase1, atol=NEAR)                           # B = 0 at the start
+    assert torch.allclose(reading(policy, prompt, ids), phase1, atol=NEAR)        # B = 0 at the start
     torch.nn.init.normal_(second[1], std=0.5)
     policy.train_only(second)
     sum(x.sum() for x in common.logprobs(policy, prompt, ids)).backward()

@@ -16,8 +16,8 @@ from common import both                                                     # no
 
 SCRIPTS = ["01_make_streams", "02_phase1_train", "03_collect_tasks", "04_train_reward", "05_phase2_train", "06_eval"]
 PACKAGES = ["torch", "numpy", "transformers", "decord", "peft", "safetensors", "tqdm", "av", "PIL", "jinja2"]
-SCRIPT = {"__doc__": "What it does.", "STEPS": both(80, 100), "LR": both(2e-4, 1e-5), "KL": both(0.1, 0.0), "RATIO": "gspo",
-          "GROUP": 8, "SCALE": 0.5, "TABLE": {"a": 1}, "lower": 1}
+SCRIPT = {"__doc__": "What it does.", "STEPS": both(80, 100), "LR": both(2e-4, 1e-5), "KL": both(0.1, 0.0),
+          "RATIO": "gspo", "GROUP": 8, "SCALE": 0.5, "TABLE": {"a": 1}, "lower": 1}
 BIG = "--MODEL=Qwen/Qwen3-VL-30B-A3B-Thinking"
 
 
@@ -44,11 +44,11 @@ def test_overrides_keep_their_type():
     S = settings("--STEPS=3", "--LR=1e-3", "--RATIO=grpo", "--SCALE=1", "--GROUP=1e1", "--RUN=a=b")
     assert (S.STEPS, S.LR, S.RATIO, S.SCALE, S.GROUP, S.RUN) == (3, 1e-3, "grpo", 1.0, 10, "a=b")
     assert [type(x) for x in (S.STEPS, S.LR, S.SCALE, S.GROUP)] == [int, float, float, int]
-    assert settings().STEPS == 80                                          # the script's own constants are as they were
+    assert settings().STEPS == 80                              # the script's own constants are as they were
 
 
-@pytest.mark.parametrize("given, nearest", [("--STEP=3", "STEPS"), ("--steps=3", "STEPS"), ("--RATOI=x", "RATIO"), ("--GRUOP=1", "GROUP"),
-                                            ("--MEMORY_TOKEN=3", "MEMORY_TOKENS")])
+@pytest.mark.parametrize("given, nearest", [("--STEP=3", "STEPS"), ("--steps=3", "STEPS"), ("--RATOI=x", "RATIO"),
+                                            ("--GRUOP=1", "GROUP"), ("--MEMORY_TOKEN=3", "MEMORY_TOKENS")])
 def test_an_unknown_name_offers_the_nearest(given, nearest):
     said = refused(given)
     assert given in said and said.endswith(f"--{nearest}")
@@ -59,7 +59,8 @@ def test_what_is_no_setting_is_refused(given):
     assert "write --NAME=value" in refused(given)
 
 
-@pytest.mark.parametrize("given, kind", [("--STEPS=many", "int"), ("--STEPS=2.5", "int"), ("--STEPS=", "int"), ("--STEPS=nan", "int"),
+@pytest.mark.parametrize("given, kind", [("--STEPS=many", "int"), ("--STEPS=2.5", "int"), ("--STEPS=", "int"),
+                                         ("--STEPS=nan", "int"), ("--STEPS=inf", "int"),
                                          ("--LR=fast", "float"), ("--SCALE=1,5", "float")])
 def test_a_wrong_type_is_refused(given, kind):
     said = refused(given)
@@ -108,8 +109,9 @@ def test_the_table_is_printed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, maker", [
-    ("streams/streams.jsonl", "01_make_streams"), ("streams/tasks.jsonl", "01_make_streams"), ("phase1/adapter", "02_phase1_train"),
-    ("tasks/recent.json", "03_collect_tasks"), ("tasks/cache.jsonl", "03_collect_tasks"), ("reward/pairs.jsonl", "04_train_reward"),
+    ("streams/streams.jsonl", "01_make_streams"), ("streams/tasks.jsonl", "01_make_streams"),
+    ("phase1/adapter", "02_phase1_train"), ("tasks/recent.json", "03_collect_tasks"),
+    ("tasks/cache.jsonl", "03_collect_tasks"), ("reward/pairs.jsonl", "04_train_reward"), 
     ("phase2/dpo-steer", "05_phase2_train"), ("eval/results.json", "06_eval")])
 def test_a_missing_input_names_its_script(name, maker, tmp_path):
     S = settings(f"--RUN={tmp_path / 'a'}", f"--FROM={tmp_path / 'b'}")
@@ -158,8 +160,8 @@ def test_help_and_import_need_no_package(tmp_path):
     for name in PACKAGES:
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is blocked')")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    begin = lambda *argv: subprocess.Popen([sys.executable, *argv], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                                           stderr=subprocess.PIPE)
+    begin = lambda *argv: subprocess.Popen([sys.executable, *argv], cwd=ROOT, env=env, text=True,
+                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     blocked = begin("-c", "import torch")                                  # the block works
     running = {s: begin(f"{s}.py", "--help") for s in SCRIPTS}
     wants = {s: begin(f"{s}.py", f"--RUN={tmp_path / s}") for s in SCRIPTS}
@@ -171,7 +173,7 @@ def test_help_and_import_need_no_package(tmp_path):
         assert out.startswith(doc) and re.search(r"^Run: ", out, re.MULTILINE), script
         for name in ("RUN", "FROM", "MODEL", "SEED"):
             assert re.search(rf"^  {name} ", out, re.MULTILINE), (script, name)
-    for script, process in wants.items():                                  # without --help: what to install, not a traceback
+    for script, process in wants.items():      # without --help: what to install, no traceback
         out, err = process.communicate(timeout=60)
         assert process.returncode == 1 and "run.sh setup" in err and "Traceback" not in err, (script, err)
 
@@ -185,4 +187,5 @@ def test_help_shows_both_values(script, capsys):
     said = capsys.readouterr().out
     for name, value in vars(module).items():
         if name.isupper() and isinstance(value, both):
-            assert re.search(rf"^  {name} +{re.escape(repr(value.tiny))} \| {re.escape(repr(value.full))}$", said, re.MULTILINE)
+            values = re.escape(f"{value.tiny!r} | {value.full!r}")
+            assert re.search(rf"^  {name} +{values}$", said, re.MULTILINE)

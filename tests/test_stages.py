@@ -19,8 +19,8 @@ STAGES = {"01_make_streams": TOY,
           "04_train_reward": ["--STEPS=4", "--CONTEXTS=3", "--ROWS=3", "--WARMUP=1", "--BOOTSTRAP=50"],
           "05_phase2_train": [*LOOP, "--STEPS=2", "--PAIRS=2", "--GRPO_STEPS=1"],
           "06_eval": ["--BOOTSTRAP=50", "--VALIDATE=6", "--EXAMPLES=1", "--METHODS=base+prompt,dpo-steer,grpo-steer"]}
-ORDER = [("01_make_streams", ()), ("02_phase1_train", ()), ("03_collect_tasks", ()), ("04_train_reward", ()), ("05_phase2_train", ()),
-         ("05_phase2_train", ("--ALGORITHM=grpo", "--ENVIRONMENT=place")), ("06_eval", ())]
+ORDER = [("01_make_streams", ()), ("02_phase1_train", ()), ("03_collect_tasks", ()), ("04_train_reward", ()),
+         ("05_phase2_train", ()), ("05_phase2_train", ("--ALGORITHM=grpo", "--ENVIRONMENT=place")), ("06_eval", ())]
 
 
 def stage(name, run, *argv):
@@ -41,6 +41,10 @@ def contents(run):
     return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
 
 
+def names(folder):
+    return {p.name for p in folder.iterdir()}
+
+
 def same_files(before, after, but=()):
     changed = {n for n in before | after if before.get(n) != after.get(n)}
     return {n for n in changed if not re.search("|".join(but) or "$^", n)} == set()
@@ -54,29 +58,32 @@ def test_streams_and_tasks(chain):
         assert set(s) == {"stream", "split", "source", "clips"} and len(s["clips"]) == 5
         for t, c in enumerate(s["clips"]):
             assert set(c) == {"clip", "start", "end", "file", "offset", "speech"}
-            assert (c["clip"], c["start"], c["end"]) == (t, 10 * t, 10 * t + 10) and (chain / "streams" / c["file"]).is_file()
+            assert (c["clip"], c["start"], c["end"]) == (t, 10 * t, 10 * t + 10)
+            assert (chain / "streams" / c["file"]).is_file()
     split = {s["stream"]: s["split"] for s in streams}
     for t in tasks:
         assert set(t) == {"task", "stream", "environment", "time", "question", "options", "answer"}
-        assert t["answer"] in [o[0] for o in t["options"]] and len(t["options"]) == 4 and split[t["stream"]] != "train"
+        assert t["answer"] in [o[0] for o in t["options"]] and len(t["options"]) == 4
+        assert split[t["stream"]] != "train"
     assert sorted({t["environment"] for t in tasks}) == ENVIRONMENTS
     assert len(tasks) == len({t["task"] for t in tasks}) == 6 * 2 * 6
 
 
 def test_phase1(chain):
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (chain / "phase1" / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names(chain / "phase1" / "adapter")
     head, *rows = (chain / "phase1" / "log.csv").read_text().split()
-    columns = ("step reward reward_std format length quality rich flat malformed truncated gated response thinking memory kl clipped "
-               "grad_norm tokens_per_s rollout_s update_s gb").split()
+    columns = ("step reward reward_std format length quality rich flat malformed truncated gated response thinking "
+               "memory kl clipped grad_norm tokens_per_s rollout_s update_s gb").split()
     assert head.split(",") == columns and len(rows) == 2
     assert all(math.isfinite(float(x)) for row in rows for x in row.split(","))
     explained = (common.ROOT / "02_phase1_train.py").read_text().split("# log.csv, a row a step:")[1].split("\n\n")[0]
-    assert not [c for c in columns[1:] if not re.search(rf"\b{c}\b", explained)]           # each column once, in the script
+    assert not [c for c in columns[1:] if not re.search(rf"\b{c}\b", explained)]     # the script explains each
 
 
 def test_tasks_and_cache(chain):
     memories = common.read_jsonl(chain / "tasks" / "memories.jsonl")
-    assert sorted((m["stream"], m["clip"]) for m in memories) == [(f"deploy-{i:03}", t) for i in range(4) for t in range(5)]
+    every = [(f"deploy-{i:03}", t) for i in range(4) for t in range(5)]
+    assert sorted((m["stream"], m["clip"]) for m in memories) == every
     assert all({"stream", "clip", "start", "end", "memory", "text"} <= set(m) for m in memories)
     assert any(m["memory"] for m in memories)
     assert len(list((chain / "tasks" / "memories").glob("*.txt"))) == 4
@@ -84,8 +91,9 @@ def test_tasks_and_cache(chain):
     assert sorted(recent) == ENVIRONMENTS
     for environment, asked in recent.items():
         assert len(asked) == 8 and {t["environment"] for t in asked} == {environment}
-        assert len({t["stream"] for t in asked[:4]}) == 4                   # the first questions come from many streams
-        assert all(t["reply"] in ("A", "B", "C", "D", "insufficient") and t["correct"] == (t["reply"] == t["answer"]) for t in asked)
+        assert len({t["stream"] for t in asked[:4]}) == 4         # the first ones come from many streams
+        assert {t["reply"] for t in asked} <= {"A", "B", "C", "D", "insufficient"}
+        assert all(t["correct"] == (t["reply"] == t["answer"]) for t in asked)
     cache = common.read_jsonl(chain / "tasks" / "cache.jsonl")
     written = {(m["stream"], m["clip"]): m["memory"] for m in memories}
     assert len(cache) == 20 and not (chain / "tasks" / "cache.part").exists()
@@ -105,13 +113,15 @@ def test_reward(chain):
     assert preferences and 0 < len(pairs) == len(trl)
     for p in preferences + pairs:
         winner, loser = (cache[p["stream"], p["clip"]][p[k]] for k in ("winner", "loser"))
-        assert winner["memory"] and loser["memory"] and winner["memory"] != loser["memory"] and p["environment"] in ENVIRONMENTS
+        assert winner["memory"] and loser["memory"] and winner["memory"] != loser["memory"]
+        assert p["environment"] in ENVIRONMENTS
     for p, row in zip(pairs, trl):
         winner, loser = (cache[p["stream"], p["clip"]][p[k]] for k in ("winner", "loser"))
         assert winner["quality"] >= loser["quality"] and winner["quality"] > 0 and p["path"] >= 1
-        assert set(row) == {"prompt", "chosen", "rejected"} and (row["chosen"], row["rejected"]) == (winner["text"], loser["text"])
-    assert len({(p["environment"], p["stream"], p["clip"]) for p in pairs}) == len(pairs)  # one per context and environment
-    assert {"adapter_config.json", "adapter_model.safetensors", "head.safetensors"} <= {p.name for p in (folder / "model").iterdir()}
+        assert set(row) == {"prompt", "chosen", "rejected"}
+        assert (row["chosen"], row["rejected"]) == (winner["text"], loser["text"])
+    assert len({(p["environment"], p["stream"], p["clip"]) for p in pairs}) == len(pairs)    # one per context at most
+    assert {"adapter_config.json", "adapter_model.safetensors", "head.safetensors"} <= names(folder / "model")
     assert 0 <= common.read_json(folder / "report.json")["pair_accuracy"]["mean"] <= 1
 
 
@@ -126,7 +136,7 @@ def test_phase2(chain):
         assert 0 < vector.norm() < 10 and (folder / "log.csv").exists()
     head, *rows = (chain / "phase2" / "dpo-steer" / sorted(made)[0] / "log.csv").read_text().split()
     assert head == "step,loss,accuracy,margin,norm,grad_norm,seconds" and len(rows) == 2
-    assert float(rows[0].split(",")[1]) == pytest.approx(math.log(2), abs=1e-5)    # at the start the policy is the reference
+    assert float(rows[0].split(",")[1]) == pytest.approx(math.log(2), abs=1e-5)   # first, policy = reference
     assert "relevance" in (chain / "phase2" / "grpo-steer" / "place" / "log.csv").read_text().split("\n")[0]
 
 
@@ -140,7 +150,8 @@ def test_eval(chain):
         assert p is None and c == 0 or a == pytest.approx(c * p, abs=1e-5)
     assert rows["base", "all", "after"]["questions"] == 2 * 2 * 6
     table = (chain / "eval" / "results.md").read_text().lower()
-    assert all(re.search(rf"^\| .*{m}", table, re.MULTILINE) for m in ("base", "task prompt", "phase one", "dpo-steer", "grpo-steer"))
+    for method in ("base", "task prompt", "phase one", "dpo-steer", "grpo-steer"):
+        assert re.search(rf"^\| .*{method}", table, re.MULTILINE), method
     page = (chain / "eval" / "report.html").read_text()
     assert page.lstrip().lower().startswith("<!doctype html") and "data:image/" in page
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page)                # one file that opens offline
@@ -179,8 +190,9 @@ def test_show_prints_one_group_in_full_and_stops(chain, capsys):
     assert same_files(before, contents(chain))
 
 
-@pytest.mark.parametrize("argv", [("--ADAPTER=lora",), ("--ADAPTER=all",), ("--ADAPTER=lora", "--ALGORITHM=grpo"), ("--SCALE_TO_NORM=0.3",),
-                                  ("--ALGORITHM=grpo", "--RATIO=grpo", "--KL=0.1", "--GATE=0")], ids=" ".join)
+@pytest.mark.parametrize("argv", [("--ADAPTER=lora",), ("--ADAPTER=all",), ("--ADAPTER=lora", "--ALGORITHM=grpo"),
+                                  ("--SCALE_TO_NORM=0.3",), ("--ALGORITHM=grpo", "--RATIO=grpo", "--KL=0.1", "--GATE=0")],
+                         ids=" ".join)
 def test_variants_of_phase2_in_a_fork(chain, tmp_path, argv):
     """A fork that repeats only what it changes: everything else is read from the chain, which stays as it is."""
     before = contents(chain)
@@ -199,7 +211,8 @@ def test_variants_of_phase2_in_a_fork(chain, tmp_path, argv):
 
 
 def test_all_parameters_in_phase1_and_an_adapter_on_top(chain, tmp_path):
-    stage("02_phase1_train", tmp_path, f"--FROM={chain}", "--TRAIN=all", "--STEPS=1", "--RATIO=grpo", "--GATE=0", "--RICHNESS=0")
+    stage("02_phase1_train", tmp_path, f"--FROM={chain}", "--TRAIN=all", "--STEPS=1", "--RATIO=grpo", "--GATE=0",
+          "--RICHNESS=0")
     assert [p.name for p in (tmp_path / "phase1" / "adapter").iterdir()] == ["weights.safetensors"]
     stage("05_phase2_train", tmp_path, f"--FROM={chain}", "--ENVIRONMENT=place", "--STEPS=1")
     assert (tmp_path / "phase2" / "dpo-steer" / "place" / "adapter" / "steer.safetensors").exists()
