@@ -1,9 +1,9 @@
 """Make the tiny base model of the embedded world: a mediocre memory writer of the real Qwen3-VL-MoE class.
 
 Four steps: (1) a small byte-level BPE tokenizer; (2) the vision tower, on throw-away probes of what each cell
-shows; (3) the language model on cached vision features, first listing all facts of single clips, then stating one
-at a time, then writing truthful memories from windows; (4) the noisy mix that makes the writer mediocre. Label noise spreads over the
-wrong values, so the right one stays the most likely: reinforcement learning can repair it.
+shows; (3) the language model on cached vision features: listing all facts of single clips, then stating them
+one by one, then writing truthful memories from windows; (4) the noisy mix that makes the writer mediocre. Its
+wrong values are spread, so the right one stays the likeliest: reinforcement learning can repair it.
 
 A finished step is kept in runs/base/ and read back, with its log, by a run with the same constants.
 
@@ -37,10 +37,11 @@ VOCAB = 800               # with the special tokens
 VISION_STEPS = 800        # of 96 frame pairs
 LIST_STEPS = 900          # of 16 clips x 4 lists of all their facts
 SINGLE_STEPS = 420        # of 16 clips x 8 answers of one fact each
-WINDOW_STEPS = 350        # of 8 windows x 6 answers: truthful memories, lists, single facts
-NOISY_STEPS = 500         # of 8 windows x 6 answers: the mix
+PEOPLE_STEPS = 300        # of 24 clips x 4 answers of one fact about a person each; twice, so that the rate warms again
+WINDOW_STEPS = 420        # windows (8 x 6 answers: truthful memories, lists, single facts) and people in turns
+NOISY_STEPS = 400         # of 8 windows x 6 answers: the mix
 ANSWERS = 6               # answers per window, packed behind one prompt
-WRONG = 0.27              # share of facts with a wrong value
+WRONG = 0.24              # share of facts with a wrong value
 WRONG_CONNECTOR = 0.05
 CAREFUL = 0.65            # share of memories that leave out what the preceding one states
 BROKEN = 0.05             # share of responses that break the format
@@ -348,7 +349,7 @@ def window(truths, s, t, history, questions, tokenizer):
 
 
 def example(truths, tokenizer, rng, stage):
-    """A random (prompt, answers, clips) of a stage: "list", "single", "window" (all truthful) or "noisy"."""
+    """A random (prompt, answers, clips) of a stage: all are truthful but "noisy"."""
     s = rng.randrange(len(truths))
     truth = truths[s]
     if stage == "list":                                    # a clip by itself, as the first of a stream
@@ -358,10 +359,11 @@ def example(truths, tokenizer, rng, stage):
         return text, answers, [s * len(truth) + t]
     # in a list, whose coat it is follows half of the time from what is left; alone, a fact must be looked up.
     # Nothing is learnt for about 200 steps, then the faces are told apart all at once
-    if stage == "single":
+    if stage in ("single", "people"):
         text, _ = window([truth[:1]], 0, 0, {}, [], tokenizer)
         t = rng.randrange(len(truth))
-        return text, [answer("now", [fact]) for fact in world.clip_facts(truth[t])], [s * len(truth) + t]
+        told = [f for f in world.clip_facts(truth[t]) if stage == "single" or f.category in ("wear", "action")]
+        return text, [answer("now", [fact]) for fact in told], [s * len(truth) + t]
     t, history = rng.randrange(len(truth)), {}
     writer = rng.choice(["caption", "noisy"])              # whose memories stand in the window
     for c in range(max(0, t - 4), t):
@@ -377,7 +379,8 @@ def example(truths, tokenizer, rng, stage):
     prompt, clips = window(truths, s, t, history, questions[:5], tokenizer)
     previous = history.get(t - 1, "") if t else None
     honest = stage == "window"
-    answers = [respond(truth, t, previous, questions[:5], rng, honest, honest and a == 0) for a in range(ANSWERS)]
+    answers = [respond(truth, t, previous, questions[:5], rng, honest, honest and a == 0)
+               for a in range(ANSWERS)]
     if honest:                                             # one list, three memories, two facts by themselves
         answers[1:3] = [answer(world.connector_at(truth, t, t > 0), [fact])
                         for fact in rng.sample(world.clip_facts(truth[t]), 2)]
@@ -391,7 +394,9 @@ def train_language(model, tokenizer, truths, seen, stage, steps, batch_size, pea
     rate, video = schedule(peak, steps), model.config.video_token_id
     rng, began, mean = random.Random(f"{SEED} {stage}"), time.time(), 0.0
     for step in range(steps):
-        batch = pack([example(truths, tokenizer, rng, stage) for _ in range(batch_size)], tokenizer, video)
+        # whose coat, whose action: learnt last, and forgotten in windows unless it is kept up
+        size, kind = (24, "people") if stage == "window" and step % 2 else (batch_size, stage.split()[0])
+        batch = pack([example(truths, tokenizer, rng, kind) for _ in range(size)], tokenizer, video)
         loss = answer_loss(model, batch, seen)
         optimizer.zero_grad()
         loss.backward()
@@ -601,6 +606,8 @@ def main():
     mix = (WRONG, WRONG_CONNECTOR, CAREFUL, BROKEN, LONG_PLAN, FACTS, ASKED)
     for name, steps, size, peak, chosen in (("list", LIST_STEPS, 16, 2e-3, ()),
                                             ("single", SINGLE_STEPS, 16, 2e-3, ()),
+                                            ("people", PEOPLE_STEPS, 24, 2e-3, ()),
+                                            ("people again", PEOPLE_STEPS, 24, 2e-3, ()),
                                             ("window", WINDOW_STEPS, 8, 1.5e-3, ()),
                                             ("noisy", NOISY_STEPS, 8, 1e-3, mix)):
         key, seconds = once(name, model, (key, steps, size, peak, ANSWERS, chosen),
