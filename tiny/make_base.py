@@ -37,8 +37,8 @@ VOCAB = 800               # with the special tokens
 VISION_STEPS = 800        # of 96 frame pairs
 LIST_STEPS = 900          # of 16 clips x 4 lists of all their facts
 SINGLE_STEPS = 420        # of 16 clips x 8 answers of one fact each
-PEOPLE_STEPS = 300        # of 24 clips x 4 answers of one fact about a person each; twice, so that the rate warms again
-WINDOW_STEPS = 420        # windows (8 x 6 answers: truthful memories, lists, single facts) and people in turns
+PEOPLE_STEPS = 300        # of 24 clips x 4 answers of one fact about a person; twice: the rate warms again
+WINDOW_STEPS = 480        # windows (8 x 6 answers: memories, lists, single facts) and, each third, people
 NOISY_STEPS = 400         # of 8 windows x 6 answers: the mix
 ANSWERS = 6               # answers per window, packed behind one prompt
 WRONG = 0.24              # share of facts with a wrong value
@@ -75,7 +75,8 @@ def make_tokenizer():
     for i in range(300):
         truth = world.make_stream(world.stream_seed(SEED, "base", i))
         texts += [task["question"] for task in world.make_tasks("s", truth, rng)]
-        texts += [respond(truth, t, "", [], rng, honest=True) for t in range(len(truth))]
+        before = [None, "now, a red cup."]
+        texts += [respond(truth, t, before[t % 2], [], rng, honest=True) for t in range(len(truth))]
         texts += [common.PROMPT + common.ASK_TO_THINK + common.TASK_PROMPT + " (nothing) plan: "
                   + ", ".join(world.CATEGORIES)]
         texts += [" '" + word + " " + word for word in world.FIRST + world.SECOND + world.CATEGORIES]
@@ -119,14 +120,14 @@ def answer(connector, chosen):
 
 
 def respond(truth, t, previous, questions, rng, honest=False, everything=False):
-    """A response for clip t without its end token. honest: no noise; everything: lists all eight facts.
+    """A response for clip t without its end token. honest: no noise; everything: lists all facts.
 
-    previous: the memory before, None for a first clip. The thinking part names the categories that follow.
+    previous: the memory before, "" or None if there is none. The thinking part names the categories to follow.
     """
     asked = world.QUESTIONS[world.read_question(questions[0])[0]][0] if questions else None
     noisy = lambda share: not honest and rng.random() < share
     pool, stated = world.clip_facts(truth[t]), set(world.facts(previous or ""))
-    connector = world.connector_at(truth, t, previous is not None)
+    connector = world.connector(previous)
     if noisy(WRONG_CONNECTOR):
         connector = {"now": "still", "still": "now"}[connector]
     count = 8 if everything else 3 if honest else rng.choices(list(FACTS), FACTS.values())[0]
@@ -355,14 +356,15 @@ def example(truths, tokenizer, rng, stage):
     if stage == "list":                                    # a clip by itself, as the first of a stream
         text, _ = window([truth[:1]], 0, 0, {}, [], tokenizer)
         t = rng.randrange(len(truth))
-        answers = [respond([truth[t]], 0, None, [], rng, honest=True, everything=True) for _ in range(4)]
+        answers = [respond([truth[t]], 0, None, [], rng, True, True) for _ in range(4)]
         return text, answers, [s * len(truth) + t]
     # in a list, whose coat it is follows half of the time from what is left; alone, a fact must be looked up.
     # Nothing is learnt for about 200 steps, then the faces are told apart all at once
     if stage in ("single", "people"):
         text, _ = window([truth[:1]], 0, 0, {}, [], tokenizer)
         t = rng.randrange(len(truth))
-        told = [f for f in world.clip_facts(truth[t]) if stage == "single" or f.category in ("wear", "action")]
+        told = [f for f in world.clip_facts(truth[t])
+                if stage == "single" or f.category in ("wear", "action")]
         return text, [answer("now", [fact]) for fact in told], [s * len(truth) + t]
     t, history = rng.randrange(len(truth)), {}
     writer = rng.choice(["caption", "noisy"])              # whose memories stand in the window
@@ -382,7 +384,7 @@ def example(truths, tokenizer, rng, stage):
     answers = [respond(truth, t, previous, questions[:5], rng, honest, honest and a == 0)
                for a in range(ANSWERS)]
     if honest:                                             # one list, three memories, two facts by themselves
-        answers[1:3] = [answer(world.connector_at(truth, t, t > 0), [fact])
+        answers[1:3] = [answer(world.connector(previous), [fact])
                         for fact in rng.sample(world.clip_facts(truth[t]), 2)]
     return prompt, answers, clips
 
@@ -395,7 +397,7 @@ def train_language(model, tokenizer, truths, seen, stage, steps, batch_size, pea
     rng, began, mean = random.Random(f"{SEED} {stage}"), time.time(), 0.0
     for step in range(steps):
         # whose coat, whose action: learnt last, and forgotten in windows unless it is kept up
-        size, kind = (24, "people") if stage == "window" and step % 2 else (batch_size, stage.split()[0])
+        size, kind = (24, "people") if stage == "window" and step % 3 == 2 else (batch_size, stage.split()[0])
         batch = pack([example(truths, tokenizer, rng, kind) for _ in range(size)], tokenizer, video)
         loss = answer_loss(model, batch, seen)
         optimizer.zero_grad()
@@ -455,7 +457,8 @@ def forced_decoding(policy, contexts, judge):
         starts, answers = [], []
         for fact in world.clip_facts(judge.truth[context.stream, context.clip]):
             text, words, known = world.say(fact), fact.value.split(), []
-            head = f'plan: {fact.category}\n</think>\n\n{{"description": "now, '
+            connector = world.connector(context.history[-1] if context.history else "")
+            head = f'plan: {fact.category}\n</think>\n\n{{"description": "{connector}, '
             head += text[:text.index(fact.value)]
             for word, options in zip(words, ALTERNATIVES[fact.category]):
                 final = len(known) + 1 == len(words)
@@ -589,10 +592,13 @@ def once(name, model, key, work):
 
 
 def main():
+    from transformers import AutoTokenizer
     torch.set_num_threads(THREADS)
     torch.manual_seed(SEED)
     began = time.time()
-    tokenizer = make_tokenizer()
+    # a tokenizer that is there stays: kept steps and adapters of runs are trained on its ids
+    kept = (HERE / "base" / "tokenizer.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "base") if kept else make_tokenizer()
     model = make_model(tokenizer)
     model.set_experts_implementation("grouped_mm")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")

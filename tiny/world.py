@@ -5,7 +5,7 @@ count, speech), drawn on 96 x 96 pixels; a memory is a sentence of a controlled 
 
     still, <face_3> wears red, a blue lamp, <face_4> says 'tea noon'.
 
-"still" means the place of the preceding clip, "now" another place, or nothing before. The budget of a memory
+"still" connects a memory to the one before, "now" begins where there is none. The budget of a memory
 holds three of the eight facts, so what to write is a real choice. Tasks are multiple-choice questions about
 single clips and neighbouring ones, one environment per category. The judge knows the facts of a clip, as a
 video judge sees the video; its reader gets the memory texts and the question and nothing else.
@@ -145,16 +145,16 @@ def sentence(connector, chosen):
     return ", ".join([connector, *map(say, chosen)]) + "."
 
 
-def connector_at(truth, t, has_previous=True):
-    """"still" if clip t is at the place of the clip before, "now" otherwise or if nothing came before."""
-    return "still" if has_previous and t > 0 and truth[t]["place"] == truth[t - 1]["place"] else "now"
+def connector(previous):
+    """"still" goes on from a memory, "now" begins where there is none (a stream's start, a lost memory)."""
+    return "still" if previous else "now"
 
 
 def caption(truth, t, previous, rng):
     """A right memory of clip t: three random facts that `previous` (the memory before, or None) lacks."""
     stated = set(facts(previous or ""))
     fresh = [fact for fact in clip_facts(truth[t]) if fact not in stated]
-    return sentence(connector_at(truth, t, previous is not None), rng.sample(fresh, FACTS_PER_MEMORY))
+    return sentence(connector(previous), rng.sample(fresh, FACTS_PER_MEMORY))
 
 
 # ---- pictures --------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ class Notes:
     """What can be known from memories alone. entries: [[start, end, memory]] in seconds."""
 
     def __init__(self, entries):
-        self.entries = sorted((entry[0], entry[1], *parse(entry[2] or "")) for entry in entries)
+        self.entries = sorted((entry[0], entry[1], parse(entry[2] or "")[1]) for entry in entries)
 
     def index(self, seconds):
         return next((i for i, entry in enumerate(self.entries) if entry[0] <= seconds < entry[1]), None)
@@ -369,17 +369,13 @@ class Notes:
         """The one value that entry i states; None if it states none, or two different ones."""
         if i is None:
             return None
-        _, _, connector, found = self.entries[i]
-        values = {(f.who, f.value) for f in found if f and f.category == category and who in (None, f.who)}
-        if len(values) == 1:
-            return values.pop()[1]
-        if category == "place" and not values and connector == "still" and i and self.next(i - 1) == i:
-            return self.value(i - 1, "place")                                  # where the clip before was
-        return None
+        values = {(f.who, f.value) for f in self.entries[i][2]
+                  if f and f.category == category and who in (None, f.who)}
+        return values.pop()[1] if len(values) == 1 else None
 
     def people(self, i):
         """The people named by any fact of entry i; None unless both of the clip are named, and no third."""
-        named = set() if i is None else {f.who for f in self.entries[i][3] if f and f.who}
+        named = set() if i is None else {f.who for f in self.entries[i][2] if f and f.who}
         return named if len(named) == 2 else None
 
 
@@ -434,8 +430,9 @@ def _questions(truth, environment):
                 yield "action_next", {**ask, "x": fact.value}
             elif environment in ("object", "count", "speech") and after:
                 yield f"{environment}_next", {**seconds, "x": fact.value}
+        # a place that stays can't be stated again, so places are counted where they change from clip to clip
         span = {"place": 3, "wear": 2}.get(environment)
-        if span and t + span <= len(truth):
+        if span and t + span <= len(truth) and (environment == "wear" or all(new[t:t + span])):
             yield f"{environment}_many", {**seconds, "u": (t + span) * CLIP_SECONDS}
 
 
@@ -487,13 +484,11 @@ class Judge:
         return [getattr(self, kind)(**item) for item in items]
 
     def faithful(self, context, memory):
-        """Every phrase is of the language and true in the newest clip; the connector fits the clip before."""
-        connector, found = parse(memory)
-        clip = self.truth[context.stream, context.clip]
-        before = self.truth.get((context.stream, context.clip - 1)) if context.history else None
-        wanted = "still" if before and before["place"] == clip["place"] else "now"
-        well_formed = bool(found) and connector == wanted and memory.endswith(".")
-        return well_formed and set(found) <= set(clip_facts(clip))
+        """Every phrase is of the language and true in the newest clip; it connects to the memory before."""
+        begins, found = parse(memory)
+        connected = begins == connector(context.history[-1] if context.history else "")
+        true = set(clip_facts(self.truth[context.stream, context.clip]))
+        return bool(found) and connected and memory.endswith(".") and set(found) <= true
 
     def clean(self, previous, memory):
         """Nothing that the preceding memory states; no coordinates, no talk of the video, no labels."""
