@@ -52,7 +52,7 @@ def make_contexts(folder, n):
         world.write_video(file, np.concatenate([world.draw_frames(clip) for clip in truth]))
         clips = [dict(clip=t, start=10.0 * t, end=10.0 * t + 10, file=str(file), offset=10.0 * t, speech=[])
                  for t in range(len(truth))]
-        memories = [world.sentence(world.connector_at(truth, t), world.clip_facts(clip)[t % 3:][:3])
+        memories = [world.sentence(world.connector(t), world.clip_facts(clip)[t % 3:][:3])
                     for t, clip in enumerate(truth)]
         contexts += [common.make_context(dict(stream=str(i), clips=clips), t, memories) for t in range(len(truth))]
     return sorted(contexts, key=lambda c: -c.clip)[::max(1, len(contexts) // n)][:n]

@@ -193,7 +193,7 @@ class Stand:
             return common.Sample([1], "<b>", None, 0, 0, True)
         facts = sorted((f for f in world.clip_facts(truth[clip]) if f not in old),
                        key=lambda f: (f.category != focus, rng.random()))[:3]
-        text = world.sentence(world.connector_at(truth, clip, bool(context.history)), facts)
+        text = world.sentence(world.connector(context.history and context.history[-1]), facts)
         return common.Sample([1], text, text, 3, 15, False)
 
 

@@ -122,7 +122,7 @@ def answer(connector, chosen):
 def respond(truth, t, previous, questions, rng, honest=False, everything=False):
     """A response for clip t without its end token. honest: no noise; everything: lists all facts.
 
-    previous: the memory before, "" or None if there is none. The thinking part names the categories to follow.
+    previous: the memory before, "" or None if there is none. The thinking part names what categories follow.
     """
     asked = world.QUESTIONS[world.read_question(questions[0])[0]][0] if questions else None
     noisy = lambda share: not honest and rng.random() < share

@@ -445,22 +445,24 @@ def make_tasks(stream, truth, rng, per_environment=2):
                   for t, clip in enumerate(truth)])
     rows = []
     for environment in CATEGORIES:
-        pool = list(_questions(truth, environment))
+        pool = [(*question, rng.randrange(2)) for question in _questions(truth, environment)]
         rng.shuffle(pool)
+        # the other wording comes last, for short streams with too few new facts
+        pool += [(kind, fields, 1 - wording) for kind, fields, wording in pool]
         several = [q for q in pool if q[0].endswith(("_many", "_next"))]
         single = [q for q in pool if q not in several]
         for n in range(per_environment):
             source = several if several and (not single or rng.random() < MULTI_SHARE) else single
-            if not source:                                                     # a short stream: few new facts
+            if not source:
                 break
-            kind, fields = source.pop()
+            kind, fields, wording = source.pop(0)
             who = f"<face_{fields['who']}>" if fields.get("who") else ""
             right = solve(kind, fields, full)
             options = rng.sample([right, *_alternatives(kind, right, rng)], 4)
             texts = {**fields, "who": who, "t": clock(fields["t"]), "u": clock(fields.get("u", 0))}
             rows.append({"task": f"{stream}-{environment}-{n + 1}", "stream": stream,
                          "environment": environment, "time": float(len(truth) * CLIP_SECONDS),
-                         "question": rng.choice(QUESTIONS[kind][1:]).format(**texts),
+                         "question": QUESTIONS[kind][1 + wording].format(**texts),
                          "options": [f"{letter}. {option}" for letter, option in zip("ABCD", options)],
                          "answer": "ABCD"[options.index(right)]})
     return rows
