@@ -7,7 +7,7 @@ wrong values are spread, so the right one stays the likeliest: reinforcement lea
 
 A finished step is kept in runs/base/ and read back, with its log, by a run with the same constants.
 
-Run:  python tiny/make_base.py > tiny/make_base.log      (about 25 minutes on 2 cores, 6 GB)
+Run:  python tiny/make_base.py > tiny/make_base.log      (28 minutes on 2 threads, 6 GB)
 In:   nothing; the streams of the split "base", which no stage uses
 Out:  tiny/base/ (config, weights in bf16, tokenizer)
 """
