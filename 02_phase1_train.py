@@ -6,12 +6,15 @@ the better ones. `rewards` below is the reward, `RollingBatch` the curriculum; t
 `common.group_advantages`, its loss `common.policy_loss`.
 
 Differs from the paper: LoRA over a frozen base instead of all parameters; a `KL` to the base may be switched on (the
-paper has none: 0); r_qual asks the judges only where the rules hold; judges are an exact one in the embedded world.
-`python 02_phase1_train.py --SHOW=1` prints one group in full, its rewards and advantages, and stops.
+paper has none: 0); r_qual asks the judges only where the rules hold; groups without variance leave the mini-batches.
+`python 02_phase1_train.py --SHOW=1` prints the first group of step 0 in full, its rewards and advantages, and stops.
+
+Ctrl-C finishes the step and saves; the same command goes on from checkpoint.pt, and a finished run says so and stops. A changed
+constant needs a run of its own: --RUN=NEWNAME --FROM=OLDRUN.
 
 Run: python 02_phase1_train.py [--NAME=value ...]
 In:  streams/streams.jsonl, captions.jsonl (01)
-Out: phase1/adapter (PEFT folder), log.csv, checkpoint.pt
+Out: phase1/adapter (PEFT folder; weights.safetensors with TRAIN="all"), log.csv, checkpoint.pt
 """
 import importlib
 import math
@@ -37,14 +40,16 @@ SAVE_EVERY = both(10, 5)         # steps between checkpoints
 GROUP = 8                        # G, samples per context (paper, section 2)
 RATIO = "gspo"                   # "gspo": one ratio per sequence; "grpo": one per token
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # clip-higher (released run)
-GATE = 1                         # NSR gate: 0 lets good memories below the group's mean be pushed down
+GATE = 1                         # NSR gate: a sample below its group's mean is pushed down only if its reward is negative;
+                                 # 0: no gate
 FORMAT = -1.5                    # r_fmt of a malformed response, and its whole reward
 RICHNESS = 0.05                  # weight of r_rich; 0 is the paper's ablation: memories shrink
 TRAIN = "lora"                   # "lora": attention of the language model; "all": all of its parameters, needs fp32
 GRAD_CLIP = 1.0                  # norm of the gradient at most
 SHOW = 0                         # 1: print one group in full and stop
 # ----------------------------------------------------------------
-# log.csv, a row a step: reward, reward_std (over all samples); format, length, quality, rich (means of the terms); flat (share
+# log.csv, a row a step: reward, reward_std (over all samples); format, length, quality, rich (means of the terms, a malformed
+# sample counting 0 but for format); flat (share
 # of groups without variance: no gradient); malformed, truncated, gated (shares of samples); response, thinking, memory (tokens
 # per response, thinking part, memory); kl (to the base, per token), clipped (share of ratios), grad_norm (before clipping);
 # tokens_per_s (sampled), rollout_s, update_s (seconds), gb (peak memory).
@@ -65,7 +70,7 @@ def rules_hold(memory, tokens, limit):
     >>> rules_hold("<face_3> waves", 5, 17), rules_hold("face_3 waves", 5, 17), rules_hold("<face_3> waves", 18, 17)
     (True, False, False)
     """
-    return tokens <= limit and not re.search(r"face_?\s*\d|<face", re.sub(r"<face_\d+>", "", memory))
+    return tokens <= limit and not re.search(r"(?i)\bface_?\s*\d|<face", re.sub(r"<face_\d+>", "", memory))
 
 
 def quality(S, judge, contexts, samples):
@@ -98,18 +103,21 @@ def rewards(S, judge, contexts, samples):
     qualities = quality(S, judge, contexts, samples)
     rich = richness(S, judge, contexts, samples, qualities)
     scores = []
-    for group, q, rr in zip(samples, qualities, rich):
-        fmt = [0.0 if s.memory else S.FORMAT for s in group]
-        length = [length_reward(s.thinking_tokens, S.THINK_TOKENS) if s.memory else 0.0 for s in group]
-        total = [None if x is None else f + n + x + r for f, n, x, r in zip(fmt, length, q, rr)]
-        scores.append({"total": total, "gate": total, "terms": {"format": fmt, "length": length, "quality": q, "rich": rr}})
+    for group, r_qual, r_rich in zip(samples, qualities, rich):
+        r_fmt = [0.0 if s.memory else S.FORMAT for s in group]
+        r_len = [length_reward(s.thinking_tokens, S.THINK_TOKENS) if s.memory else 0.0 for s in group]
+        terms = {"format": r_fmt, "length": r_len, "quality": r_qual, "rich": r_rich}
+        total = [None if None in each else sum(each) for each in zip(*terms.values())]
+        # "gate": the reward whose sign the gate looks at; here the reward itself, in 05 the reward without R
+        scores.append({"total": total, "gate": total, "terms": terms})
     return scores
 
 
 class RollingBatch:
     """Contexts for training. First off-policy history: a random clip with the stronger writer's memories before it. Then
     on-policy history, as at deployment: after each update every stream is extended (one sampled memory joins its
-    history, the next clip arrives) or resampled (a new stream, a new start).
+    history, "" if it is malformed; the next clip arrives) or resampled (a new stream, a new start, an empty history):
+    extended below N_MIN clips, resampled above N_MAX or at the stream's end, in between resampled with chance RESAMPLE.
 
     `state` (JSON) holds all that the next step depends on.
     """
@@ -122,7 +130,7 @@ class RollingBatch:
         rng = random.Random(f"{self.S.SEED} batch {step}")
         if step < self.S.OFF_POLICY_STEPS:
             picked = [(s, rng.randrange(len(s["clips"]))) for s in rng.choices(self.streams, k=self.S.CONTEXTS)]
-            return [make_context(s, t, self.captions[s["stream"]], k=self.S.K) for s, t in picked]
+            return [make_context(s, t, self.captions.get(s["stream"], {}), k=self.S.K) for s, t in picked]
         self.state = self.state or [self.fresh(rng) for _ in range(self.S.CONTEXTS)]
         return [make_context(self.cut(i, first), len(kept), kept, k=self.S.K) for i, first, kept in self.state]
 
@@ -143,14 +151,14 @@ class RollingBatch:
                 self.state[slot] = self.fresh(rng)
 
 
-def histories(S, policy, streams):
+def histories(S, policy, streams, out):
     """{stream: {clip: memory}} by a stronger writer: the world's captions, or, with a banner, the base model itself."""
     try:
         rows = read_jsonl(need(S, "streams/captions.jsonl"))
     except SystemExit:
         print("*** streams/captions.jsonl is missing: the off-policy history is written by the base itself. Captions by a "
               "stronger model, one {stream, clip, memory} a line, serve better (paper, section 2) ***")
-        watched = importlib.import_module("03_collect_tasks").watch(policy, S, streams)
+        watched = importlib.import_module("03_collect_tasks").watch(policy, S, streams, path=out / "history.jsonl")
         return {s: {i: m["memory"] for i, m in enumerate(kept)} for s, kept in watched.items()}
     written = {}
     for r in rows:
@@ -190,15 +198,17 @@ def show_group(policy, context, prompt, samples, score, group):
 def main(argv=None):
     S = settings(globals(), argv)
     out, stage3 = start(S, "phase1"), importlib.import_module("03_collect_tasks")
-    if (out / "adapter").exists() and not S.SHOW:
+    if S.TRAIN not in ("lora", "all"):
+        raise SystemExit(f'TRAIN={S.TRAIN}: take "lora" or "all"')
+    if any((out / "adapter").glob("*.safetensors")) and not S.SHOW:
         return print(f"finished before: {out}; next: python 03_collect_tasks.py --RUN={S.RUN}")
     streams, judge, policy = load_streams(S, "train"), load_judge(S), load_policy(S)
-    batch = RollingBatch(S, streams, histories(S, policy, streams))
+    batch = RollingBatch(S, streams, histories(S, policy, streams, out))
     params = policy.add_lora("phase1", "phase1") if S.TRAIN == "lora" else policy.add_weights("phase1")
     print(f"{sum(p.numel() for p in params) / 1e6:.2f} M trainable parameters; {S.STEPS} steps of {S.CONTEXTS} contexts, "
           f"{math.ceil(S.CONTEXTS / S.MINI_BATCH)} updates a step")
     stage3.announce(S, policy, batch.next(0), S.STEPS * S.CONTEXTS, 2 * S.GROUP + 1, 5 if S.KL else 4)
-    shown = grpo(policy, S, out, params, batch, lambda c, s: rewards(S, judge, c, s), log_row, reference="base")
+    shown = grpo(policy, S, out, params, batch, lambda c, s: rewards(S, judge, c, s), log_row, reference="base")     # what KL refers to
     if shown:
         return show_group(policy, *shown)
     policy.save("phase1", out / "adapter")

@@ -24,22 +24,23 @@ GROUP = 8                       # N, memories cached per context (paper, section
 # ----------------------------------------------------------------
 
 
-def announce(S, policy, contexts, groups, calls, passes=3):
+def announce(S, policy, contexts, groups, calls, passes=3, sampled=True):
     """Prints what a run will cost before it starts, from one measured rollout and one measured pass.
 
-    contexts: a typical batch; groups: prompts to be sampled in all; calls: judge calls a group; passes: a forward pass counts
-    1, one with its backward 3.
+    contexts: a typical batch; groups: how many are to come; calls: judge calls a group; passes: per group, a forward pass
+    counts 1, one with its backward 3; sampled: False where the answers are cached, two a group (05 with dpo).
     """
     contexts = contexts[:S.ROLLOUT_CONTEXTS]
     prompts, began = policy.prepare(contexts), time.time()
     samples = rollout(policy, prompts, S.GROUP, [(S.SEED, 999_999, i) for i in range(len(prompts))])
     rolled = time.time()
     with torch.no_grad():
-        logprobs(policy, prompts[0], [s.ids for s in samples[0]])
-    seconds = (rolled - began) / len(prompts) + passes * (time.time() - rolled)
+        logprobs(policy, prompts[0], [s.ids for s in samples[0]][:None if sampled else 2])
+    seconds = sampled * (rolled - began) / len(prompts) + passes * (time.time() - rolled)
     length = sum(len(s.ids) for g in samples for s in g) / len(samples)
-    print(f"cost: {groups} groups of {S.GROUP} = {groups * S.GROUP} rollouts, {len(prompts[0].ids)} prompt tokens and about "
-          f"{length:.0f} sampled ones a group, {groups * calls} judge calls, about {groups * seconds / 60:.1f} min")
+    what = f"{groups} groups of {S.GROUP} = {groups * S.GROUP} rollouts, about {length:.0f} tokens sampled a group" if sampled \
+        else f"{groups} pairs, nothing sampled"
+    print(f"cost: {what}, {len(prompts[0].ids)} prompt tokens, {groups * calls} judge calls, about {groups * seconds / 60:.1f} min")
 
 
 def watch(policy, S, streams, questions=(), desc="watch", path=None):
@@ -129,7 +130,7 @@ def main(argv=None):
     print(f"{len(streams)} streams of {clips} clips to watch, {len(tasks)} questions to come")
     cached = streams[:S.CACHE_STREAMS] if tasks else []
     if cached:
-        announce(S, policy, [make_context(s, len(s["clips"]) // 2, {}, k=S.K) for s in cached], sum(len(s["clips"]) for s in cached), 3 * S.GROUP, 0)
+        announce(S, policy, [make_context(s, len(s["clips"]) // 2, {}, k=S.K) for s in cached], sum(len(s["clips"]) for s in cached), 2 * S.GROUP, 0)
     memories = watch(policy, S, streams, desc="watch", path=out / "memories.jsonl")
     for stream, rows in memories.items():
         write_text(out / "memories" / f"{stream}.txt", "".join(
@@ -142,8 +143,8 @@ def main(argv=None):
     recent = first_questions(spread(tasks), S.RECENT)
     for environment, asked in recent.items():
         for task, reply in zip(asked, answer(judge, asked, memories)):
-            task |= {"reply": reply, "correct": reply == task["answer"]}
-        print(f"  {environment:24} {sum(t['correct'] for t in asked[:5])} of the first {len(asked[:5])} answered, e.g. "
+            task |= {"reply": reply, "correct": None if reply is None else reply == task["answer"]}
+        print(f"  {environment:24} {sum(bool(t['correct']) for t in asked[:5])} of the first {len(asked[:5])} answered, e.g. "
               f"{asked[0]['question']!r} -> {asked[0]['reply']}")
     write_json(out / "recent.json", recent)
     fill_cache(S, out, policy, judge, cached, memories)

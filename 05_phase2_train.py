@@ -1,7 +1,7 @@
 """Phase Two: what to memorize. The Phase One policy stays frozen; for each environment a small adapter learns from its recent
 questions which facts to write (paper, section 2). No answers are used, and by the paper's path nothing is sampled.
 
-Reads as 02 with one difference: what is trained is `ADAPTER` ("steer": one vector of the hidden size added after decoder layer
+Reads as 02 with two differences: what is trained is `ADAPTER` ("steer": one vector of the hidden size added after decoder layer
 `LAYER`), and what it is trained on is `ALGORITHM`: "dpo" (the paper), on the cached pairs of 04, or "grpo" (ours), on-policy
 through the very loop of 02, where the reward model of 04 takes the place of the richness term.
 
@@ -15,16 +15,17 @@ Out: phase2/ALGORITHM-ADAPTER[-NAME]/ENVIRONMENT/adapter, log.csv, checkpoint.pt
 """
 import importlib
 import random
+import re
 import time
 
 from common import (F, Log, both, grpo, interruptible, load_checkpoint, load_judge, load_policy, load_streams, logprobs,
                     make_context, need, read_json, read_jsonl, save_checkpoint, settings, start, torch)
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
-LR = both(2e-2, 1e-3)            # of the vector (paper: 1e-3); 05 divides it by LR_DIVISOR for the other adapters
+LR = both(2e-2, 1e-3)            # of the vector (paper: 1e-3); divided by LR_DIVISOR for lora and all
 LAYER = both(2, 22)              # decoder layer after which the vector is added, from 0 (paper: 22 of 48)
 BETA = both(0.5, 0.1)            # of DPO (paper: 0.1)
-STEPS = both(40, 40)             # DPO updates (paper: 10 to 40)
+DPO_STEPS = both(40, 40)         # dpo: updates (paper: 10 to 40)
 PAIRS = both(16, 64)             # pairs per update (paper: 64)
 CONTEXTS = both(16, 32)          # grpo: contexts per rollout
 MINI_BATCH = both(8, 8)          # grpo: contexts per optimizer step
@@ -39,10 +40,10 @@ ALGORITHM = "dpo"                # "dpo": on cached pairs (paper); "grpo": on-po
 ADAPTER = "steer"                # "steer": one vector; "lora": on attention; "all": all parameters of the language model
 NAME = ""                        # suffix of the output folder, to keep variants of one run side by side
 LR_DIVISOR = {"steer": 1, "lora": 20, "all": 200}
-SCALE_TO_NORM = 0.0              # > 0: the trained vector is scaled to this norm (paper: step 10 scaled to 0.3; 0.8 of the
-                                 # 40-step norm, which is 0.37 for d = 2048 and differs from model to model)
+SCALE_TO_NORM = 0.0              # > 0: the trained vector is scaled to this norm. The paper's short cut: --DPO_STEPS=10 and 0.8 x
+                                 # the `norm` in the last row of a 40-step log.csv (0.3 of 0.37 at d = 2048)
 RECENT = 5                       # questions that define the environment (paper: 5 to 10)
-RELEVANCE = 0.5                  # grpo: weight of the reward model beside the quality's +-0.5
+RELEVANCE = 0.5                  # grpo: weight of R (in units of its spread within a context) beside the quality's +-0.5
 GROUP = 8                        # grpo: G, samples per context
 RATIO = "gspo"                   # grpo: as in 02
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
@@ -98,7 +99,8 @@ def train_dpo(policy, S, out, params, pairs):
                 losses, margins = losses + [loss.item()], margins + [margin.item()]
             grad_norm = torch.nn.utils.clip_grad_norm_(params, S.GRAD_CLIP).item()
             if not grad_norm < float("inf"):
-                raise SystemExit(f"step {step}: the gradient norm is {grad_norm}; lower LR (now {S.LR}) and run again")
+                raise SystemExit(f"step {step}: the gradient norm is {grad_norm}; this update was not made. Start again with a "
+                                 f"lower LR: --RUN=NEWNAME --FROM={S.RUN} --LR=...")
             optimizer.step()
             # ---- log and save
             norm = sum(p.detach().float().pow(2).sum() for p in params).sqrt().item()
@@ -144,10 +146,16 @@ def cached_pairs(policy, S, environment, streams):
     return [(p, s[r["winner"]]["ids"], s[r["loser"]]["ids"]) for p, s, r in zip(policy.prepare(contexts), samples, rows)]
 
 
-def show_pair(policy, pair, environment):
-    print(f"environment {environment}\nprompt: ... {policy.tokenizer.decode(pair[0].ids)[-400:]}")
-    for name, ids in zip(("winner", "loser"), pair[1:]):
-        print(f"\n{name} ({len(ids)} tokens): {policy.tokenizer.decode(ids)}")
+def show_pair(policy, pair, environment, beta):
+    """The teaching view of DPO: one pair in full, and the loss that it starts from."""
+    prompt, *answers = pair
+    print(f"environment {environment}\n" + re.sub(r"(<\|video_pad\|>)+", "<frames>", policy.tokenizer.decode(prompt.ids)))
+    with torch.no_grad():
+        summed = [x.sum() for x in logprobs(policy, prompt, answers)]
+    for name, ids, logp in zip(("winner", "loser"), answers, summed):
+        print(f"\n{name} ({len(ids)} tokens, log-prob {logp:.2f}): {policy.tokenizer.decode(ids)}")
+    loss, margin = dpo_loss(*summed, *summed, beta)
+    print(f"\nmargin {margin:.3f} (policy = reference at the start), loss {loss:.4f}")
 
 
 def train_environment(policy, S, out, environment, questions, streams, judge, model):
@@ -160,7 +168,7 @@ def train_environment(policy, S, out, environment, questions, streams, judge, mo
         if not pairs:
             return print(f"  {environment:24} no pair: its recent questions prefer none of the cached memories; no adapter")
         if S.SHOW:
-            return show_pair(policy, pairs[0], environment)
+            return show_pair(policy, pairs[0], environment, S.BETA)
         train_dpo(policy, S, out, params, pairs)
     else:
         phase1 = importlib.import_module("02_phase1_train")
@@ -182,19 +190,21 @@ def main(argv=None):
     if S.ALGORITHM not in ("dpo", "grpo") or S.ADAPTER not in LR_DIVISOR:
         raise SystemExit(f"ALGORITHM={S.ALGORITHM}, ADAPTER={S.ADAPTER}: take dpo or grpo, and {', '.join(LR_DIVISOR)}")
     out = start(S, f"phase2/{S.ALGORITHM}-{S.ADAPTER}" + (f"-{S.NAME}" if S.NAME else ""))
-    S.LR, S.STEPS = S.LR / LR_DIVISOR[S.ADAPTER], S.STEPS if S.ALGORITHM == "dpo" else S.GRPO_STEPS
+    S.LR, S.STEPS = S.LR / LR_DIVISOR[S.ADAPTER], S.DPO_STEPS if S.ALGORITHM == "dpo" else S.GRPO_STEPS
+    print(f"learning rate of {S.ADAPTER}: {S.LR:g}")
     recent, streams, judge = read_json(need(S, "tasks/recent.json")), load_streams(S, "deploy"), load_judge(S)
     if S.ENVIRONMENT and S.ENVIRONMENT not in recent:
         raise SystemExit(f"ENVIRONMENT={S.ENVIRONMENT}: tasks/recent.json holds {', '.join(recent)}")
-    todo = [e for e in recent if e == (S.ENVIRONMENT or e) and (S.SHOW or not (out / e / "adapter").exists())]
+    todo = [e for e in recent if e == (S.ENVIRONMENT or e) and (S.SHOW or not any((out / e / "adapter").glob("*.safetensors")))]
     if not todo:
         return print(f"finished before: {out}; next: python 06_eval.py --RUN={S.RUN}")
-    adapter, policy = need(S, "phase1/adapter"), load_policy(S)
+    adapter, _ = need(S, "phase1/adapter"), need(S, "reward/pairs.jsonl" if S.ALGORITHM == "dpo" else "reward/model")
+    policy = load_policy(S)
     policy.load("phase1", adapter)
     model = importlib.import_module("04_train_reward").load_reward_model(S, policy) if S.ALGORITHM == "grpo" else None
     contexts = [make_context(s, len(s["clips"]) // 2, {}, k=S.K) for s in streams]
     groups = len(todo) * S.STEPS * (S.PAIRS if S.ALGORITHM == "dpo" else S.CONTEXTS)
-    importlib.import_module("03_collect_tasks").announce(S, policy, contexts, groups, 0 if S.ALGORITHM == "dpo" else 2 * S.GROUP, 3)
+    importlib.import_module("03_collect_tasks").announce(S, policy, contexts, groups, 0 if S.ALGORITHM == "dpo" else 2 * S.GROUP, 3, S.ALGORITHM != "dpo")
     for environment in todo:
         (out / environment).mkdir(exist_ok=True)
         questions = [t["question"] for t in recent[environment][:S.RECENT]]

@@ -86,7 +86,8 @@ def start(S, stage):
     out = ROOT / "runs" / S.RUN / stage                             # an absolute RUN stays as it is
     out.mkdir(parents=True, exist_ok=True)
     now = {n: v for n, v in vars(S).items() if n not in HARMLESS}
-    saved = read_json(out / "settings.json") if (out / "settings.json").exists() else now
+    begun = (out / "settings.json").exists() and len(list(out.iterdir())) > 1        # a try that made nothing binds nobody
+    saved = read_json(out / "settings.json") if begun else now
     changed = [f"  {n}: {saved.get(n)!r} in the run, {now.get(n)!r} now\n" for n in sorted(saved | now)
                if saved.get(n) != now.get(n)]
     if changed:
@@ -105,7 +106,7 @@ def need(S, name):
             return path
     maker = next(ROOT.glob(f"0?_*{name.split('/')[0]}*.py")).name   # a stage's folder is a part of its script's name
     raise SystemExit(f"runs/{' and runs/'.join(runs)}: {name} is missing. Make it first: "
-                     f"python {maker} --RUN={S.RUN}")
+                     f"python {maker} --RUN={S.RUN}, or name a run that has it: --FROM=OTHERRUN")
 
 @contextlib.contextmanager
 def written_aside(path):
@@ -179,14 +180,14 @@ def parse_response(text):
     (None, None)
     >>> parse_response('</think>{"description": "x", "description": "y"}')[0]
     """
-    thinking, closed, rest = text.partition("</think>")
+    thinking, _, rest = text.partition("</think>")
     try:
-        pairs = json.loads(rest, object_pairs_hook=tuple)           # a tuple of pairs, so that a repeated key shows
-    except (ValueError, RecursionError):
-        pairs = ()
-    single = closed and isinstance(pairs, tuple) and [k for k, _ in pairs] == ["description"]
-    memory = pairs[0][1].strip() if single and isinstance(pairs[0][1], str) else ""
-    return memory or None, thinking.strip()
+        pairs = json.loads(rest, object_pairs_hook=tuple)          # a tuple of pairs, so that a repeated key shows
+        (key, memory), = pairs
+        ok = isinstance(pairs, tuple) and key == "description" and text.count("</think>") == 1 and memory.strip().encode()
+    except (AttributeError, RecursionError, TypeError, ValueError):
+        ok = False
+    return memory.strip() if ok else None, thinking.strip()
 
 # ================================================================ frames to patches to prompt
 def read_frames(file, times):
@@ -267,7 +268,10 @@ class Policy:
                                               target_modules=r".*language_model.*self_attn\.[qkvo]_proj"), name)
         self.lora[writer] = [name]
         self.use(writer)
-        return [p for n, p in self.model.named_parameters() if f".{name}." in n]
+        params = [p for n, p in self.model.named_parameters() if f".{name}." in n]
+        for p in params:
+            p.data = p.data.float()              # in bf16 the small updates of a low learning rate would round to nothing
+        return params
 
     def add_steer(self, layer, vector=None):
         """The paper's adapter: a vector (d,) added to a decoder layer's output, h <- h + a; zero at the start."""
@@ -378,8 +382,9 @@ class Policy:
         """Prompts of contexts; vision features come from a cache, as the tower is frozen."""
         key = lambda clip: (clip["file"], clip["offset"], clip["end"] - clip["start"])
         new = {key(c): c for x in contexts for c in x.clips if key(c) not in self.features}
-        for i in range(0, len(new), 256 // self.S.FRAMES_PER_CLIP):                  # many small clips in one pass
-            self._see(dict(list(new.items())[i:i + 64]))
+        size = max(1, 256 // self.S.FRAMES_PER_CLIP)                                 # many small clips in one pass
+        for i in range(0, len(new), size):
+            self._see(dict(list(new.items())[i:i + size]))
         prompts = [self._prompt(x, [self.features[key(c)] for c in x.clips]) for x in contexts]
         while len(self.features) > self.S.FEATURE_CLIPS:                             # oldest first
             del self.features[next(iter(self.features))]
@@ -564,6 +569,8 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
     reference: the writer that KL refers to. Ends with the checkpoint of step S.STEPS; Ctrl-C and SIGTERM save first.
     With SHOW the first group is returned instead."""
     from tqdm import tqdm
+    if S.RATIO not in ("gspo", "grpo"):
+        raise SystemExit(f'RATIO={S.RATIO}: take "gspo" (a ratio per sequence) or "grpo" (per token)')
     optimizer = torch.optim.AdamW(params, lr=S.LR, weight_decay=0.0)
     policy.train_only(params)
     log, first = Log(out / "log.csv"), 0
@@ -586,11 +593,12 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
             lost = sum(t is None for r in scores for t in r["total"])
             if lost * 2 > S.GROUP * len(contexts):
                 raise SystemExit(f"step {step}: the judge failed on {lost} of {S.GROUP * len(contexts)} samples; "
-                                 f"mend it and run again, it goes on from {out}/checkpoint.pt")
+                                 f"mend it and run again, it goes on from the last checkpoint")
             # ---- update: the ratio is 1 in the first mini-batch, the others need the log-probs from before it
             used = [g for g in groups if g and any(g["advantages"])]
-            with torch.no_grad():
-                for g in used[S.MINI_BATCH:]:
+            size = math.ceil(len(used) / math.ceil(max(1, len(used)) / S.MINI_BATCH))    # even mini-batches
+            for g in used[size:]:
+                with torch.no_grad():
                     g["old"] = logprobs(policy, g["prompt"], g["ids"])
             if S.KL:
                 with policy.using(reference), torch.no_grad():
@@ -598,8 +606,8 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
                         g["reference"] = logprobs(policy, g["prompt"], g["ids"])
             policy.train_only(params)
             sums = dict(kl=0.0, clipped=0.0, grad_norm=0.0)
-            for i in range(0, len(used), S.MINI_BATCH):
-                _update(policy, S, params, optimizer, used[i:i + S.MINI_BATCH], sums, step)
+            for i in range(0, len(used), max(1, size)):
+                _update(policy, S, params, optimizer, used[i:i + size], sums, step)
             batch.update(step, samples)
             # ---- log and save
             row = log_row(step, samples, scores, groups, sums, rolled - began, time.time() - rolled)
@@ -633,13 +641,12 @@ def _update(policy, S, params, optimizer, groups, sums, step):
         loss, clipped = policy_loss(logp, old, g["advantages"], g["counts"], S.RATIO, (S.CLIP_LOW, S.CLIP_HIGH))
         kl = kl_to(logp, g["reference"]) if S.KL else torch.zeros(())
         loss = (loss + S.KL * kl) / len(groups)
-        if loss.requires_grad:                                       # a group may have been gated away as a whole
-            loss.backward()
+        loss.backward()
         sums["kl"], sums["clipped"] = sums["kl"] + kl.item(), sums["clipped"] + clipped
     norm = torch.nn.utils.clip_grad_norm_(params, S.GRAD_CLIP)
     if not torch.isfinite(norm):
-        raise SystemExit(f"step {step}: the gradient norm is {norm.item()}; nothing was changed in this step. "
-                         f"Lower LR (now {S.LR}) and run again: it goes on from the last checkpoint")
+        raise SystemExit(f"step {step}: the gradient norm is {norm.item()}; this update was not made. "
+                         f"Start again with a lower LR (now {S.LR}): --RUN=NEWNAME --FROM={S.RUN} --LR=...")
     optimizer.step()
     sums["grad_norm"] = max(sums["grad_norm"], norm.item())
 

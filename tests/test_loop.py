@@ -233,7 +233,7 @@ def test_batches_depend_on_seed_and_step_alone():
 def test_without_captions_the_base_writes_the_history(policy, streams, tmp_path, capsys):
     S = common.settings(vars(phase1), [f"--RUN={tmp_path}"])
     short = [s | {"clips": s["clips"][:2]} for s in streams[:2]]
-    found = phase1.histories(S, policy, short)
+    found = phase1.histories(S, policy, short, tmp_path)
     assert {s: sorted(kept) for s, kept in found.items()} == {s["stream"]: [0, 1] for s in short}
     assert all(isinstance(m, str) for kept in found.values() for m in kept.values())
     assert "captions.jsonl is missing" in capsys.readouterr().out
@@ -353,7 +353,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(policy, streams, tmp_path
         loss, clipped = real(logp, *args)
         return loss * float("inf"), clipped
     monkeypatch.setattr(common, "policy_loss", broken)
-    with pytest.raises(SystemExit, match="gradient norm is (nan|inf).*Lower LR"):
+    with pytest.raises(SystemExit, match="gradient norm is (nan|inf).*lower LR"):
         loop(policy, tmp_path, streams, argv=["--STEPS=1"])
     assert before and all(torch.equal(a, b) for a, b in zip(before, policy.trainable))
     assert not (tmp_path / "checkpoint.pt").exists()

@@ -92,6 +92,9 @@ def test_a_difference_stops_and_offers_a_new_run(tmp_path):
     assert out == tmp_path / "phase1"
     saved = json.loads((out / "settings.json").read_text())
     assert saved["STEPS"] == 80 and saved["KL"] == 0.1
+    common.start(settings(run, "--STEPS=90"), "phase1")                    # nothing was made yet: nothing binds
+    common.start(settings(run), "phase1")
+    (out / "log.csv").write_text("step\n0\n")
     common.start(settings(run), "phase1")                                  # the same again: goes on
     with pytest.raises(SystemExit) as stop:
         common.start(settings(run, "--STEPS=90", "--RATIO=grpo"), "phase1")

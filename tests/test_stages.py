@@ -17,7 +17,7 @@ STAGES = {"01_make_streams": TOY,
           "02_phase1_train": [*LOOP, "--STEPS=2", "--OFF_POLICY_STEPS=1"],
           "03_collect_tasks": ["--CHUNK=7"],
           "04_train_reward": ["--STEPS=4", "--CONTEXTS=3", "--ROWS=3", "--WARMUP=1", "--BOOTSTRAP=50"],
-          "05_phase2_train": [*LOOP, "--STEPS=2", "--PAIRS=2", "--GRPO_STEPS=1"],
+          "05_phase2_train": [*LOOP, "--DPO_STEPS=2", "--PAIRS=2", "--GRPO_STEPS=1"],
           "06_eval": ["--BOOTSTRAP=50", "--VALIDATE=6", "--EXAMPLES=1", "--METHODS=base+prompt,dpo-steer,grpo-steer"]}
 ORDER = [("01_make_streams", ()), ("02_phase1_train", ()), ("03_collect_tasks", ()), ("04_train_reward", ()),
          ("05_phase2_train", ()), ("05_phase2_train", ("--ALGORITHM=grpo", "--ENVIRONMENT=place")), ("06_eval", ())]
@@ -196,7 +196,7 @@ def test_show_prints_one_group_in_full_and_stops(chain, capsys):
 def test_variants_of_phase2_in_a_fork(chain, tmp_path, argv):
     """A fork that repeats only what it changes: everything else is read from the chain, which stays as it is."""
     before = contents(chain)
-    stage("05_phase2_train", tmp_path, f"--FROM={chain}", "--ENVIRONMENT=place", "--STEPS=1", *argv)
+    stage("05_phase2_train", tmp_path, f"--FROM={chain}", "--ENVIRONMENT=place", "--DPO_STEPS=1", *argv)
     files, = [{p.name: p for p in f.iterdir()} for f in tmp_path.glob("phase2/*/place/adapter")]
     from safetensors.torch import load_file
     tensors = load_file(str(next(p for n, p in files.items() if n.endswith(".safetensors"))))
@@ -214,7 +214,7 @@ def test_all_parameters_in_phase1_and_an_adapter_on_top(chain, tmp_path):
     stage("02_phase1_train", tmp_path, f"--FROM={chain}", "--TRAIN=all", "--STEPS=1", "--RATIO=grpo", "--GATE=0",
           "--RICHNESS=0")
     assert [p.name for p in (tmp_path / "phase1" / "adapter").iterdir()] == ["weights.safetensors"]
-    stage("05_phase2_train", tmp_path, f"--FROM={chain}", "--ENVIRONMENT=place", "--STEPS=1")
+    stage("05_phase2_train", tmp_path, f"--FROM={chain}", "--ENVIRONMENT=place", "--DPO_STEPS=1")
     assert (tmp_path / "phase2" / "dpo-steer" / "place" / "adapter" / "steer.safetensors").exists()
 
 
