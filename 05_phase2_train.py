@@ -22,7 +22,7 @@ from common import (F, Log, both, grpo, interruptible, load_checkpoint, load_jud
                     make_context, need, read_json, read_jsonl, save_checkpoint, settings, start, torch)
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
-LR = both(2e-2, 1e-3)            # of the vector (paper: 1e-3); divided by LR_DIVISOR for lora and all
+LR = both(1e-2, 1e-3)            # of the vector (paper: 1e-3); divided by LR_DIVISOR for lora and all
 LAYER = both(2, 22)              # decoder layer after which the vector is added, from 0 (paper: 22 of 48)
 BETA = both(0.5, 0.1)            # of DPO (paper: 0.1)
 DPO_STEPS = both(40, 40)         # dpo: updates (paper: 10 to 40)

@@ -100,11 +100,20 @@ def main_run(seed, key):
         for line in MAIN:
             run(line, log, run=name, seed=seed)
         random_vectors(run_dir, seed)
-        for variant in SIDE if seed in FEW else ():
-            run(STEER + SIDE[variant], log, run=name, seed=seed, norm=f"{0.8 * mean_norm(run_dir):.4f}")
         run("06 --RUN={run}", log, run=name, seed=seed)
         write_json(record, dict(key=key, seed=seed, variant="main", results=slim(run_dir), norm=mean_norm(run_dir),
                                 reward=read_json(run_dir / "reward" / "report.json")))
+
+
+def side_run(seed, key):
+    """Other adapters and layers, trained and evaluated within the seed's main run; only what is new is computed."""
+    name, record = f"evidence/{key}-s{seed}", ROOT / "runs" / "evidence" / f"{key}-s{seed}-side.json"
+    run_dir, log = ROOT / "runs" / name, ROOT / "runs" / f"{name}.log"
+    if not record.exists():
+        for variant in SIDE.values():
+            run(STEER + variant, log, run=name, seed=seed, norm=f"{0.8 * mean_norm(run_dir):.4f}")
+        run("06 --RUN={run}", log, run=name, seed=seed)
+        write_json(record, dict(key=key, seed=seed, variant="side", results=slim(run_dir)))
 
 
 def ablation(seed, key, variant):
@@ -142,7 +151,10 @@ def interval(values):
 def figures(records):
     """{key: {mean, low, high, n}}; accuracy figures and gains in points, shares in [0, 1]."""
     main = [r for r in records if r["variant"] == "main"]
+    side = [r for r in records if r["variant"] == "side"]
     over = lambda get, rs=main: interval([get(r) for r in rs])
+    methods = {k.split()[0]: side for r in side for k in r["results"]["rows"]}
+    methods |= {k.split()[0]: main for r in main for k in r["results"]["rows"]}          # method -> the records that tell of it
 
     def picked(get):                         # a method may be missing in the seeds that did not run it
         def safe(r):
@@ -152,13 +164,13 @@ def figures(records):
                 return None
         return safe
     out = {}
-    for method in sorted({k.split()[0] for r in main for k in r["results"]["rows"]}):
+    for method, rs in sorted(methods.items()):
         for metric in ("accuracy", "coverage", "precision"):
-            out[f"{method}.{metric}"] = over(picked(lambda x: 100 * x["rows"][f"{method} all"][metric]))
+            out[f"{method}.{metric}"] = over(picked(lambda x: 100 * x["rows"][f"{method} all"][metric]), rs)
         for metric in ("fully_right", "well_formed", "tokens", "win", "tie", "loss", "faithful", "non_redundant"):
-            out[f"{method}.{metric}"] = over(picked(lambda x: x["validation"][f"{method} all"][metric]))
-        out[f"{method}.matched_gain"] = over(picked(lambda x: x["gains"][method]["over_phase1"]["accuracy"]))
-        out[f"{method}.mismatched_gain"] = over(picked(lambda x: x["gains"][method]["mismatched"]["accuracy"]))
+            out[f"{method}.{metric}"] = over(picked(lambda x: x["validation"][f"{method} all"][metric]), rs)
+        out[f"{method}.matched_gain"] = over(picked(lambda x: x["gains"][method]["over_phase1"]["accuracy"]), rs)
+        out[f"{method}.mismatched_gain"] = over(picked(lambda x: x["gains"][method]["mismatched"]["accuracy"]), rs)
     out["phase1.fully_right.base"], out["phase1.fully_right.phase1"] = out["base.fully_right"], out["phase1.fully_right"]
     out["phase1.precision_change"] = over(picked(lambda x: x["gains"]["phase1"]["over_base"]["precision"]))
     out["phase1.tokens_ratio"] = over(picked(lambda x: x["validation"]["phase1 all"]["tokens"] / x["validation"]["base all"]["tokens"]))
@@ -261,10 +273,12 @@ def main():
     with ThreadPoolExecutor(jobs) as pool:
         mains = {seed: pool.submit(chain, seed, key) for seed in SEEDS}
 
-        def after(seed, variant):
+        def after(work, seed, *args):
             mains[seed].result()
-            ablation(seed, key, variant)
-        late = [pool.submit(after, s, v) for v in ABLATIONS for s in FEW]
+            work(seed, key, *args)
+            write_evidence(key)
+        late = [pool.submit(after, ablation, s, v) for s in FEW for v in ABLATIONS]
+        late += [pool.submit(after, side_run, s) for s in FEW]
         failed = [f.exception() for f in [*mains.values(), *late] if f.exception()]
     write_evidence(key)
     say(f"done, {len(failed)} failures" + "".join(f"\n  {e}" for e in failed))
