@@ -191,7 +191,12 @@ def value(x):
     return x["mean"] if isinstance(x, dict) else x
 
 
-def write_evidence(key):
+def write_evidence(key, lock=threading.Lock()):
+    with lock:
+        _write_evidence(key)
+
+
+def _write_evidence(key):
     records = [read_json(f) for f in sorted((ROOT / "runs" / "evidence").glob(f"{key}-s*.json"))]
     if not records:
         return
