@@ -23,7 +23,8 @@ import re
 import resource
 import sys
 
-from common import both, grpo, load_judge, load_policy, load_streams, make_context, need, np, read_jsonl, settings, start, torch
+from common import (both, grpo, load_judge, load_policy, load_streams, make_context, need, np, read_jsonl, settings, start,
+                    torch)
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 LR = both(5e-4, 1e-5)            # paper: 1e-6 on all parameters; LoRA takes about ten times that
@@ -91,7 +92,8 @@ def richness(S, judge, contexts, samples, qualities):
     valid = [[i for i, s in enumerate(group) if s.memory and q[i] is not None and q[i] >= 0]
              for group, q in zip(samples, qualities)]
     asked = [g for g, v in enumerate(valid) if len(v) >= 2 and S.RICHNESS]
-    ranks = judge.ask("rank", [{"context": contexts[g], "memories": [samples[g][i].memory for i in valid[g]]} for g in asked])
+    ranks = judge.ask("rank", [{"context": contexts[g], "memories": [samples[g][i].memory for i in valid[g]]}
+                               for g in asked])
     for g, rank in zip(asked, ranks):
         for i, r in zip(valid[g], rank or ()):               # a failed ranking leaves the group without this term
             rich[g][i] = S.RICHNESS * (1 - (r - 1) / (len(valid[g]) - 1))
@@ -208,7 +210,8 @@ def main(argv=None):
     print(f"{sum(p.numel() for p in params) / 1e6:.2f} M trainable parameters; {S.STEPS} steps of {S.CONTEXTS} contexts, "
           f"{math.ceil(S.CONTEXTS / S.MINI_BATCH)} updates a step")
     stage3.announce(S, policy, batch.next(0), S.STEPS * S.CONTEXTS, 2 * S.GROUP + 1, 5 if S.KL else 4)
-    shown = grpo(policy, S, out, params, batch, lambda c, s: rewards(S, judge, c, s), log_row, reference="base")     # what KL refers to
+    shown = grpo(policy, S, out, params, batch, lambda c, s: rewards(S, judge, c, s), log_row,
+                 reference="base")                           # what KL refers to
     if shown:
         return show_group(policy, *shown)
     policy.save("phase1", out / "adapter")

@@ -107,7 +107,8 @@ def fill_cache(S, out, policy, judge, streams, memories):
         samples = rollout(policy, policy.prepare(chunk), S.GROUP, [(S.SEED, 8, i + j) for j in range(len(chunk))])
         qualities = phase1.quality(S, judge, chunk, samples)
         rows = [{"stream": c.stream, "clip": c.clip, "history": c.history, "samples": [
-            dataclasses.asdict(s) | {"format": 0.0 if s.memory else phase1.FORMAT, "quality": q} for s, q in zip(group, quality)
+            dataclasses.asdict(s) | {"format": 0.0 if s.memory else phase1.FORMAT, "quality": q}
+            for s, q in zip(group, quality)
         ]} for c, group, quality in zip(chunk, samples, qualities)]
         append_jsonl(part, rows)
         done += rows
@@ -130,7 +131,8 @@ def main(argv=None):
     print(f"{len(streams)} streams of {clips} clips to watch, {len(tasks)} questions to come")
     cached = streams[:S.CACHE_STREAMS] if tasks else []
     if cached:
-        announce(S, policy, [make_context(s, len(s["clips"]) // 2, {}, k=S.K) for s in cached], sum(len(s["clips"]) for s in cached), 2 * S.GROUP, 0)
+        announce(S, policy, [make_context(s, len(s["clips"]) // 2, {}, k=S.K) for s in cached],
+                 sum(len(s["clips"]) for s in cached), 2 * S.GROUP, 0)
     memories = watch(policy, S, streams, desc="watch", path=out / "memories.jsonl")
     for stream, rows in memories.items():
         write_text(out / "memories" / f"{stream}.txt", "".join(

@@ -161,7 +161,8 @@ def show_pair(policy, pair, environment, beta):
 def train_environment(policy, S, out, environment, questions, streams, judge, model):
     torch.manual_seed(S.SEED)                    # so that an adapter doesn't depend on which ones were trained before it
     policy.drop("phase2")
-    params = {"steer": lambda: policy.add_steer(S.LAYER), "lora": lambda: policy.add_lora("phase2", f"phase2_{environment}"),
+    params = {"steer": lambda: policy.add_steer(S.LAYER),
+              "lora": lambda: policy.add_lora("phase2", f"phase2_{environment}"),
               "all": lambda: policy.add_weights("phase2")}[S.ADAPTER]()
     if S.ALGORITHM == "dpo":
         pairs = cached_pairs(policy, S, environment, {s["stream"]: s for s in streams})
@@ -195,7 +196,8 @@ def main(argv=None):
     recent, streams, judge = read_json(need(S, "tasks/recent.json")), load_streams(S, "deploy"), load_judge(S)
     if S.ENVIRONMENT and S.ENVIRONMENT not in recent:
         raise SystemExit(f"ENVIRONMENT={S.ENVIRONMENT}: tasks/recent.json holds {', '.join(recent)}")
-    todo = [e for e in recent if e == (S.ENVIRONMENT or e) and (S.SHOW or not any((out / e / "adapter").glob("*.safetensors")))]
+    todo = [e for e in recent if e == (S.ENVIRONMENT or e)
+            and (S.SHOW or not any((out / e / "adapter").glob("*.safetensors")))]
     if not todo:
         return print(f"finished before: {out}; next: python 06_eval.py --RUN={S.RUN}")
     adapter, _ = need(S, "phase1/adapter"), need(S, "reward/pairs.jsonl" if S.ALGORITHM == "dpo" else "reward/model")
@@ -204,7 +206,8 @@ def main(argv=None):
     model = importlib.import_module("04_train_reward").load_reward_model(S, policy) if S.ALGORITHM == "grpo" else None
     contexts = [make_context(s, len(s["clips"]) // 2, {}, k=S.K) for s in streams]
     groups = len(todo) * S.STEPS * (S.PAIRS if S.ALGORITHM == "dpo" else S.CONTEXTS)
-    importlib.import_module("03_collect_tasks").announce(S, policy, contexts, groups, 0 if S.ALGORITHM == "dpo" else 2 * S.GROUP, 3, S.ALGORITHM != "dpo")
+    importlib.import_module("03_collect_tasks").announce(
+        S, policy, contexts, groups, 0 if S.ALGORITHM == "dpo" else 2 * S.GROUP, 3, S.ALGORITHM != "dpo")
     for environment in todo:
         (out / environment).mkdir(exist_ok=True)
         questions = [t["question"] for t in recent[environment][:S.RECENT]]
