@@ -28,7 +28,7 @@ from common import (both, grpo, load_judge, load_policy, load_streams, make_cont
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 LR = both(5e-4, 1e-5)            # paper: 1e-6 on all parameters; LoRA takes about ten times that
-KL = both(0.1, 0.0)              # weight of the KL to the base; paper: 0. A tiny model forgets categories without it
+KL = both(0.1, 0.0)              # weight of the KL to the base; paper: 0
 OFF_POLICY_STEPS = both(50, 60)  # history by the stronger writer (paper: 60 steps) ...
 STEPS = both(80, 100)            # ... then, up to here, by the policy itself (paper: 40 steps)
 CONTEXTS = both(24, 32)          # contexts per rollout (paper: 32)
