@@ -23,6 +23,7 @@ case "${1:-}" in
   test) shift; exec .venv/bin/python -m pytest tests -q "$@" ;;
 esac
 
+export TRANSFORMERS_VERBOSITY=error     # else loading one adapter beside another prints a table of "missing" weights
 began=$SECONDS
 for stage in 01_make_streams 02_phase1_train 03_collect_tasks 04_train_reward 05_phase2_train; do
   .venv/bin/python $stage.py "$@"
