@@ -30,7 +30,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-from common import clock, frame_times, np, read_jsonl, settings, start, write_jsonl, written_aside
+from common import clock, np, read_jsonl, settings, start, write_jsonl, written_aside
 
 # ------------------------------------------------------------------------------------------------------------
 SOURCE = "tiny"          # "tiny": the embedded world; "videos": any video file, or a folder of them
@@ -388,6 +388,25 @@ def read_frames(file, times, size=None):
         warnings.warn(f"{file} {lost}")
         return np.stack([good[min(good, key=lambda j: abs(j - i))] for i in wanted])[back]
     return _in_time(file, size, work)
+
+
+def frame_times(clip, n):
+    """Seconds in the clip's file at which its frames are taken; a shorter last clip gets fewer, two at least."""
+    length = clip["end"] - clip["start"]
+    n = max(2, round(n * min(1, length / 10)))
+    return [clip["offset"] + (i + 0.5) * length / n for i in range(n)]
+
+
+def clip_frames(clip, n):
+    """Frames (n, H, W, 3) uint8 of a clip, and their seconds in it. Grey frames, said so, where it can't be read: the
+    check tried some frames of every clip, and this one is broken elsewhere."""
+    at = frame_times(clip, n)
+    try:
+        frames = read_frames(clip["file"], at)
+    except VideoError as error:
+        print(f"*** {error}. Clip {clip['clip']} is watched as grey frames ***")
+        frames = np.full((len(at), 64, 64, 3), 127, np.uint8)
+    return frames, [t - clip["offset"] for t in at]
 
 
 def probe_video(file):

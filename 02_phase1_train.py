@@ -23,8 +23,9 @@ import re
 import resource
 import sys
 
-from common import (both, grpo, load_judge, load_policy, load_streams, make_context, need, np, read_jsonl, settings, start,
-                    torch)
+from common import both, clock, grpo, load_streams, make_context, need, np, read_jsonl, settings, start, torch
+from judges import load_judge
+from loading import load_policy, save_adapter
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 LR = both(5e-4, 1e-5)            # paper: 1e-6 on all parameters; LoRA takes about ten times that
@@ -54,6 +55,27 @@ SHOW = 0                         # 1: print one group in full and stop
 # of groups without variance: no gradient); malformed, truncated, gated (shares of samples); response, thinking, memory (tokens
 # per response, thinking part, memory); kl (to the base, per token), clipped (share of ratios), grad_norm (before clipping);
 # tokens_per_s (sampled), rollout_s, update_s (seconds), gb (peak memory).
+
+PROMPT = """You keep the memory of an endless video. Below are its latest clips with the memories that you wrote for \
+them. Write the memory of the last clip in one or two sentences: what it shows or says, true, connected to the \
+memory before, nothing that it already states. Call people by their IDs, like <face_3>. Answer with \
+{"description": "..."}."""
+ASK_TO_THINK = " First think, then write </think>, then the answer."     # for templates that open no thinking part
+TASK_PROMPT = "\nThese questions were asked lately; similar ones will come, so remember what they need:\n"
+
+
+def build_prompt(context, video, tokenizer):
+    """Prompt text up to where the answer begins: instruction; per clip its time, frame pairs and memory; the tasks.
+    video: per clip a list of (seconds in the clip, tokens) per frame pair."""
+    text = PROMPT + "\n"
+    for i, (clip, pairs) in enumerate(zip(context.clips, video)):
+        text += f"\n{clock(clip['start'])}-{clock(clip['end'])} "
+        text += "".join(f"<{t:.1f} seconds><|vision_start|>{'<|video_pad|>' * n}<|vision_end|>" for t, n in pairs)
+        text += f"\n{context.history[i] or '(nothing)'}" if i < len(context.history) else ""
+    text += TASK_PROMPT + "\n".join(context.questions) if context.questions else ""
+    chat = lambda content: tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                         add_generation_prompt=True)
+    return chat(text) if chat(text).endswith("<think>\n") else chat(text + ASK_TO_THINK)
 
 
 def length_reward(tokens, limit):
@@ -186,9 +208,9 @@ def log_row(step, samples, scores, groups, sums, rollout_s, update_s):
                 grad_norm=sums["grad_norm"], tokens_per_s=tokens / rollout_s, rollout_s=rollout_s, update_s=update_s, gb=gb)
 
 
-def show_group(policy, context, prompt, samples, score, group):
+def show_group(policy, context, samples, score, group):
     """The teaching view: one group in full, its rewards term by term, the advantages and what the gate does."""
-    print(re.sub(r"(<\|video_pad\|>)+", "<frames>", policy.tokenizer.decode(prompt.ids)))
+    print(re.sub(r"(<\|video_pad\|>)+", "<frames>", policy.tokenizer.decode(policy.prepare([context])[0].ids)))
     for i, s in enumerate(samples):
         terms = "  ".join(f"{k} {v[i] if v[i] is None else round(v[i], 3)}" for k, v in score["terms"].items())
         print(f"\n#{i}  {s.text}\n    {terms}  | total {score['total'][i]}")
@@ -206,7 +228,7 @@ def main(argv=None):
         return print(f"finished before: {out}; next: python 03_collect_tasks.py --RUN={S.RUN}")
     streams, judge, policy = load_streams(S, "train"), load_judge(S), load_policy(S)
     batch = RollingBatch(S, streams, histories(S, policy, streams, out))
-    params = policy.add_lora("phase1", "phase1") if S.TRAIN == "lora" else policy.add_weights("phase1")
+    params = policy.add("phase1", S.TRAIN)
     print(f"{sum(p.numel() for p in params) / 1e6:.2f} M trainable parameters; {S.STEPS} steps of {S.CONTEXTS} contexts, "
           f"{math.ceil(S.CONTEXTS / S.MINI_BATCH)} updates a step")
     stage3.announce(S, policy, batch.next(0), S.STEPS * S.CONTEXTS, 2 * S.GROUP + 1, 5 if S.KL else 4)
@@ -214,7 +236,7 @@ def main(argv=None):
                  reference="base")                           # what KL refers to
     if shown:
         return show_group(policy, *shown)
-    policy.save("phase1", out / "adapter")
+    save_adapter(policy, "phase1", out / "adapter")
     print(f"Phase One is in {out / 'adapter'}; next: python 03_collect_tasks.py --RUN={S.RUN}")
 
 

@@ -12,8 +12,10 @@ import dataclasses
 import importlib
 import time
 
-from common import (append_jsonl, both, clock, load_judge, load_policy, load_streams, logprobs, make_context, need, read_jsonl,
-                    rollout, settings, start, torch, write_json, write_jsonl, write_text)
+from common import (both, clock, load_streams, logprobs, make_context, need, read_jsonl, rollout, settings, start, torch,
+                    write_json, write_jsonl, write_text)
+from judges import load_judge
+from loading import load_adapter, load_policy
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 CACHE_STREAMS = both(24, 100)   # streams whose contexts are cached (paper: about 100 videos)
@@ -31,11 +33,11 @@ def announce(S, policy, contexts, groups, calls, passes=3, sampled=True):
     counts 1, one with its backward 3; sampled: False where the answers are cached, two a group (05 with dpo).
     """
     contexts = contexts[:S.ROLLOUT_CONTEXTS]
-    prompts, began = policy.prepare(contexts), time.time()
-    samples = rollout(policy, prompts, S.GROUP, [(S.SEED, 999_999, i) for i in range(len(prompts))])
+    prompts, began = policy.prepare(contexts), time.time()           # vision runs here, before the clock
+    samples = rollout(policy, contexts, S.GROUP, [(S.SEED, 999_999, i) for i in range(len(contexts))])
     rolled = time.time()
     with torch.no_grad():
-        logprobs(policy, prompts[0], [s.ids for s in samples[0]][:None if sampled else 2])
+        logprobs(policy, contexts[0], [s.ids for s in samples[0]][:None if sampled else 2])
     seconds = sampled * (rolled - began) / len(prompts) + passes * (time.time() - rolled)
     length = sum(len(s.ids) for g in samples for s in g) / len(samples)
     what = f"{groups} groups of {S.GROUP} = {groups * S.GROUP} rollouts, about {length:.0f} tokens sampled a group" if sampled \
@@ -57,13 +59,13 @@ def watch(policy, S, streams, questions=(), desc="watch", path=None):
     for t in tqdm(range(max(len(s["clips"]) for s in streams)), desc=desc, leave=False):
         now = [(i, s) for i, s in enumerate(streams) if len(kept[s["stream"]]) == t < len(s["clips"])]
         contexts = [make_context(s, t, [m["memory"] for m in kept[s["stream"]]], questions, S.K) for _, s in now]
-        groups = rollout(policy, policy.prepare(contexts), 1, [(S.SEED, 7, i, t) for i, _ in now], 0.6, 0.95, 20)
+        groups = rollout(policy, contexts, 1, [(S.SEED, 7, i, t) for i, _ in now], 0.6, 0.95, 20)
         rows = [dict(stream=s["stream"], clip=t, start=s["clips"][t]["start"], end=s["clips"][t]["end"],
                      memory=m.memory or "", text=m.text) for (_, s), (m,) in zip(now, groups)]
         for row in rows:
             kept[row["stream"]].append(row)
         if path and rows:
-            append_jsonl(path, rows)
+            write_jsonl(path, rows, "a")
     return kept
 
 
@@ -104,13 +106,13 @@ def fill_cache(S, out, policy, judge, streams, memories):
     contexts = [make_context(s, t, [m["memory"] for m in memories[s["stream"]]], k=S.K) for s, t in todo]
     for i in tqdm(range(len(done), len(todo), S.CHUNK), desc="rollout cache", initial=len(done) // S.CHUNK):
         chunk = contexts[i:i + S.CHUNK]
-        samples = rollout(policy, policy.prepare(chunk), S.GROUP, [(S.SEED, 8, i + j) for j in range(len(chunk))])
+        samples = rollout(policy, chunk, S.GROUP, [(S.SEED, 8, i + j) for j in range(len(chunk))])
         qualities = phase1.quality(S, judge, chunk, samples)
         rows = [{"stream": c.stream, "clip": c.clip, "history": c.history, "samples": [
             dataclasses.asdict(s) | {"format": 0.0 if s.memory else phase1.FORMAT, "quality": q}
             for s, q in zip(group, quality)
         ]} for c, group, quality in zip(chunk, samples, qualities)]
-        append_jsonl(part, rows)
+        write_jsonl(part, rows, "a")
         done += rows
     write_jsonl(out / "cache.jsonl", done)
     part.unlink()
@@ -125,7 +127,7 @@ def main(argv=None):
     tasks = [t for t in read_jsonl(need(S, "streams/tasks.jsonl")) if t["stream"] in {s["stream"] for s in streams}]
     adapter, judge = need(S, "phase1/adapter"), load_judge(S) if tasks else None
     policy = load_policy(S)
-    policy.load("phase1", adapter)
+    load_adapter(policy, "phase1", adapter)
 
     clips = sum(len(s["clips"]) for s in streams)
     print(f"{len(streams)} streams of {clips} clips to watch, {len(tasks)} questions to come")

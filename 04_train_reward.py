@@ -11,14 +11,15 @@ In:  streams/streams.jsonl (01), tasks/recent.json, cache.jsonl (03), and what t
 Out: reward/verdicts/, preferences.jsonl, pairs.jsonl, pairs_trl.jsonl (the same pairs in TRL's preference format),
      log.csv, checkpoint.pt, model/, report.json
 """
-import contextlib, random, re, time
+import importlib, random, time
 from collections import Counter
 from itertools import combinations, groupby
 from types import SimpleNamespace
 
-from common import (F, TASK_PROMPT, Log, append_jsonl, both, build_prompt, interruptible, load_checkpoint, load_judge,
-                    load_policy, load_streams, make_context, need, np, read_json, read_jsonl, save_checkpoint,
-                    settings, start, torch, visible, write_json, write_jsonl, written_aside)
+from common import (F, Training, both, load_streams, make_context, need, np, read_json, read_jsonl, settings, slug,
+                    start, torch, visible, write_json, write_jsonl, written_aside)
+from judges import load_judge
+from loading import load_policy, save_adapter
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 LR = both(3e-3, 1e-4)            # of LoRA and head; up over WARMUP steps, then linearly down to 0
@@ -97,7 +98,7 @@ def compare(S, judge, cache, questions, path):
                 for v in zip(answers[::2], answers[1::2]))
         rows += [{"stream": c["stream"], "clip": c["clip"], "verdicts": [[*pair, next(said)] for pair in pairs]}
                  for c, pairs in part]
-        append_jsonl(path, rows[-len(part):])
+        write_jsonl(path, rows[-len(part):], "a")
     return [r["verdicts"] for r in rows]
 
 def preferences(S, judge, cache, questions, folder, name=""):
@@ -107,7 +108,7 @@ def preferences(S, judge, cache, questions, folder, name=""):
     groups, pairs, yields = [], [], {}
     folder.mkdir(exist_ok=True)
     for environment, asked in questions.items():
-        verdicts = compare(S, judge, cache, asked, folder / (re.sub(r"\W+", "_", environment) + name + ".jsonl"))
+        verdicts = compare(S, judge, cache, asked, folder / f"{slug(environment)}{name}.jsonl")
         yields[environment] = figures = Counter(contexts=len(cache), judged=sum(map(len, verdicts)))
         for c, mine in zip(cache, verdicts):
             edges = [(j, i) if v == "first" else (i, j) for i, j, v in mine if v in ("first", "second")]
@@ -124,6 +125,7 @@ def preferences(S, judge, cache, questions, folder, name=""):
 def trl_rows(S, cache, pairs, tokenizer):
     """The pairs in TRL's preference format. Each clip is one <|video_pad|>, which Qwen3-VL's processor expands into
     frames and their times; pairs.jsonl and streams.jsonl tell which files those are."""
+    build_prompt = importlib.import_module("02_phase1_train").build_prompt
     streams = {s["stream"]: s for s in load_streams(S, "deploy")}
     cached = {(c["stream"], c["clip"]): c for c in cache}
     for p in pairs:
@@ -135,33 +137,26 @@ def trl_rows(S, cache, pairs, tokenizer):
 
 # ================================================================ the reward model
 class RewardModel:
-    """R(questions, history, memory): a LoRA named "reward" on the policy's base, and a head at a memory's last token.
-    The base's weights are shared with the policy; outside of `active` the LoRA does nothing. `spread`, the unit of
-    `score`, is R's mean standard deviation within a context; `read` counts the tokens read."""
+    """R(questions, history, memory): one more writer of the policy, "reward", which is a LoRA on its base and does
+    nothing while another is switched on; and a head at a memory's last token. `spread`, the unit of `score`, is R's
+    mean standard deviation within a context; `read` counts the tokens read."""
 
     def __init__(self, policy, S, folder=None):
         from safetensors.torch import load_file
         self.policy, self.S, self.read, writer = policy, S, 0, policy.who
-        self.params = policy.add_lora("base", "reward", folder)
-        policy.lora |= {"base": [], "reward": ["reward"]}                # known to the policy, but no writer's
+        self.params = policy.add("reward", "lora", folder)
         policy.use(writer)
         head = load_file(str(folder / "head.safetensors")) if folder else {"weight": torch.zeros(policy.hidden)}
         self.spread, self.head = float(head.get("spread", 1)), torch.nn.Parameter(head["weight"].to(policy.device))
         self.params.append(self.head)                                    # (d,)
 
-    @contextlib.contextmanager
-    def active(self):
-        with self.policy.using("base"):
-            self.policy.model.enable_adapters()
-            self.policy.model.set_adapter("reward")
-            yield
-
     def tokens(self, questions, history, memories):
         """Ids of what a context's memories share, then of each memory. A memory stands where the policy would write
         it after a task prompt, so that the LoRA starts from what the base already makes of questions."""
         encode = lambda text: self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+        task_prompt = importlib.import_module("02_phase1_train").TASK_PROMPT
         history = [m or "(nothing)" for m in history[max(0, len(history) - self.S.HISTORY):]]
-        turn = {"role": "user", "content": "\n".join([TASK_PROMPT.strip("\n"), *questions, "", *history])}
+        turn = {"role": "user", "content": "\n".join([task_prompt.strip("\n"), *questions, "", *history])}
         text = self.policy.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         return [encode(text + "\n</think>\n\n"), *(encode(m) + [self.policy.end] for m in memories)]
 
@@ -184,15 +179,13 @@ class RewardModel:
 
     def measure(self, groups, questions):
         """As a call, without gradient and in batches: an array (M,) per group."""
-        with self.active(), torch.no_grad():
+        with self.policy.using("reward"), torch.no_grad():
             return [r.cpu().numpy() for i in range(0, len(groups), self.S.ROWS)
                     for r in self(groups[i:i + self.S.ROWS], questions[i:i + self.S.ROWS])]
 
     def save(self, folder):
         from safetensors.torch import save_file
-        self.policy.lora["base"] = ["reward"]                            # for once, so that `save` finds it
-        self.policy.save("base", folder)
-        self.policy.lora["base"] = []
+        save_adapter(self.policy, "reward", folder)
         with written_aside(folder / "head.safetensors") as aside:
             save_file({"weight": self.head.detach().cpu(), "spread": torch.tensor(self.spread)}, str(aside))
 
@@ -212,14 +205,10 @@ def train(S, model, groups, questions, out):
     """Bradley-Terry: -log sigmoid(R(winner) - R(loser)), mean over a context's preferences, then over contexts.
     Each draw shows one to all of the environment's questions in random order, so that R reads what they are after,
     not how many there are or where. Draws depend on (seed, step) alone; resumes from out/checkpoint.pt."""
-    from tqdm import tqdm
-    optimizer, log = torch.optim.AdamW(model.params, lr=S.LR, weight_decay=0.0), Log(out / "log.csv")
-    first = load_checkpoint(out, model.params, optimizer)[0] if (out / "checkpoint.pt").exists() else 0
-    log.keep(first)
-    bar = tqdm(range(first, S.STEPS), initial=first, total=S.STEPS, desc="reward", disable=first >= S.STEPS)
-    with model.active(), interruptible() as stop:
+    run = Training(S, out, model.params)
+    with model.policy.using("reward"):
         model.policy.train_only(model.params)
-        for step in bar:
+        for step in run:
             # ---- batch
             began, draw, gaps, loss = time.time(), random.Random(f"{S.SEED} {step}"), [], 0.0
             batch = draw.sample(groups, min(S.CONTEXTS, len(groups)))
@@ -231,22 +220,11 @@ def train(S, model, groups, questions, out):
                 share = -sum(F.logsigmoid(gap).mean() for gap in gaps[i:]) / len(batch)              # ()
                 share.backward()
                 loss += share.item()
-            # ---- update
-            norm = torch.nn.utils.clip_grad_norm_(model.params, S.GRAD_CLIP).item()
-            if not np.isfinite(norm):
-                raise SystemExit(f"step {step}: the gradient norm is {norm}; lower LR (now {S.LR}) and run again")
+            # ---- update and log
             lr = S.LR * min((step + 1) / S.WARMUP, 1, (S.STEPS - step) / max(1, S.STEPS - S.WARMUP))
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
-            # ---- log and save
-            log.write(dict(step=step, loss=loss, accuracy=(torch.cat(gaps) > 0).float().mean().item(), grad_norm=norm,
-                           lr=lr, seconds=time.time() - began))
-            bar.set_postfix(loss=log.rows[-1]["loss"], accuracy=log.rows[-1]["accuracy"])
-            if stop.asked or (step + 1) % S.SAVE_EVERY == 0 or step + 1 == S.STEPS:
-                save_checkpoint(out, step + 1, model.params, optimizer, None)
-            if stop.asked:
-                raise SystemExit(f"stopped after step {step}; run the same command to go on")
+            norm, right = run.update(lr), (torch.cat(gaps) > 0).float().mean().item()
+            run.log(dict(step=step, loss=loss, accuracy=right, grad_norm=norm, lr=lr, seconds=time.time() - began),
+                    "loss", "accuracy")
 
 # ================================================================ validation
 def pair_accuracy(S, groups, values):

@@ -18,8 +18,10 @@ import random
 import re
 import time
 
-from common import (F, Log, both, grpo, interruptible, load_checkpoint, load_judge, load_policy, load_streams, logprobs,
-                    make_context, need, read_json, read_jsonl, save_checkpoint, settings, start, torch)
+from common import (F, Training, both, grpo, load_streams, logprobs, make_context, need, read_json, read_jsonl, settings,
+                    slug, start, torch)
+from judges import load_judge
+from loading import load_adapter, load_policy, save_adapter
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 LR = both(1e-2, 1e-3)            # of the vector (paper: 1e-3); divided by LR_DIVISOR for lora and all
@@ -73,48 +75,32 @@ def dpo_loss(winner, loser, ref_winner, ref_loser, beta):
 
 
 def train_dpo(policy, S, out, params, pairs):
-    """Pairs (prompt, winner ids, loser ids) -> trained params. Reference log-probs are cached once, by the Phase One policy."""
-    from tqdm import tqdm
-    optimizer, log, first = torch.optim.AdamW(params, lr=S.LR, weight_decay=0.0), Log(out / "log.csv"), 0
+    """Pairs (context, winner ids, loser ids) -> trained params. Reference log-probs are cached once, by the Phase One
+    policy."""
+    summed = lambda context, *answers: [x.sum() for x in logprobs(policy, context, answers)]     # () each
     with policy.using("phase1"), torch.no_grad():
-        reference = [[x.sum() for x in logprobs(policy, p, [w, l])] for p, w, l in pairs]
+        reference = [summed(*pair) for pair in pairs]
     policy.train_only(params)
-    if (out / "checkpoint.pt").exists():
-        first, _ = load_checkpoint(out, params, optimizer)
-        log.keep(first)
-    bar = tqdm(range(first, S.STEPS), initial=first, total=S.STEPS, desc=f"dpo {out.name}", leave=False)
-    with interruptible() as stop:
-        for step in bar:
-            # ---- batch
-            began, rng = time.time(), random.Random(f"{S.SEED} dpo {step}")
-            batch = rng.sample(range(len(pairs)), min(S.PAIRS, len(pairs)))
-            # ---- update
-            optimizer.zero_grad(set_to_none=True)
-            losses, margins = [], []
-            for i in batch:
-                prompt, w, l = pairs[i]
-                winner, loser = (x.sum() for x in logprobs(policy, prompt, [w, l]))      # () each
-                loss, margin = dpo_loss(winner, loser, *reference[i], S.BETA)
-                (loss / len(batch)).backward()
-                losses, margins = losses + [loss.item()], margins + [margin.item()]
-            grad_norm = torch.nn.utils.clip_grad_norm_(params, S.GRAD_CLIP).item()
-            if not grad_norm < float("inf"):
-                raise SystemExit(f"step {step}: the gradient norm is {grad_norm}; this update was not made. Start again with a "
-                                 f"lower LR: --RUN=NEWNAME --FROM={S.RUN} --LR=...")
-            optimizer.step()
-            # ---- log and save
-            norm = sum(p.detach().float().pow(2).sum() for p in params).sqrt().item()
-            row = dict(step=step, loss=sum(losses) / len(batch), accuracy=sum(m > 0 for m in margins) / len(batch),
-                       margin=sum(margins) / len(batch), norm=norm, grad_norm=grad_norm, seconds=time.time() - began)
-            log.write(row)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", norm=f"{norm:.2f}")
-            if stop.asked or (step + 1) % S.SAVE_EVERY == 0 or step + 1 == S.STEPS:
-                save_checkpoint(out, step + 1, params, optimizer, None)
-            if stop.asked:
-                raise SystemExit(f"stopped after step {step}; run the same command to go on")
-    last = log.rows[-1]
-    print(f"  {out.name:24} {len(pairs)} pairs  loss {float(last['loss']):.3f}  accuracy {float(last['accuracy']):.2f}  "
-          f"norm {float(last['norm']):.3f}")
+    run = Training(S, out, params, desc=f"dpo {out.name}")
+    for step in run:
+        # ---- batch
+        began, rng = time.time(), random.Random(f"{S.SEED} dpo {step}")
+        batch = rng.sample(range(len(pairs)), min(S.PAIRS, len(pairs)))
+        # ---- update
+        losses, margins = [], []
+        for i in batch:
+            loss, margin = dpo_loss(*summed(*pairs[i]), *reference[i], S.BETA)
+            (loss / len(batch)).backward()
+            losses, margins = losses + [loss.item()], margins + [margin.item()]
+        grad_norm = run.update()
+        # ---- log and save
+        norm = sum(p.detach().float().pow(2).sum() for p in params).sqrt().item()
+        run.log(dict(step=step, loss=sum(losses) / len(batch), accuracy=sum(m > 0 for m in margins) / len(batch),
+                     margin=sum(margins) / len(batch), norm=norm, grad_norm=grad_norm, seconds=time.time() - began),
+                "loss", "norm")
+    last = {k: float(v) for k, v in run.rows[-1].items()}
+    print(f"  {out.name:24} {len(pairs)} pairs  loss {last['loss']:.3f}  accuracy {last['accuracy']:.2f}  "
+          f"norm {last['norm']:.3f}")
 
 
 def rewards(S, judge, model, questions, contexts, samples):
@@ -134,8 +120,8 @@ def rewards(S, judge, model, questions, contexts, samples):
     return scores
 
 
-def cached_pairs(policy, S, environment, streams):
-    """(prompt, winner ids, loser ids) of 04's pairs of one environment, on the contexts of the cache."""
+def cached_pairs(S, environment, streams):
+    """(context, winner ids, loser ids) of 04's pairs of one environment, on the contexts of the cache."""
     cache = {(r["stream"], r["clip"]): r for r in read_jsonl(need(S, "tasks/cache.jsonl"))}
     rows = [r for r in read_jsonl(need(S, "reward/pairs.jsonl")) if r["environment"] == environment]
     contexts = []
@@ -143,15 +129,16 @@ def cached_pairs(policy, S, environment, streams):
         c, t = cache[r["stream"], r["clip"]], r["clip"]
         contexts.append(make_context(streams[r["stream"]], t, dict(zip(range(t - len(c["history"]), t), c["history"])), k=S.K))
     samples = [cache[r["stream"], r["clip"]]["samples"] for r in rows]
-    return [(p, s[r["winner"]]["ids"], s[r["loser"]]["ids"]) for p, s, r in zip(policy.prepare(contexts), samples, rows)]
+    return [(c, s[r["winner"]]["ids"], s[r["loser"]]["ids"]) for c, s, r in zip(contexts, samples, rows)]
 
 
 def show_pair(policy, pair, environment, beta):
     """The teaching view of DPO: one pair in full, and the loss that it starts from."""
-    prompt, *answers = pair
-    print(f"environment {environment}\n" + re.sub(r"(<\|video_pad\|>)+", "<frames>", policy.tokenizer.decode(prompt.ids)))
+    context, *answers = pair
+    prompt = policy.tokenizer.decode(policy.prepare([context])[0].ids)
+    print(f"environment {environment}\n" + re.sub(r"(<\|video_pad\|>)+", "<frames>", prompt))
     with torch.no_grad():
-        summed = [x.sum() for x in logprobs(policy, prompt, answers)]
+        summed = [x.sum() for x in logprobs(policy, context, answers)]
     for name, ids, logp in zip(("winner", "loser"), answers, summed):
         print(f"\n{name} ({len(ids)} tokens, log-prob {logp:.2f}): {policy.tokenizer.decode(ids)}")
     loss, margin = dpo_loss(*summed, *summed, beta)
@@ -161,11 +148,9 @@ def show_pair(policy, pair, environment, beta):
 def train_environment(policy, S, out, environment, questions, streams, judge, model):
     torch.manual_seed(S.SEED)                    # so that an adapter doesn't depend on which ones were trained before it
     policy.drop("phase2")
-    params = {"steer": lambda: policy.add_steer(S.LAYER),
-              "lora": lambda: policy.add_lora("phase2", f"phase2_{environment}"),
-              "all": lambda: policy.add_weights("phase2")}[S.ADAPTER]()
+    params = policy.add("phase2", S.ADAPTER)
     if S.ALGORITHM == "dpo":
-        pairs = cached_pairs(policy, S, environment, {s["stream"]: s for s in streams})
+        pairs = cached_pairs(S, environment, {s["stream"]: s for s in streams})
         if not pairs:
             return print(f"  {environment:24} no pair: its recent questions prefer none of the cached memories; no adapter")
         if S.SHOW:
@@ -183,7 +168,7 @@ def train_environment(policy, S, out, environment, questions, streams, judge, mo
     if S.SCALE_TO_NORM and S.ADAPTER == "steer":
         with torch.no_grad():
             params[0].mul_(S.SCALE_TO_NORM / params[0].norm())
-    policy.save("phase2", out / "adapter")
+    save_adapter(policy, "phase2", out / "adapter")
 
 
 def main(argv=None):
@@ -197,21 +182,21 @@ def main(argv=None):
     if S.ENVIRONMENT and S.ENVIRONMENT not in recent:
         raise SystemExit(f"ENVIRONMENT={S.ENVIRONMENT}: tasks/recent.json holds {', '.join(recent)}")
     todo = [e for e in recent if e == (S.ENVIRONMENT or e)
-            and (S.SHOW or not any((out / e / "adapter").glob("*.safetensors")))]
+            and (S.SHOW or not any((out / slug(e) / "adapter").glob("*.safetensors")))]
     if not todo:
         return print(f"finished before: {out}; next: python 06_eval.py --RUN={S.RUN}")
     adapter, _ = need(S, "phase1/adapter"), need(S, "reward/pairs.jsonl" if S.ALGORITHM == "dpo" else "reward/model")
     policy = load_policy(S)
-    policy.load("phase1", adapter)
+    load_adapter(policy, "phase1", adapter)
     model = importlib.import_module("04_train_reward").load_reward_model(S, policy) if S.ALGORITHM == "grpo" else None
     contexts = [make_context(s, len(s["clips"]) // 2, {}, k=S.K) for s in streams]
     groups = len(todo) * S.STEPS * (S.PAIRS if S.ALGORITHM == "dpo" else S.CONTEXTS)
     importlib.import_module("03_collect_tasks").announce(
         S, policy, contexts, groups, 0 if S.ALGORITHM == "dpo" else 2 * S.GROUP, 3, S.ALGORITHM != "dpo")
     for environment in todo:
-        (out / environment).mkdir(exist_ok=True)
+        (out / slug(environment)).mkdir(exist_ok=True)
         questions = [t["question"] for t in recent[environment][:S.RECENT]]
-        train_environment(policy, S, out / environment, environment, questions, streams, judge, model)
+        train_environment(policy, S, out / slug(environment), environment, questions, streams, judge, model)
         if S.SHOW:
             return
     print(f"adapters are in {out}; next: python 06_eval.py --RUN={S.RUN}")

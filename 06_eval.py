@@ -14,12 +14,14 @@ Run:  python 06_eval.py     (finished policies are kept: interrupt it, or train 
 In:   streams/*.jsonl  phase1/adapter  tasks/recent.json  phase2/*/*/adapter (whichever exist)
 Out:  eval/results.json, results.md, report.html (one file, opens offline), memories.jsonl
 """
-import dataclasses, hashlib, importlib, json, random, re
+import dataclasses, hashlib, importlib, json, random
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import common
+import loading
+from judges import load_judge
 
 # ------------------------------------------------------------------------------------------------------------
 STREAMS = 0                         # test streams to watch; 0 = all of them
@@ -142,7 +144,7 @@ def find_jobs(S, environments):
     An expected Phase Two policy that phase2/ lacks is named with its command."""
     job = lambda method, environment, writer, folder=None: SimpleNamespace(
         method=method, environment=environment, writer=writer, folder=folder, told=method.endswith("+prompt"),
-        slug=re.sub(r"[^\w+-]", "_", f"{method}.{environment}" if environment else method))
+        slug=common.slug(f"{method}.{environment}" if environment else method))
     wanted = lambda m: not S.METHODS or m in ("base", "phase1", *S.METHODS.split(","))
     jobs, (own, old) = [], (common.ROOT / "runs" / r for r in (S.RUN, S.FROM or S.RUN))
     for writer in ("base", "phase1"):
@@ -152,8 +154,9 @@ def find_jobs(S, environments):
     found = {f.parts[-4:-2]: f.parent for r in runs for f in r.glob("phase2/*/*/adapter/*.safetensors")}
     methods = dict.fromkeys((S.METHODS or S.EXPECT).split(",") + sorted({m for m, _ in found}))
     for method in [m for m in methods if wanted(m) and m.split("+")[0] not in ("base", "phase1")]:
-        jobs += [job(method, e, "phase2", found[method, e]) for e in environments if (method, e) in found]
-        if lacks := [e for e in environments if (method, e) not in found]:
+        jobs += [job(method, e, "phase2", found[method, common.slug(e)]) for e in environments
+                 if (method, common.slug(e)) in found]
+        if lacks := [e for e in environments if (method, common.slug(e)) not in found]:
             names = zip(("ALGORITHM", "ADAPTER", "NAME"), method.split("-", 2))
             print(f"!! {method}: no adapter for {', '.join(lacks)}, left out here. To make it: python "
                   f"05_phase2_train.py --RUN={S.RUN} " + " ".join(f"--{k}={v}" for k, v in names))
@@ -169,10 +172,10 @@ class Writer:
     @contextmanager
     def using(self, job):
         if self.policy is None:
-            self.policy = common.load_policy(self.S)
-            self.policy.load("phase1", self.phase1)
+            self.policy = loading.load_policy(self.S)
+            loading.load_adapter(self.policy, "phase1", self.phase1)
         if job.folder and job.folder != self.folder:
-            self.policy.load("phase2", job.folder)
+            loading.load_adapter(self.policy, "phase2", job.folder)
             self.folder = job.folder
         with self.policy.using(job.writer):
             yield self.policy
@@ -242,12 +245,10 @@ def validate(writer, judge, job, contexts, questions, S, reference=None):
     """
     with writer.using(job) as policy:
         told = questions[job.environment] if job.told else []
-        asked, samples, n = [dataclasses.replace(c, questions=told) for c in contexts], [], S.ROLLOUT_CONTEXTS
+        asked = [dataclasses.replace(c, questions=told) for c in contexts]
         # the reference has noise of its own: Phase One against itself must not be a tie by construction
         keys = [(S.SEED, 9, int(reference is None), i) for i in range(len(contexts))]
-        for i in range(0, len(asked), n):                      # prompts hold vision features: a few at a time
-            prompts = policy.prepare(asked[i:i + n])
-            samples += common.rollout(policy, prompts, 1, keys[i:i + n], S.VALIDATE_TEMPERATURE)
+        samples = common.rollout(policy, asked, 1, keys, S.VALIDATE_TEMPERATURE)
     rows = [{"stream": c.stream, "clip": c.clip, "memory": s.memory or "", "tokens": s.memory_tokens,
              "faithful": False, "clean": False, "verdicts": {}} for c, (s,) in zip(contexts, samples)]
     if reference is None:
@@ -272,7 +273,7 @@ def main(argv=None):
     out = common.start(S, "eval")
     from tqdm import tqdm
     from results import report
-    streams, judge = common.load_streams(S, "test")[:S.STREAMS or None], common.load_judge(S)
+    streams, judge = common.load_streams(S, "test")[:S.STREAMS or None], load_judge(S)
     recent, phase1 = common.read_json(common.need(S, "tasks/recent.json")), common.need(S, "phase1/adapter")
     questions = {e: [t["question"] for t in rows[:S.RECENT]] for e, rows in recent.items()}
     ids, tasks = [s["stream"] for s in streams], common.read_jsonl(common.need(S, "streams/tasks.jsonl"))

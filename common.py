@@ -1,14 +1,11 @@
-"""What the six stages share and nobody needs to edit to try an idea: settings, the model with its adapters,
-frames to patches, rollout, packed log-probs, the group-relative loop, the memory format, the judge interface.
-
-Three ideas carry the file; each has its own section below:
-  1. A group is one row. G answers to one prompt share the prompt's keys and values, in sampling as in training: every
-     cached or packed token has an owner, and a query sees the prompt and what its own answer wrote (`visible`).
-  2. Vision runs once per clip. The tower is frozen, so a clip's features serve rollout, old log-probs and training.
-  3. The noise of a sample depends on (seed, step, context, sample) alone, so a resumed run repeats itself exactly.
+"""What the six stages share and nobody needs to edit to try an idea. Three ideas carry the file:
+  1. A group is one row. G answers to one prompt share the prompt's keys and values, in sampling as in training:
+     every cached or packed token has an owner, and a query sees the prompt and its own answer (`visible`).
+  2. Vision runs once per clip. The tower is frozen: a clip's features serve rollout, log-probs and training.
+  3. The noise of a sample depends on (seed, step, context, sample) alone: a resumed run repeats itself exactly.
 """
-import contextlib, csv, dataclasses, difflib, importlib, json, math, os, pathlib, re, signal, sys, threading, time
-from collections import OrderedDict, namedtuple
+import contextlib, csv, dataclasses, difflib, importlib, json, math, os, pathlib, re, signal, sys, time
+from collections import namedtuple
 from types import SimpleNamespace
 
 try:                                   # --help must work before anything is installed
@@ -24,7 +21,7 @@ both = namedtuple("both", "tiny full")  # a constant with two values: the embedd
 # ---------------------------------------------------------------- shared constants, --NAME=value in every script
 RUN = "tiny"                            # results go to runs/RUN/STAGE
 FROM = ""                               # another run, read where RUN lacks a stage (forks, ablations)
-MODEL = "tiny"                          # "tiny": tiny/base. Else a hub name or folder: Qwen/Qwen3-VL-30B-A3B-Thinking
+MODEL = "tiny"                          # "tiny": tiny/base; else a hub name (Qwen/Qwen3-VL-30B-A3B-Thinking) or folder
 SEED = 0                                # every random choice derives from it
 JUDGE = "tiny"                          # who judges and reads: "tiny" is the embedded world's exact one
 K = 5                                   # clips per context: the newest and the 4 before it (paper, section 1)
@@ -33,28 +30,21 @@ FRAME_PIXELS = both(96 * 96, 448 * 448)  # pixels of a frame at most; 32 x 32 of
 MEMORY_TOKENS = both(17, 150)           # budget of one memory (paper, section 2); 17: three of a clip's eight facts
 THINK_TOKENS = both(16, 1200)           # L of r_len (paper, section 2)
 MAX_NEW_TOKENS = both(72, 2800)         # thinking up to 2L, then the memory
-FEATURE_CLIPS = both(4000, 200)          # clips whose vision features are kept: about 30 MB each at full size
+FEATURE_CLIPS = both(4000, 200)         # clips whose vision features are kept: about 30 MB each at full size
 ROLLOUT_CONTEXTS = both(48, 1)          # contexts decoded side by side; bounded by memory for keys and values
 CPU_THREADS = 2                         # more hurt a small model, and results stay the same from machine to machine
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
 # ----------------------------------------------------------------
-
-PROMPT = """You keep the memory of an endless video. Below are its latest clips with the memories that you wrote for \
-them. Write the memory of the last clip in one or two sentences: what it shows or says, true, connected to the \
-memory before, nothing that it already states. Call people by their IDs, like <face_3>. Answer with \
-{"description": "..."}."""
-ASK_TO_THINK = " First think, then write </think>, then the answer."     # for templates that open no thinking part
 FIXED = ("PROMPT", "ASK_TO_THINK", "TASK_PROMPT", "DECODE_SECONDS")      # edited in their file, not by --NAME=value
 HARMLESS = ("RUN", "SHOW", "ENVIRONMENT", "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")  # free on resuming
-TASK_PROMPT = "\nThese questions were asked lately; similar ones will come, so remember what they need:\n"
 # ================================================================ settings and files
 def settings(module, argv=None):
-    """Namespace of the UPPER_CASE constants of common.py and of a script (module: its `globals()`): `--NAME=value` is
-    applied, each `both` resolved by MODEL. SystemExit (nearest name, expected type) on a bad argument."""
+    """Namespace of the UPPER_CASE constants of common.py and of a script (module: its `globals()`): `--NAME=value`
+    is applied, each `both` resolved by MODEL. SystemExit (nearest name, expected type) on a bad argument."""
     names = {n: v for n, v in (globals() | module).items()
              if n.isupper() and isinstance(v, (str, int, float, both)) and n not in FIXED}
     argv, given = sys.argv[1:] if argv is None else argv, {}
-    if "-h" in argv or "--help" in argv:
+    if {"-h", "--help"} & set(argv):
         print(module["__doc__"] + "\nConstants (--NAME=value; two values: embedded world | full-size model):")
         for n, v in names.items():
             print(f"  {n:20} {v.tiny!r} | {v.full!r}" if isinstance(v, both) else f"  {n:20} {v!r}")
@@ -85,9 +75,9 @@ def start(S, stage):
         raise SystemExit("torch and numpy are missing: ./run.sh setup (or pip install -r requirements.txt)")
     out = ROOT / "runs" / S.RUN / stage                             # an absolute RUN stays as it is
     out.mkdir(parents=True, exist_ok=True)
-    now = {n: v for n, v in vars(S).items() if n not in HARMLESS}
-    begun = (out / "settings.json").exists() and len(list(out.iterdir())) > 1        # a try that made nothing binds nobody
-    saved = read_json(out / "settings.json") if begun else now
+    now, file = {n: v for n, v in vars(S).items() if n not in HARMLESS}, out / "settings.json"
+    begun = file.exists() and len(list(out.iterdir())) > 1          # a try that made nothing binds nobody
+    saved = read_json(file) if begun else now
     changed = [f"  {n}: {saved.get(n)!r} in the run, {now.get(n)!r} now\n" for n in sorted(saved | now)
                if saved.get(n) != now.get(n)]
     if changed:
@@ -95,17 +85,16 @@ def start(S, stage):
                          f"earlier stages from this run: --RUN=NEWNAME --FROM={S.RUN}")
     print(f"---- {stage} -> {out}\n" + "  ".join(f"{n}={v}" for n, v in now.items()))
     if not getattr(S, "SHOW", 0):
-        write_json(out / "settings.json", now)
+        write_json(file, now)
     return out
 
 def need(S, name):
     """Path of runs/RUN/name, or of runs/FROM/name. Raises SystemExit naming the script that makes it."""
-    runs = [r for r in (S.RUN, S.FROM) if r]
-    for path in (ROOT / "runs" / r / name for r in runs):
-        if path.exists():
-            return path
+    paths = [ROOT / "runs" / run / name for run in (S.RUN, S.FROM) if run]
+    if found := [p for p in paths if p.exists()]:
+        return found[0]
     maker = next(ROOT.glob(f"0?_*{name.split('/')[0]}*.py")).name   # a stage's folder is a part of its script's name
-    raise SystemExit(f"runs/{' and runs/'.join(runs)}: {name} is missing. Make it first: "
+    raise SystemExit(f"{' or '.join(map(str, paths))} is missing. Make it first: "
                      f"python {maker} --RUN={S.RUN}, or name a run that has it: --FROM=OTHERRUN")
 
 @contextlib.contextmanager
@@ -124,16 +113,16 @@ def write_text(path, text):
         aside.write_text(text, encoding="utf-8")
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-def write_jsonl(path, rows):
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-def append_jsonl(path, rows):
-    """For work in progress: a line may be torn by a kill, so read it back with torn=True."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+def write_jsonl(path, rows, mode="w"):
+    """mode "a" appends, for work in progress: a kill may tear a line, so read it back with torn=True."""
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    if mode == "w":
+        return write_text(path, text)
+    with open(path, mode, encoding="utf-8") as f:
+        f.write(text)
 
 def read_json(path):
     return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-
 def read_jsonl(path, torn=False):
     """Rows of a JSONL file; torn: a last line without its line end is cut off the file first."""
     text = pathlib.Path(path).read_text(encoding="utf-8")
@@ -156,6 +145,10 @@ def clock(seconds):
     """Stream time as HH:MM:SS."""
     return f"{int(seconds) // 3600:02}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
+def slug(name):
+    """An environment's name as a folder's."""
+    return re.sub(r"[^\w+.-]+", "_", name)
+
 # ================================================================ memory format
 Context = dataclasses.make_dataclass("Context", "stream clips history questions".split())
 Context.__doc__ = "The last k clips (rows of streams.jsonl), memories of all but the newest, and questions."
@@ -166,9 +159,9 @@ Sample.__doc__ = "One answer. ids: its tokens, end token included; memory: None 
 def make_context(stream, t, memories, questions=(), k=5):
     """Context of clip t: `memories[i]` is the memory of clip i ("" or missing where none was kept)."""
     first = max(0, t - k + 1)
-    get = memories.get if isinstance(memories, dict) else lambda i, none: memories[i]
-    history = [get(i, "") for i in range(first, t)]
-    return Context(stream["stream"], stream["clips"][first:t + 1], history, list(questions))
+    memories = memories if isinstance(memories, dict) else dict(enumerate(memories))
+    return Context(stream["stream"], stream["clips"][first:t + 1], [memories.get(i, "") for i in range(first, t)],
+                   list(questions))
 
 def parse_response(text):
     """(memory, thinking) of a response; memory is None unless it is exactly one `</think>` and then one JSON object
@@ -178,22 +171,17 @@ def parse_response(text):
     ('<face_3> waves.', 'a cup')
     >>> parse_response('no end {"description": "x"}')[0], parse_response('</think>{"description": ""}')[0]
     (None, None)
-    >>> parse_response('</think>{"description": "x", "description": "y"}')[0]
     """
     thinking, _, rest = text.partition("</think>")
     try:
         pairs = json.loads(rest, object_pairs_hook=tuple)          # a tuple of pairs, so that a repeated key shows
         (key, memory), = pairs
-        ok = isinstance(pairs, tuple) and key == "description" and text.count("</think>") == 1 and memory.strip().encode()
+        ok = isinstance(pairs, tuple) and key == "description" and "</think>" not in rest and memory.strip().encode()
     except (AttributeError, RecursionError, TypeError, ValueError):
         ok = False
     return memory.strip() if ok else None, thinking.strip()
 
-# ================================================================ frames to patches to prompt
-def read_frames(file, times):
-    """Frames (n, H, W, 3) uint8 of a file at the given seconds, by 01 within its time limit. Raises VideoError."""
-    return importlib.import_module("01_make_streams").read_frames(file, times)
-
+# ================================================================ frames to patches
 def frame_size(height, width, pixels):
     """(height, width) in multiples of 32, at most `pixels` in area, the aspect ratio kept as well as that allows."""
     h, w = max(1, round(height / 32)) * 32, max(1, round(width / 32)) * 32
@@ -206,9 +194,9 @@ def frames_to_patches(frames, pixels):
     """Frames (n, H, W, 3) uint8 to what the vision tower reads (as Qwen3VLVideoProcessor, which needs torchvision).
     An odd n repeats the last frame. Returns patches (n/2 * h * w, 3 * 2 * 16 * 16) in merge order, normalised to
     [-1, 1], and the grid (n/2, h, w) in patches of 16 pixels."""
-    x = torch.as_tensor(frames).permute(0, 3, 1, 2)                                      # (n, 3, H, W) uint8
+    x = torch.as_tensor(frames).permute(0, 3, 1, 2)                                   # (n, 3, H, W) uint8
     size = frame_size(*x.shape[2:], pixels)
-    if size != tuple(x.shape[2:]):                                                       # of uint8, as the library
+    if size != tuple(x.shape[2:]):                                                    # of uint8, as the library
         x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
     x = torch.cat([x, x[-1:]]) if len(x) % 2 else x
     t, h, w = len(x) // 2, size[0] // 16, size[1] // 16
@@ -216,108 +204,79 @@ def frames_to_patches(frames, pixels):
     x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)     # (t, h/2, w/2, 2, 2, 3, 2, 16, 16): a token's 4 are neighbours
     return x.reshape(t * h * w, -1), (t, h, w)
 
-def frame_times(clip, n):
-    """Seconds in the clip's file at which its frames are taken; a shorter last clip gets fewer, two at least."""
-    length = clip["end"] - clip["start"]
-    n = max(2, round(n * min(1, length / 10)))
-    return [clip["offset"] + (i + 0.5) * length / n for i in range(n)]
-
-def build_prompt(context, video, tokenizer):
-    """Prompt text up to where the answer begins: instruction; per clip its time, frame pairs and memory; the tasks.
-    video: per clip a list of (seconds in the clip, tokens) per frame pair."""
-    text = PROMPT + "\n"
-    for i, (clip, pairs) in enumerate(zip(context.clips, video)):
-        text += f"\n{clock(clip['start'])}-{clock(clip['end'])} "
-        text += "".join(f"<{t:.1f} seconds><|vision_start|>{'<|video_pad|>' * n}<|vision_end|>" for t, n in pairs)
-        text += f"\n{context.history[i] or '(nothing)'}" if i < len(context.history) else ""
-    text += TASK_PROMPT + "\n".join(context.questions) if context.questions else ""
-    chat = lambda content: tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                         add_generation_prompt=True)
-    return chat(text) if chat(text).endswith("<think>\n") else chat(text + ASK_TO_THINK)
-
 # ================================================================ the policy: one frozen model, its adapters
 Prompt = namedtuple("Prompt", "ids embeds positions visual deep")
 # ids (P,); embeds (P, d) with vision filled in; positions (3, P); visual (P,) bool; deep: per deepstack layer (V, d)
-WRITERS = ("base", "phase1", "phase2")       # each builds on the one before it
+WRITERS = {"base": ["base"], "phase1": ["base", "phase1"], "phase2": ["base", "phase1", "phase2"],
+           "reward": ["base", "reward"]}                             # and what each builds on
+FILES = {"lora": "adapter_model.safetensors", "steer": "steer.safetensors", "all": "weights.safetensors"}
 
 class Policy:
     """Qwen3-VL with what can be switched on it. `use(writer)` chooses who writes: "base", "phase1" (with what 02
-    trained) or "phase2" (with 05's adapter on top). Attributes: model, lm (its decoder), head, tokenizer, S, device,
-    hidden (d), layers (count), end (id), banned (ids never sampled), trainable (parameters), who (writes)."""
+    trained), "phase2" (with 05's adapter on top); or "reward", 04's LoRA, which reads. lm: its decoder; hidden: d;
+    end: id of the end token; banned: ids never sampled; trainable: parameters; who: the writer."""
     def __init__(self, model, tokenizer, S):
         self.model, self.lm, self.head = model, model.model.language_model, model.lm_head
         self.tokenizer, self.S, self.device = tokenizer, S, model.device
         self.hidden, self.layers = self.lm.config.hidden_size, len(self.lm.layers)
         self.who, self.trainable, self.features = "base", [], {}
-        self.lora = {w: [] for w in WRITERS}             # names of PEFT adapters
-        self.whole, self.resident = {}, None             # weights trained whole, per writer; those in the model now
-        self.steer = self.steered = self.hook = None
+        self.kind, self.lora, self.whole = {}, {}, {}    # per writer: "lora" ..; name of its PEFT adapter; its weights
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         special = {i for i, t in tokenizer.added_tokens_decoder.items() if re.fullmatch(r"<\|.*\|>", t.content)}
         # a sampled <|video_pad|> would crash the next pass; suppressed in sampling and in log-probs alike
         self.banned = torch.tensor(sorted(special - {self.end}), device=self.device)
 
-    # ---- adapters
-    def add_lora(self, writer, name, folder=None):
-        """LoRA on the language model's attention, new (B = 0) or read from a PEFT folder -> its parameters."""
-        from peft import LoraConfig
-        if folder:
-            self.model.load_adapter(str(folder), adapter_name=name)
+    def add(self, writer, kind, folder=None):
+        """Adds to a writer: "lora" (on the language model's attention), "steer" (the paper's adapter: a vector (d,) on
+        a decoder layer's output, h <- h + a) or "all" (new values for the whole decoder; vision, embeddings and head
+        stay frozen). New, then without effect, or what `save` wrote to `folder` -> its parameters."""
+        from safetensors.torch import load_file
+        self.kind[writer] = kind
+        saved = load_file(str(folder / FILES[kind]), str(self.device)) if folder and kind != "lora" else {}
+        if kind == "lora":
+            from peft import LoraConfig
+            self.lora[writer] = name = f"{writer}_{time.time_ns()}"               # a name that was never used
+            if folder:
+                self.model.load_adapter(str(folder), adapter_name=name)
+            else:
+                self.model.add_adapter(LoraConfig(r=self.S.LORA_RANK, lora_alpha=2 * self.S.LORA_RANK,
+                                                  target_modules=r".*language_model.*self_attn\.[qkvo]_proj"), name)
+            params = [p for n, p in self.model.named_parameters() if f".{name}." in n]
+            for p in params:
+                p.data = p.data.float()      # in bf16 the small updates of a low learning rate would round to nothing
+        elif kind == "steer":
+            (key, vector), = saved.items() or [(f"layers.{self.S.LAYER}.", torch.zeros(self.hidden))]
+            self.layer = int(key.split("layers.")[1].split(".")[0])
+            if not 0 <= self.layer < self.layers:
+                raise SystemExit(f"LAYER={self.layer}: this model has the layers 0 to {self.layers - 1}; near "
+                                 f"{round(self.layers * 22 / 48)} is the paper's depth (22 of 48)")
+            self.steer = torch.nn.Parameter(vector.to(self.device))
+            self.hook = self.lm.layers[self.layer].register_forward_hook(lambda _, args, out: (
+                out + self.steer.to(out.dtype) if self.who == "phase2" else None))
+            params = [self.steer]
         else:
-            self.model.add_adapter(LoraConfig(r=self.S.LORA_RANK, lora_alpha=2 * self.S.LORA_RANK,
-                                              target_modules=r".*language_model.*self_attn\.[qkvo]_proj"), name)
-        self.lora[writer] = [name]
+            if self.model.dtype != torch.float32:
+                raise SystemExit('training all parameters needs a model in fp32: use TRAIN="lora" or ADAPTER="steer"')
+            params = list(self._decoder().values())
+            self.whole.setdefault("base", {n: p.data for n, p in self._decoder().items()})
+            self.whole[writer] = saved or {n: p.data.clone() for n, p in self._decoder().items()}
         self.use(writer)
-        params = [p for n, p in self.model.named_parameters() if f".{name}." in n]
-        for p in params:
-            p.data = p.data.float()              # in bf16 the small updates of a low learning rate would round to nothing
         return params
 
-    def add_steer(self, layer, vector=None):
-        """The paper's adapter: a vector (d,) added to a decoder layer's output, h <- h + a; zero at the start."""
-        if not 0 <= layer < self.layers:
-            raise SystemExit(f"LAYER={layer}: this model has the layers 0 to {self.layers - 1}; near "
-                             f"{round(self.layers * 22 / 48)} is the paper's depth (22 of 48)")
-        if self.hook:
-            self.hook.remove()
-        vector = torch.zeros(self.hidden) if vector is None else vector
-        self.steered, self.steer = layer, torch.nn.Parameter(vector.to(self.device))
-        self.hook = self.lm.layers[layer].register_forward_hook(lambda _, args, out: (
-            out + self.steer.to(out.dtype) if self.who == "phase2" and self.steer is not None else None))
-        self.use("phase2")
-        return [self.steer]
-
-    def add_weights(self, writer, file=None):
-        """All parameters of the decoder (vision, embeddings and head stay frozen), new or read from a file."""
-        if self.model.dtype != torch.float32:
-            raise SystemExit("training all parameters needs unquantised fp32 weights: "
-                             'use TRAIN="lora" / ADAPTER="steer"')
-        from safetensors.torch import load_file
-        copy = lambda: {n: p.detach().clone() for n, p in self._decoder().items()}
-        if not self.whole:
-            self.whole["base"] = self.resident = copy()
-        self.whole[writer] = load_file(str(file)) if file else copy()
-        self.use(writer)
-        return list(self._decoder().values())
-
     def _decoder(self):
-        return {n.replace(".base_layer", ""): p for n, p in self.lm.named_parameters()
-                if "lora_" not in n and "embed_tokens" not in n}
+        return {n.replace(".base_layer", ""): p for n, p in self.lm.named_parameters() if "lora_" not in n
+                and "embed_tokens" not in n}
 
     def use(self, writer):
-        """Switches the writer; weights trained whole are swapped in place."""
-        chain = WRITERS[:WRITERS.index(writer) + 1]
-        whole = next((self.whole[w] for w in chain[::-1] if w in self.whole), None)
-        if whole is not self.resident:
-            with torch.no_grad():
-                for n, p in self._decoder().items():
-                    self.resident[n].copy_(p)
-                    p.copy_(whole[n])
-        self.who, self.resident, names = writer, whole, [n for w in chain for n in self.lora[w]]
+        """Switches the writer; weights trained whole change places with those in the model."""
+        whole = next((self.whole[w] for w in WRITERS[writer][::-1] if w in self.whole), None)
+        for n, p in self._decoder().items() if whole else ():
+            p.data = whole[n]
+        self.who, names = writer, [self.lora[w] for w in WRITERS[writer] if w in self.lora]
         if names:
             self.model.enable_adapters()
             self.model.set_adapter(names)
-        elif any(self.lora.values()):
+        elif self.lora:
             self.model.disable_adapters()
         self.train_only(self.trainable)
 
@@ -336,93 +295,55 @@ class Policy:
         finally:
             self.use(before)
 
-    def save(self, writer, folder):
-        """What 02 or 05 trained: a PEFT folder, steer.safetensors under the authors' key, or weights.safetensors."""
-        from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
-        self.use(writer)
-        if self.lora[writer]:
-            name, file = self.lora[writer][0], "adapter_model.safetensors"
-            self.model.peft_config[name].save_pretrained(str(folder))
-            state = get_peft_model_state_dict(self.model, adapter_name=name)
-            state = {f"base_model.model.{k}": v for k, v in state.items()}
-        elif writer in self.whole:
-            state, file = self._decoder(), "weights.safetensors"
-        else:
-            state = {f"model.language_model.layers.{self.steered}.adapter.steer": self.steer}
-            file = "steer.safetensors"
-        with written_aside(folder / file) as aside:
-            save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, str(aside))
-
-    def load(self, writer, folder):
-        """Reads what `save` wrote, in the place of what `writer` had before, and switches it on."""
-        from safetensors.torch import load_file
-        self.drop(writer)
-        if (folder / "adapter_config.json").exists():
-            self.add_lora(writer, f"{writer}_{time.time_ns()}", folder)          # a name that was never used
-        elif (folder / "weights.safetensors").exists():
-            self.add_weights(writer, folder / "weights.safetensors")
-        elif (folder / "steer.safetensors").exists():
-            (key, vector), = load_file(str(folder / "steer.safetensors")).items()
-            self.add_steer(int(key.split("layers.")[1].split(".")[0]), vector)
-        else:
-            raise SystemExit(f"{folder} holds no adapter_config.json, steer.safetensors or weights.safetensors")
-
     def drop(self, writer):
-        """Forgets what `writer` has beyond the writer before it, who is switched on."""
-        self.use(WRITERS[max(0, WRITERS.index(writer) - 1)])
-        for name in self.lora[writer]:
-            self.model.delete_adapter(name)
-        self.lora[writer] = []
-        self.steer = None if writer == "phase2" else self.steer
-        self.whole.pop(writer, None)
+        """Forgets what `writer` has beyond those it builds on; the last of them is switched on."""
+        self.use(WRITERS[writer][-2])
+        kind = self.kind.pop(writer, None)
+        if kind == "lora":
+            self.model.delete_adapter(self.lora.pop(writer))
+        elif kind:
+            self.hook.remove() if kind == "steer" else self.whole.pop(writer)
 
-    # ---- prompts
     def prepare(self, contexts):
         """Prompts of contexts; vision features come from a cache, as the tower is frozen."""
         key = lambda clip: (clip["file"], clip["offset"], clip["end"] - clip["start"])
-        new = {key(c): c for x in contexts for c in x.clips if key(c) not in self.features}
-        size = max(1, 256 // self.S.FRAMES_PER_CLIP)                                 # many small clips in one pass
+        new = list({key(c): c for x in contexts for c in x.clips if key(c) not in self.features}.items())
+        size = max(1, 256 // self.S.FRAMES_PER_CLIP)                              # many small clips in one pass
         for i in range(0, len(new), size):
-            self._see(dict(list(new.items())[i:i + size]))
+            self._see(dict(new[i:i + size]))
         prompts = [self._prompt(x, [self.features[key(c)] for c in x.clips]) for x in contexts]
-        while len(self.features) > self.S.FEATURE_CLIPS:                             # oldest first
+        while len(self.features) > self.S.FEATURE_CLIPS:                          # oldest first
             del self.features[next(iter(self.features))]
         return prompts
 
     def _see(self, clips):
-        patches, grids, times = [], [], []
+        patches, grids, times, stage1 = [], [], [], importlib.import_module("01_make_streams")
         for clip in clips.values():
-            at = frame_times(clip, self.S.FRAMES_PER_CLIP)
-            try:
-                frames = read_frames(clip["file"], at)
-            except ValueError as error:          # 01 tried some frames of every clip; this one is broken elsewhere
-                print(f"*** {error}. Clip {clip['clip']} is watched as grey frames ***")
-                frames = np.full((len(at), 64, 64, 3), 127, np.uint8)
+            frames, at = stage1.clip_frames(clip, self.S.FRAMES_PER_CLIP)             # (n, H, W, 3), seconds
             p, grid = frames_to_patches(frames, self.S.FRAME_PIXELS)
-            at = [t - clip["offset"] for t in at + at[-1:] * (len(at) % 2)]
-            times.append([(a + b) / 2 for a, b in zip(at[::2], at[1::2])])               # one per pair of frames
+            at += at[-1:] * (len(at) % 2)
+            times.append([(a + b) / 2 for a, b in zip(at[::2], at[1::2])])            # one per pair of frames
             patches, grids = patches + [p], grids + [grid]
-        visual, grid_thw = self.model.model.visual, torch.tensor(grids, device=self.device)
+        visual, sizes = self.model.model.visual, [t * h * w // 4 for t, h, w in grids]     # tokens of each clip
         with torch.no_grad():
-            out = visual(torch.cat(patches).to(self.device, visual.dtype), grid_thw=grid_thw, return_dict=True)
-        sizes = (grid_thw.prod(1) // 4).tolist()                                         # tokens of each clip
+            out = visual(torch.cat(patches).to(self.device, visual.dtype), return_dict=True,
+                         grid_thw=torch.tensor(grids, device=self.device))
         layers = [x.split(sizes) for x in (out.pooler_output, *out.deepstack_features)]  # of each clip (V, d)
         for name, grid, at, *features in zip(clips, grids, times, *layers):
             self.features[name] = grid, at, [x.clone() for x in features]
 
     def _prompt(self, context, features):
         video = [[(t, h * w // 4) for t in times] for (_, h, w), times, _ in features]
-        text = build_prompt(context, video, self.tokenizer)
+        text = importlib.import_module("02_phase1_train").build_prompt(context, video, self.tokenizer)
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         visual = ids == self.model.config.video_token_id
         grid = torch.tensor([g for g, _, _ in features])
         positions, _ = self.model.model.get_rope_index(ids[None], visual[None].int() * 2, video_grid_thw=grid)
-        pooled, *deep = [torch.cat(x) for x in zip(*(f for _, _, f in features))]        # (V, d) each
-        ids, visual = ids.to(self.device), visual.to(self.device)
-        embeds = self.lm.embed_tokens(ids).detach().clone()                              # (P, d)
+        pooled, *deep = [torch.cat(x) for x in zip(*(f for _, _, f in features))]     # (V, d) each
+        ids, positions, visual = (x.to(self.device) for x in (ids, positions[:, 0], visual))
+        embeds = self.lm.embed_tokens(ids).detach().clone()                           # (P, d)
         embeds[visual] = pooled.to(embeds.dtype)
-        return Prompt(ids, embeds, positions[:, 0].to(self.device), visual, deep)
+        return Prompt(ids, embeds, positions, visual, deep)
 
 # ================================================================ rollout and log-probs: a group is one row
 def visible(owner_q, owner_k):
@@ -431,9 +352,9 @@ def visible(owner_q, owner_k):
     return ((owner_k[:, None] == 0) | (owner_k[:, None] == owner_q[:, :, None]))[:, None]
 
 def pick(logits, u, temperature=1.0, top_p=1.0, top_k=0):
-    """Tokens by the inverse CDF: one uniform number a token decides, so the noise is independent of batch and order.
+    """Tokens by the inverse CDF: one uniform number a token decides, so noise is independent of batch and order.
     logits (..., V), u (...) in [0, 1) -> (...) ids. top_k acts before top_p, as in transformers' generate."""
-    p = (logits.float() / temperature).softmax(-1)                                       # (..., V)
+    p = (logits.float() / temperature).softmax(-1)                                    # (..., V)
     if 0 < top_k < p.shape[-1]:
         p = p.where(p >= p.topk(top_k).values[..., -1:], 0)
     if top_p < 1:
@@ -442,62 +363,60 @@ def pick(logits, u, temperature=1.0, top_p=1.0, top_k=0):
     cdf = p.double().cumsum(-1)
     return (cdf <= u[..., None] * cdf[..., -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
 
-def rollout(policy, prompts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
-    """n samples per prompt (from `policy.prepare`) -> list of lists of Sample, by the writer that is switched on.
-    keys: a tuple of ints >= 0 per prompt; sample j draws its noise from (*key, j) alone. Each prompt is prefilled
-    once and its cache is never copied: the n samples are columns of one row, and a finished one leaves the row."""
+def rollout(policy, contexts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
+    """n samples per context -> list of lists of Sample, by the writer that is switched on. keys: a tuple of ints
+    >= 0 per context; sample j draws its noise from (*key, j) alone. Each prompt is prefilled once and its cache is
+    never copied: the n samples are columns of one row, and a finished one leaves the row."""
     size, limit, answers = policy.S.ROLLOUT_CONTEXTS, policy.S.MAX_NEW_TOKENS, []
-    for i in range(0, len(prompts), size):
+    for i in range(0, len(contexts), size):
         noise = np.stack([[np.random.default_rng([*k, j]).random(limit) for j in range(n)] for k in keys[i:i + size]])
-        noise = torch.tensor(noise, device=policy.device)                                # (B, n, T)
+        noise = torch.tensor(noise, device=policy.device)                             # (B, n, T)
         with torch.no_grad():
-            answers += _decode(policy, prompts[i:i + size], noise, temperature, top_p, top_k)
+            answers += _decode(policy, policy.prepare(contexts[i:i + size]), noise, temperature, top_p, top_k)
     return [[as_sample(policy, ids) for ids in group] for group in answers]
 
 def _decode(policy, prompts, noise, temperature, top_p, top_k):
     """noise (B, n, T) -> B lists of n lists of ids."""
     from transformers import DynamicCache
-    (B, n, limit), device, longest = noise.shape, policy.device, max(len(p.ids) for p in prompts)
-    left = [(p, longest - len(p.ids)) for p in prompts]                                  # and their left padding
-    owner = torch.stack([F.pad(p.ids * 0, (pad, 0), value=-1) for p, pad in left])       # (B, P)
-    embeds = torch.stack([F.pad(p.embeds, (0, 0, pad, 0)) for p, pad in left])           # (B, P, d)
-    positions = torch.stack([F.pad(p.positions, (pad, 0)) for p, pad in left], 1)        # (3, B, P)
-    visual = torch.stack([F.pad(p.visual, (pad, 0)) for p, pad in left])                 # (B, P)
-    deep = [torch.cat(x) for x in zip(*(p.deep for p in prompts))]
-    causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
-    mask = visible(owner, owner) & causal if (owner < 0).any() else None                 # None: plain causal, fast
+    (B, n, limit), device = noise.shape, policy.device
+    pad = lambda rows, value=0: torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side="left")
+    owner = pad([p.ids * 0 for p in prompts], -1)                                     # (B, P)
+    causal = torch.ones(owner.shape[1], owner.shape[1], dtype=torch.bool, device=device).tril()
+    mask = visible(owner, owner) & causal if (owner < 0).any() else None              # None: plain causal, fast
     cache = DynamicCache(config=policy.lm.config)
-    hidden = policy.lm(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache,
-                       use_cache=True, visual_pos_masks=visual, deepstack_visual_embeds=deep).last_hidden_state
-    hidden = hidden[:, -1:].expand(B, n, -1)                                             # one prefill for n samples
-    after = torch.stack([p.positions.max() + 1 for p in prompts])                        # (B,) of the first tokens
-    answers, rows = [[[] for _ in range(n)] for _ in range(B)], list(range(B))           # rows: prompts in the batch
-    who = torch.arange(n, device=device).expand(B, n)                                    # (R, W) sample, -1 = none
+    hidden = policy.lm(inputs_embeds=pad([p.embeds for p in prompts]), attention_mask=mask,       # (B, P, d)
+                       position_ids=pad([p.positions.T for p in prompts]).permute(2, 0, 1),       # (3, B, P)
+                       visual_pos_masks=pad([p.visual for p in prompts]),                         # (B, P)
+                       deepstack_visual_embeds=[torch.cat(x) for x in zip(*(p.deep for p in prompts))],
+                       past_key_values=cache, use_cache=True).last_hidden_state
+    hidden = hidden[:, -1:].expand(B, n, -1)                                          # one prefill for n samples
+    after = torch.stack([p.positions.max() + 1 for p in prompts])                     # (B,) of the first tokens
+    answers, rows = [[[] for _ in range(n)] for _ in range(B)], list(range(B))        # rows: prompts in the batch
+    who = torch.arange(n, device=device).expand(B, n)                                 # (R, W) sample, -1 = none
     for step in range(limit):
-        logits = policy.head(hidden)                                                     # (R, W, V)
+        logits = policy.head(hidden)                                                  # (R, W, V)
         logits[..., policy.banned] = -torch.inf
-        u = noise[rows, :, step].gather(1, who.clamp(min=0))                             # (R, W)
-        alive = []                                                                       # a row's (sample, token)s
+        u = noise[rows, :, step].gather(1, who.clamp(min=0))                          # (R, W)
+        alive = []                                                                    # a row's (sample, token)s
         for row, names, ids in zip(rows, who.tolist(), pick(logits, u, temperature, top_p, top_k).tolist()):
-            drawn = [(j, token) for j, token in zip(names, ids) if j >= 0]
-            for j, token in drawn:
+            for j, token in (drawn := [x for x in zip(names, ids) if x[0] >= 0]):
                 answers[row][j].append(token)
-            alive.append([(j, token) for j, token in drawn if token != policy.end])
+            alive.append([x for x in drawn if x[1] != policy.end])
         width = max(map(len, alive))
         if width == 0 or step == limit - 1:
             return answers
         keep = [r for r, a in enumerate(alive) if a]
-        if len(keep) < len(rows):                                                        # finished prompts leave
+        if len(keep) < len(rows):                                                     # finished prompts leave
             index = torch.tensor(keep, device=device)
             cache.batch_select_indices(index)
             rows, alive, owner, after = [rows[r] for r in keep], [alive[r] for r in keep], owner[index], after[index]
         padded = [a + [(-1, policy.end)] * (width - len(a)) for a in alive]
-        who, ids = torch.tensor(padded, device=device).unbind(-1)                        # (R, W)
+        who, ids = torch.tensor(padded, device=device).unbind(-1)                     # (R, W) each
         label = torch.where(who < 0, -1, who + 1)
-        owner = torch.cat([owner, label], 1)                                             # (R, T)
+        owner = torch.cat([owner, label], 1)                                          # (R, T)
         hidden = policy.lm(inputs_embeds=policy.lm.embed_tokens(ids), attention_mask=visible(label, owner),
                            position_ids=(after + step)[None, :, None].expand(3, -1, width),
-                           past_key_values=cache, use_cache=True).last_hidden_state      # (R, W, d)
+                           past_key_values=cache, use_cache=True).last_hidden_state   # (R, W, d)
 
 def as_sample(policy, ids):
     ended, count = bool(ids) and ids[-1] == policy.end, lambda text: len(policy.tokenizer(text)["input_ids"])
@@ -505,27 +424,28 @@ def as_sample(policy, ids):
     memory, thinking = parse_response(text)
     return Sample(list(ids), text, memory, count(thinking), count(memory or ""), not ended)
 
-def logprobs(policy, prompt, answers):
-    """Log-probs of each answer's tokens given the prompt, all answers packed into one row [prompt | a1 | ... | aG].
-    answers: lists of ids. Returns a list of (T_i,) fp32 tensors, with gradient where it is enabled. The head runs one
-    answer at a time under checkpointing: (T, V) logits exist for one answer only."""
+def logprobs(policy, context, answers):
+    """Log-probs of each answer's tokens given the context, all packed into one row [prompt | a1 | ... | aG].
+    answers: lists of ids. Returns a list of (T_i,) fp32 tensors, with gradient where it is enabled. The head runs
+    one answer at a time under checkpointing: (T, V) logits exist for one answer only."""
     from torch.utils.checkpoint import checkpoint
+    prompt, = policy.prepare([context])
     P, ids = len(prompt.ids), [torch.tensor(a, device=policy.device) for a in answers]
     owner = torch.cat([prompt.ids * 0] + [torch.full_like(a, j + 1) for j, a in enumerate(ids)])[None]   # (1, T)
     own = [prompt.positions.max() + 1 + torch.arange(len(a), device=policy.device) for a in ids]
-    positions = torch.cat([prompt.positions] + [x.expand(3, -1) for x in own], 1)        # (3, T)
+    positions = torch.cat([prompt.positions] + [x.expand(3, -1) for x in own], 1)     # (3, T)
     embeds = torch.cat([prompt.embeds, policy.lm.embed_tokens(torch.cat(ids)).to(prompt.embeds.dtype)])  # (T, d)
     T = len(embeds)
     causal = torch.ones(T, T, dtype=torch.bool, device=policy.device).tril()
     hidden = policy.lm(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
                        attention_mask=visible(owner, owner) & causal, deepstack_visual_embeds=prompt.deep,
-                       visual_pos_masks=F.pad(prompt.visual[None], (0, T - P))).last_hidden_state[0]     # (T, d)
+                       visual_pos_masks=F.pad(prompt.visual[None], (0, T - P))).last_hidden_state[0]  # (T, d)
 
-    def of_answer(rows, a):                                                              # rows (T_i, d), a (T_i,)
-        logits = policy.head(rows).float().index_fill(1, policy.banned, -torch.inf)      # (T_i, V)
-        return logits.gather(1, a[:, None])[:, 0] - logits.logsumexp(1)                  # (T_i,)
+    def of_answer(rows, a):                                                           # rows (T_i, d), a (T_i,)
+        logits = policy.head(rows).float().index_fill(1, policy.banned, -torch.inf)   # (T_i, V)
+        return logits.gather(1, a[:, None])[:, 0] - logits.logsumexp(1)               # (T_i,)
 
-    first, own = hidden[P - 1:P], hidden[P:].split([len(a) for a in ids])    # the prompt's last predicts every first
+    first, own = hidden[P - 1:P], hidden[P:].split([len(a) for a in ids])  # the prompt's last predicts every first
     return [checkpoint(of_answer, torch.cat([first, x[:-1]]), a, use_reentrant=False) for x, a in zip(own, ids)]
 
 # ================================================================ group-relative policy optimisation
@@ -552,8 +472,8 @@ def policy_loss(logp, old, advantages, counts, ratio="gspo", clip=(0.2, 0.28)):
     total, clipped, low, high = 0.0, 0.0, 1 - clip[0], 1 + clip[1]
     for new, was, A, counted in zip(logp, old, advantages, counts):
         if A and counted:
-            s = (new - was).mean().exp()[None] if ratio == "gspo" else (new - was).exp()     # (1,) or (T,)
-            total = total - torch.minimum(s * A, s.clamp(low, high) * A).mean()              # ()
+            s = (new - was).mean().exp()[None] if ratio == "gspo" else (new - was).exp()  # (1,) or (T,)
+            total = total - torch.minimum(s * A, s.clamp(low, high) * A).mean()           # ()
             clipped += ((s > high) if A > 0 else (s < low)).float().mean().item()
     return total / len(logp), clipped / len(logp)
 
@@ -566,164 +486,116 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
     """The loop of 02 (and of 05 on-policy): rollout, reward, advantage, update, log, save; resumes from `out`.
     batch: `next(step)` -> contexts, `update(step, samples)`, and `state` (anything JSON). reward(contexts, samples)
     -> per group {"total": [..], "gate": [..], "terms": {name: [..]}} with None where a judge failed. log_row: 02's.
-    reference: the writer that KL refers to. Ends with the checkpoint of step S.STEPS; Ctrl-C and SIGTERM save first.
-    With SHOW the first group is returned instead."""
-    from tqdm import tqdm
+    reference: the writer that KL refers to. With SHOW the first group is returned instead."""
     if S.RATIO not in ("gspo", "grpo"):
         raise SystemExit(f'RATIO={S.RATIO}: take "gspo" (a ratio per sequence) or "grpo" (per token)')
-    optimizer = torch.optim.AdamW(params, lr=S.LR, weight_decay=0.0)
     policy.train_only(params)
-    log, first = Log(out / "log.csv"), 0
-    if (out / "checkpoint.pt").exists() and not S.SHOW:
-        first, batch.state = load_checkpoint(out, params, optimizer)
-        log.keep(first)
-    bar = tqdm(range(first, S.STEPS), initial=first, total=S.STEPS, desc=out.name, disable=S.SHOW or first >= S.STEPS)
-    with interruptible() as stop:
-        for step in bar:
-            # ---- rollout
-            began, contexts = time.time(), batch.next(step)
-            prompts = policy.prepare(contexts)
-            samples = rollout(policy, prompts, S.GROUP, [(S.SEED, step, i) for i in range(len(contexts))])
-            rolled = time.time()
-            # ---- reward and advantage
-            scores = reward(contexts, samples)
-            groups = [_group(p, s, r, S.GATE) for p, s, r in zip(prompts, samples, scores)]
-            if S.SHOW:
-                return contexts[0], prompts[0], samples[0], scores[0], groups[0]
-            lost = sum(t is None for r in scores for t in r["total"])
-            if lost * 2 > S.GROUP * len(contexts):
-                raise SystemExit(f"step {step}: the judge failed on {lost} of {S.GROUP * len(contexts)} samples; "
-                                 f"mend it and run again, it goes on from the last checkpoint")
-            # ---- update: the ratio is 1 in the first mini-batch, the others need the log-probs from before it
-            used = [g for g in groups if g and any(g["advantages"])]
-            size = math.ceil(len(used) / math.ceil(max(1, len(used)) / S.MINI_BATCH))    # even mini-batches
+    run = Training(S, out, params, batch)
+    for step in run:
+        # ---- rollout
+        began, contexts = time.time(), batch.next(step)
+        samples = rollout(policy, contexts, S.GROUP, [(S.SEED, step, i) for i in range(len(contexts))])
+        rolled = time.time()
+        # ---- reward and advantage
+        scores = reward(contexts, samples)
+        groups = [_group(c, s, r, S.GATE) for c, s, r in zip(contexts, samples, scores)]
+        if S.SHOW:
+            return contexts[0], samples[0], scores[0], groups[0]
+        lost = sum(t is None for r in scores for t in r["total"])
+        if lost * 2 > S.GROUP * len(contexts):
+            raise SystemExit(f"step {step}: the judge failed on {lost} of {S.GROUP * len(contexts)} samples; "
+                             f"mend it and run again, it goes on from the last checkpoint")
+        # ---- update: the ratio is 1 in the first mini-batch, the others need the log-probs from before it
+        used = [g for g in groups if g and any(g["advantages"])]
+        size = math.ceil(len(used) / math.ceil(max(1, len(used)) / S.MINI_BATCH))     # even mini-batches
+        with torch.no_grad():
             for g in used[size:]:
-                with torch.no_grad():
-                    g["old"] = logprobs(policy, g["prompt"], g["ids"])
-            if S.KL:
-                with policy.using(reference), torch.no_grad():
-                    for g in used:
-                        g["reference"] = logprobs(policy, g["prompt"], g["ids"])
-            policy.train_only(params)
-            sums = dict(kl=0.0, clipped=0.0, grad_norm=0.0)
-            for i in range(0, len(used), max(1, size)):
-                _update(policy, S, params, optimizer, used[i:i + size], sums, step)
-            batch.update(step, samples)
-            # ---- log and save
-            row = log_row(step, samples, scores, groups, sums, rolled - began, time.time() - rolled)
-            log.write(row)
-            bar.set_postfix(reward=f"{row['reward']:.2f}", malformed=f"{row['malformed']:.2f}")
-            if step % S.PRINT_EVERY == 0:
-                bar.write("  ".join(f"{k} {v:.3g}" for k, v in row.items()))
-                rated = [(t, s.text) for t, s in zip(scores[0]["total"], samples[0]) if t is not None]
-                for name, (total, text) in (("best", max(rated)), ("worst", min(rated))) if rated else ():
-                    bar.write(f"  {name} {total:+.2f}: {text!r}")
-            if stop.asked or (step + 1) % S.SAVE_EVERY == 0 or step + 1 == S.STEPS:
-                save_checkpoint(out, step + 1, params, optimizer, batch.state)
-            if stop.asked:
-                raise SystemExit(f"stopped after step {step}; run the same command to go on")
+                g["old"] = logprobs(policy, g["context"], g["ids"])
+            with policy.using(reference):
+                for g in used if S.KL else ():
+                    g["reference"] = logprobs(policy, g["context"], g["ids"])
+        sums, clip = dict(kl=0.0, clipped=0.0, grad_norm=0.0), (S.CLIP_LOW, S.CLIP_HIGH)
+        for i in range(0, len(used), max(1, size)):
+            for g in used[i:i + size]:                                                # memory holds one packed row
+                logp = logprobs(policy, g["context"], g["ids"])
+                old = g.get("old") or [x.detach() for x in logp]
+                loss, clipped = policy_loss(logp, old, g["advantages"], g["counts"], S.RATIO, clip)
+                kl = kl_to(logp, g["reference"]) if S.KL else torch.zeros(())
+                ((loss + S.KL * kl) / len(used[i:i + size])).backward()
+                sums["kl"], sums["clipped"] = sums["kl"] + kl.item(), sums["clipped"] + clipped
+            sums["grad_norm"] = max(sums["grad_norm"], run.update())
+        batch.update(step, samples)
+        # ---- log and save
+        row = log_row(step, samples, scores, groups, sums, rolled - began, time.time() - rolled)
+        run.log(row, "reward", "malformed")
+        if step % S.PRINT_EVERY == 0:
+            rated = [(t, s.text) for t, s in zip(scores[0]["total"], samples[0]) if t is not None] or [(0, "")]
+            run.bar.write("  ".join(f"{k} {v:.3g}" for k, v in row.items()) +
+                          "\n  best {:+.2f}: {!r}\n  worst {:+.2f}: {!r}".format(*max(rated), *min(rated)))
 
-def _group(prompt, samples, score, gate):
+def _group(context, samples, score, gate):
     """Samples with a reward, their advantages and ids; None if fewer than two are left."""
     kept = [i for i, t in enumerate(score["total"]) if t is not None]
     if len(kept) < 2:
         return None
-    total, gates = ([score[k][i] for i in kept] for k in ("total", "gate"))
-    advantages, counts = group_advantages(total, gates if gate else None)
-    return dict(prompt=prompt, ids=[samples[i].ids for i in kept], advantages=advantages, counts=counts, kept=kept)
-
-def _update(policy, S, params, optimizer, groups, sums, step):
-    """One optimizer step on a mini-batch of groups, group by group, so that memory holds one packed row."""
-    optimizer.zero_grad(set_to_none=True)
-    for g in groups:
-        logp = logprobs(policy, g["prompt"], g["ids"])
-        old = g.get("old") or [x.detach() for x in logp]
-        loss, clipped = policy_loss(logp, old, g["advantages"], g["counts"], S.RATIO, (S.CLIP_LOW, S.CLIP_HIGH))
-        kl = kl_to(logp, g["reference"]) if S.KL else torch.zeros(())
-        loss = (loss + S.KL * kl) / len(groups)
-        loss.backward()
-        sums["kl"], sums["clipped"] = sums["kl"] + kl.item(), sums["clipped"] + clipped
-    norm = torch.nn.utils.clip_grad_norm_(params, S.GRAD_CLIP)
-    if not torch.isfinite(norm):
-        raise SystemExit(f"step {step}: the gradient norm is {norm.item()}; this update was not made. "
-                         f"Start again with a lower LR (now {S.LR}): --RUN=NEWNAME --FROM={S.RUN} --LR=...")
-    optimizer.step()
-    sums["grad_norm"] = max(sums["grad_norm"], norm.item())
+    gates = [score["gate"][i] for i in kept] if gate else None
+    advantages, counts = group_advantages([score["total"][i] for i in kept], gates)
+    return dict(context=context, ids=[samples[i].ids for i in kept], advantages=advantages, counts=counts, kept=kept)
 
 # ================================================================ keeping a run alive
-@contextlib.contextmanager
-def interruptible():
-    """Turns Ctrl-C and SIGTERM into `asked`, so that the step in hand is finished and saved."""
-    stop, main = SimpleNamespace(asked=False), threading.current_thread() is threading.main_thread()
-    ask = lambda *_: setattr(stop, "asked", True)
-    old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    try:
-        yield stop
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
+class Training:
+    """The steps of a run that are still to do, for every loop of 02, 04 and 05: `for step in run:`, ending in
+    run.log(row). Resumes from out/checkpoint.pt; saves every SAVE_EVERY steps, at the end, and after the step in
+    hand on Ctrl-C or SIGTERM. Noise derives from (seed, step), so no RNG state is kept. batch: its `state` is."""
+    def __init__(self, S, out, params, batch=None, desc=None):
+        self.S, self.out, self.params, self.batch = S, out, params, batch or SimpleNamespace(state=None)
+        self.optimizer, self.rows = torch.optim.AdamW(params, lr=S.LR, weight_decay=0.0), []
+        self.first, self.desc, file = 0, desc or out.name, out / "checkpoint.pt"
+        if file.exists() and not getattr(S, "SHOW", 0):
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.no_grad():
+                for p, v in zip(params, saved["params"], strict=True):
+                    p.copy_(v)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.first, self.batch.state = saved["step"], json.loads(saved["state"])
+            self.rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))[:self.first]
 
-def save_checkpoint(out, step, params, optimizer, state):
-    """All that the next step depends on. Sampling noise derives from (seed, step), so no RNG state is needed."""
-    values = [p.detach().cpu() for p in params]
-    with written_aside(out / "checkpoint.pt") as aside:
-        torch.save(dict(step=step, params=values, optimizer=optimizer.state_dict(), state=json.dumps(state)), aside)
+    def __iter__(self):
+        from tqdm import tqdm
+        asked = []
+        old = {s: signal.signal(s, lambda s, _: asked.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(range(self.first, self.S.STEPS), self.desc, initial=self.first, total=self.S.STEPS,
+                        disable=self.first >= self.S.STEPS)
+        try:
+            for step in self.bar:
+                yield step
+                if asked or (step + 1) % self.S.SAVE_EVERY == 0 or step + 1 == self.S.STEPS:
+                    values = [p.detach().cpu() for p in self.params]
+                    with written_aside(self.out / "checkpoint.pt") as aside:
+                        torch.save(dict(step=step + 1, params=values, optimizer=self.optimizer.state_dict(),
+                                        state=json.dumps(self.batch.state)), aside)
+                if asked:
+                    raise SystemExit(f"stopped after step {step}; run the same command to go on")
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
 
-def load_checkpoint(out, params, optimizer):
-    """(step, state) of a checkpoint whose tensors are put in place."""
-    saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        for p, v in zip(params, saved["params"], strict=True):
-            p.copy_(v)
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"], json.loads(saved["state"])
+    def update(self, lr=None):
+        """One optimizer step on the gradients, clipped -> their norm before. SystemExit where it isn't finite."""
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.S.GRAD_CLIP).item()
+        if not math.isfinite(norm):
+            raise SystemExit(f"step {len(self.rows)}: the gradient norm is {norm}; this update was not made. Start "
+                             f"again with a lower LR (now {self.S.LR}): --RUN=NEWNAME --FROM={self.S.RUN} --LR=...")
+        self.optimizer.param_groups[0]["lr"] = lr or self.S.LR
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
-class Log:
-    """A CSV with one row a step; `keep(n)` drops the rows from step n on, which a resumed run writes again."""
-    def __init__(self, path):
-        self.path, self.rows = path, []
-
-    def keep(self, n):
-        if self.path.exists():
-            self.rows = [r for r in csv.DictReader(self.path.read_text().splitlines()) if int(r["step"]) < n]
-
-    def write(self, row):
+    def log(self, row, *shown):
+        """Adds a row to log.csv; `shown` are the columns beside the bar."""
         self.rows.append({k: f"{v:.6g}" for k, v in row.items()})
-        with written_aside(self.path) as aside, open(aside, "w", newline="") as f:
+        self.bar.set_postfix({k: f"{row[k]:.3f}" for k in shown})
+        with written_aside(self.out / "log.csv") as aside, open(aside, "w", newline="") as f:
             w = csv.DictWriter(f, list(self.rows[-1]))
             w.writeheader()
             w.writerows(self.rows)
-
-# ================================================================ model and judge
-def load_policy(S):
-    """The frozen model of S.MODEL with its tokenizer -> Policy. Raises SystemExit where it can't be used."""
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
-    torch.set_num_threads(S.CPU_THREADS)
-    torch.manual_seed(S.SEED)                                # PEFT draws a new LoRA's A from the global generator
-    name, gpu = str(ROOT / "tiny" / "base") if S.MODEL == "tiny" else S.MODEL, torch.cuda.is_available()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation="sdpa",
-            experts_implementation="grouped_mm", device_map="cuda" if gpu else "cpu").eval()
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"MODEL={S.MODEL} can't be loaded: {e}") from None
-    policy = Policy(model, tokenizer, S)
-    if S.MODEL == "tiny" and policy.hidden > 512:
-        raise SystemExit(f"tiny/base holds a model {policy.hidden} wide, but MODEL=tiny takes the embedded world's "
-                         "constants. Name the model by --MODEL=FOLDER instead")
-    count, gib = (sum(f(p) for p in model.parameters()) for f in (torch.numel, lambda p: p.nbytes / 2**30))
-    print(f"model {name}: {count / 1e6:.1f} M parameters, {gib:.3f} GiB in {model.dtype}, {policy.layers} layers "
-          f"{policy.hidden} wide, on {policy.device}; attention: torch SDPA (packed rows need a mask)")
-    if not gpu:
-        print("*** no GPU: fp32 on the CPU. Fine for the embedded world; a 30B model is out of reach ***")
-    return policy
-
-def load_judge(S):
-    """Judge and reader with one method `ask(kind, items) -> list`, None for a verdict that failed. Kinds and items:
-    "faithful" {context, memory} -> bool; "clean" {previous, memory} -> bool; "rank" {context, memories} -> ranks,
-    1 = richest; "prefer" {questions, first, second} -> "first" | "second" | "tie"; "answer" {entries, question,
-    options} -> a letter or "insufficient". The embedded world's exact judge knows each clip's facts."""
-    if S.JUDGE != "tiny":
-        raise SystemExit(f'JUDGE={S.JUDGE} is unknown: the only judge so far is "tiny", for the embedded world')
-    return importlib.import_module("tiny.world").Judge(read_jsonl(need(S, "streams/truth.jsonl")))

@@ -106,14 +106,17 @@ def main():
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))       # before torch counts its threads
     import numpy as np
     import torch
+    import importlib
     import common
-    policy = common.load_policy(common.settings(
+    import loading
+    stage1 = importlib.import_module("01_make_streams")
+    policy = loading.load_policy(common.settings(
         {"__doc__": ""}, [f"--MAX_NEW_TOKENS={NEW}", f"--CPU_THREADS={options.threads}"]))
     result = {"machine": machine(options.threads), "G": G, "new_tokens": NEW, "rollout": {}}
     with tempfile.TemporaryDirectory() as folder:
         contexts = make_contexts(folder, options.contexts)
         prompts = policy.prepare(contexts)
-        frames = lambda c: common.read_frames(c["file"], common.frame_times(c, policy.S.FRAMES_PER_CLIP))
+        frames = lambda c: stage1.clip_frames(c, policy.S.FRAMES_PER_CLIP)[0]
         pixels = [[common.frames_to_patches(frames(c), policy.S.FRAME_PIXELS) for c in x.clips] for x in contexts]
     lengths = sorted(len(p.ids) for p in prompts)
     print(json.dumps(result["machine"]) + f"\nprompts of {lengths[0]} to {lengths[-1]} tokens")
@@ -123,7 +126,7 @@ def main():
     for n in sorted({1, options.contexts}):
         policy.banned = torch.cat([banned, torch.tensor([policy.end])])
         keys = [(0, i) for i in range(n)]
-        shared = lambda: sum(len(s.ids) for g in common.rollout(policy, prompts[:n], G, keys) for s in g)
+        shared = lambda: sum(len(s.ids) for g in common.rollout(policy, contexts[:n], G, keys) for s in g)
         plain = lambda: generate(policy, contexts[:n], prompts[:n], pixels[:n])
         assert shared() == plain() == n * G * NEW
         row = summary(take_turns({"shared": shared, "generate": plain}, options.repeats), n * G * NEW)
@@ -136,15 +139,15 @@ def main():
     rng = np.random.default_rng(0)
     allowed = sorted(set(range(len(policy.tokenizer))) - set(banned.tolist()))
     answers = [rng.choice(allowed, NEW).tolist() for _ in range(G)]
-    params = policy.add_lora("phase1", "phase1")
+    params = policy.add("phase1", "lora")
     policy.train_only(params)
 
     def packed():
-        torch.stack([x.mean() for x in common.logprobs(policy, prompts[0], answers)]).mean().backward()
+        torch.stack([x.mean() for x in common.logprobs(policy, contexts[0], answers)]).mean().backward()
 
     def separate():
         for a in answers:
-            (common.logprobs(policy, prompts[0], [a])[0].mean() / G).backward()
+            (common.logprobs(policy, contexts[0], [a])[0].mean() / G).backward()
     row = result["packing"] = summary(take_turns({"packed": packed, "separate": separate}, options.repeats), G * NEW)
     print(f"forward and backward, {G} answers x {NEW} tokens on one context: packed {row['packed_tokens_per_s']} tokens/s, "
           f"separate rows {row['separate_tokens_per_s']}, ratio {row['ratio']} ({row['ratio_min']} to {row['ratio_max']})")

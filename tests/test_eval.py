@@ -182,9 +182,6 @@ class Stand:
         self.who = writer
         return __import__("contextlib").nullcontext(self)
 
-    def prepare(self, contexts):
-        return contexts
-
     def write(self, context, key):
         rng, clip = random.Random(str(key)), context.clips[-1]["clip"]
         truth, old = self.truth[context.stream], set(world.facts((context.history or [""])[-1]))
@@ -232,11 +229,14 @@ def run(tmp_path, monkeypatch):
                 out[s["stream"]].append({"stream": s["stream"], "clip": t, "start": clip["start"],
                                          "end": clip["end"], "memory": sample.memory or "", "text": ""})
         return out
-    monkeypatch.setattr(common, "load_policy", lambda S: policy)
+    loading = importlib.import_module("loading")
+    monkeypatch.setattr(loading, "load_policy", lambda S: policy)
+    monkeypatch.setattr(loading, "load_adapter", lambda policy, writer, folder: policy.load(writer, folder))
     monkeypatch.setattr(importlib.import_module("03_collect_tasks"), "watch", watch)
-    monkeypatch.setattr(common, "rollout", lambda policy, prompts, n, keys, *a, **k: [
-        [policy.write(c, key)] for c, key in zip(prompts, keys)])
-    monkeypatch.setattr(common, "read_frames", lambda file, times: np.zeros((4, 96, 96, 3), np.uint8))
+    monkeypatch.setattr(common, "rollout", lambda policy, contexts, n, keys, *a, **k: [
+        [policy.write(c, key)] for c, key in zip(contexts, keys)])
+    monkeypatch.setattr(importlib.import_module("01_make_streams"), "clip_frames",
+                        lambda clip, n: (np.zeros((n, 96, 96, 3), np.uint8), list(range(n))))
     return SimpleNamespace(folder=tmp_path, policy=policy)
 
 

@@ -257,7 +257,7 @@ def loop(policy, out, streams, reward=token_reward, argv=()):
     out.mkdir(exist_ok=True)
     policy.drop("phase1")
     torch.manual_seed(0)
-    params = policy.add_lora("phase1", f"phase1_{time.time_ns()}")
+    params = policy.add("phase1", "lora")
     captions = {s["stream"]: {c["clip"]: f"now, {c['clip']}" for c in s["clips"]} for s in streams}
     common.grpo(policy, S, out, params, phase1.RollingBatch(S, streams, captions), reward, phase1.log_row,
                 reference="base")
@@ -321,9 +321,9 @@ def test_old_and_reference_logprobs_are_those_from_before_the_step(policy, strea
     loop(policy, tmp_path, streams, reward, ["--STEPS=2", "--MINI_BATCH=1"])
     assert len(seen) == 6                                          # three groups in each of two steps
     near = lambda x, y: torch.allclose(x, y, atol=1e-4)
-    for i, (prompt, group, (new, old, ref)) in enumerate(zip(policy.prepare(contexts), samples, seen)):
+    for i, (context, group, (new, old, ref)) in enumerate(zip(contexts, samples, seen)):
         with policy.using("base"), torch.no_grad():
-            base = common.logprobs(policy, prompt, [s.ids for s in group])
+            base = common.logprobs(policy, context, [s.ids for s in group])
         for x, o, r, b in zip(new, old, ref, base):
             assert near(r, b)
             assert near(o, b) == (i < 3)                           # a new LoRA is the base until its first update
@@ -420,7 +420,7 @@ def test_a_torn_line_is_cut_off(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
     assert [r["i"] for r in common.read_jsonl(path, torn=True)] == [0, 1]
-    common.append_jsonl(path, [{"i": 2, "text": "é\u2028"}])
+    common.write_jsonl(path, [{"i": 2, "text": "é\u2028"}], "a")
     assert path.read_bytes() == whole
 
 

@@ -1,4 +1,5 @@
 """The mathematics that is written by hand, against slow plain references and against the libraries' own code."""
+import importlib
 import math
 import random
 
@@ -7,6 +8,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
+import loading                                                              # noqa: E402
+
+stage1 = importlib.import_module("01_make_streams")
 
 NEAR = 1e-5                              # log-probs in fp32 by two ways of computing them
 
@@ -262,7 +266,7 @@ def plain_logprobs(policy, context, prompt, ids):
     S, patches, grids = policy.S, [], []
     for clip in context.clips:
         x, grid = common.frames_to_patches(
-            common.read_frames(clip["file"], common.frame_times(clip, S.FRAMES_PER_CLIP)), S.FRAME_PIXELS)
+            stage1.clip_frames(clip, S.FRAMES_PER_CLIP)[0], S.FRAME_PIXELS)
         patches.append(x)
         grids.append(grid)
     tokens = torch.cat([prompt.ids, torch.tensor(ids)])[None]
@@ -280,10 +284,10 @@ def answers(policy, seed, lengths=(1, 7, 30, 12, 2, 21, 5, 16)):
     return [rng.choices(allowed, k=n) for n in lengths]
 
 
-def noisy_lora(policy, writer="phase1", name="phase1"):
+def noisy_lora(policy):
     """A LoRA that does something: both of its matrices are random."""
     torch.manual_seed(7)
-    params = policy.add_lora(writer, name)
+    params = policy.add("phase1", "lora")
     for p in params:
         torch.nn.init.normal_(p, std=0.05)
     return params
@@ -301,9 +305,9 @@ def test_packed_rows_equal_separate_rows_and_the_librarys_forward(policy, contex
     policy.train_only(params)
     for i, lengths in ((0, (9, 2)), (2, (1, 7, 20, 4))):           # one clip, and a full window of five
         prompt, ids = policy.prepare([contexts[i]])[0], answers(policy, i, lengths)
-        packed = common.logprobs(policy, prompt, ids)
+        packed = common.logprobs(policy, contexts[i], ids)
         got = gradients(params, packed)
-        for other in (lambda a: common.logprobs(policy, prompt, [a])[0],
+        for other in (lambda a: common.logprobs(policy, contexts[i], [a])[0],
                       lambda a: plain_logprobs(policy, contexts[i], prompt, a)):
             rows = [other(a) for a in ids]
             assert max((x - y).abs().max().item() for x, y in zip(packed, rows)) < NEAR
@@ -315,34 +319,34 @@ def test_packed_rows_equal_separate_rows_and_the_librarys_forward(policy, contex
 
 def test_answers_in_a_row_do_not_see_one_another(policy, contexts):
     """Neither company nor order changes an answer's log-probs, and its gradient reaches no token of another's."""
-    prompt, (a, *others) = policy.prepare([contexts[1]])[0], answers(policy, 8)
+    context, (a, *others) = contexts[1], answers(policy, 8)
     with torch.no_grad():
-        alone = common.logprobs(policy, prompt, [a])[0]
-        assert (common.logprobs(policy, prompt, [*others, a])[-1] - alone).abs().max() < NEAR
+        alone = common.logprobs(policy, context, [a])[0]
+        assert (common.logprobs(policy, context, [*others, a])[-1] - alone).abs().max() < NEAR
     table = policy.lm.embed_tokens.weight
     policy.train_only([table])
     mine, its = answers(policy, 9, (20, 20))
-    common.logprobs(policy, prompt, [mine, its])[0].sum().backward()
+    common.logprobs(policy, context, [mine, its])[0].sum().backward()
     touched = set(table.grad.abs().sum(1).nonzero()[:, 0].tolist())
     assert touched == set(mine[:-1])                               # the last token is predicted, but predicts nothing
     assert set(its) - set(mine)
 
 
 def test_banned_tokens_have_no_probability_and_no_gradient(policy, contexts):
-    prompt = policy.prepare([contexts[0]])[0]
+    context = contexts[0]
     banned, size = set(policy.banned.tolist()), policy.head.weight.shape[0]
     assert policy.end not in banned
     names = {"<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>"}
     assert set(policy.tokenizer.convert_tokens_to_ids(list(names))) <= banned
     with torch.no_grad():
-        first = torch.cat(common.logprobs(policy, prompt, [[v] for v in range(size)]))    # of every first token
+        first = torch.cat(common.logprobs(policy, context, [[v] for v in range(size)]))    # of every first token
     assert first.exp().sum().item() == pytest.approx(1, abs=1e-4)
     assert {v for v in range(size) if first[v] == -torch.inf} == banned
     policy.train_only([policy.head.weight])
-    sum(x.sum() for x in common.logprobs(policy, prompt, answers(policy, 10))).backward()
+    sum(x.sum() for x in common.logprobs(policy, context, answers(policy, 10))).backward()
     untouched = set((policy.head.weight.grad.abs().sum(1) == 0).nonzero()[:, 0].tolist())
     assert untouched == banned
-    hot = common.rollout(policy, [prompt] * 2, 8, [(0, 0), (0, 1)], temperature=100.0)    # nearly uniform
+    hot = common.rollout(policy, [context] * 2, 8, [(0, 0), (0, 1)], temperature=100.0)    # nearly uniform
     drawn = [i for g in hot for s in g for i in s.ids]
     assert len(drawn) > 200 and not banned & set(drawn)
 
@@ -372,9 +376,9 @@ def test_rollout_equals_generate_token_for_token(policy, contexts, how):
     noisy_lora(policy)                                             # also with an adapter that does something
     chosen = [contexts[0], contexts[2]]
     prompts, keys = policy.prepare(chosen), [(1, 2, i) for i in range(2)]
-    groups = common.rollout(policy, prompts, 8, keys, **how)
+    groups = common.rollout(policy, chosen, 8, keys, **how)
     for context, prompt, key, got in zip(chosen, prompts, keys, groups):
-        frames = [common.read_frames(c["file"], common.frame_times(c, policy.S.FRAMES_PER_CLIP)) for c in context.clips]
+        frames = [stage1.clip_frames(c, policy.S.FRAMES_PER_CLIP)[0] for c in context.clips]
         pixels = [common.frames_to_patches(x, policy.S.FRAME_PIXELS) for x in frames]
         out = policy.model.generate(
             input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids[None]),
@@ -391,61 +395,66 @@ def test_rollout_equals_generate_token_for_token(policy, contexts, how):
 
 def test_rollouts_do_not_depend_on_their_batch(policy, contexts):
     """Other contexts, their order, the padding they bring and how many samples are drawn change nothing."""
-    prompts, keys = policy.prepare(contexts), [(3, i) for i in range(4)]
+    keys = [(3, i) for i in range(4)]
     ids = lambda groups: [[s.ids for s in g] for g in groups]
-    together = ids(common.rollout(policy, prompts, 8, keys))
-    assert ids(common.rollout(policy, prompts[::-1], 8, keys[::-1]))[::-1] == together
-    assert [ids(common.rollout(policy, [p], 8, [k]))[0] for p, k in zip(prompts, keys)] == together
-    assert [g[:3] for g in together] == ids(common.rollout(policy, prompts, 3, keys))
+    together = ids(common.rollout(policy, contexts, 8, keys))
+    assert ids(common.rollout(policy, contexts[::-1], 8, keys[::-1]))[::-1] == together
+    assert [ids(common.rollout(policy, [c], 8, [k]))[0] for c, k in zip(contexts, keys)] == together
+    assert [g[:3] for g in together] == ids(common.rollout(policy, contexts, 3, keys))
     policy.S.ROLLOUT_CONTEXTS, before = 3, policy.S.ROLLOUT_CONTEXTS
     try:
-        assert ids(common.rollout(policy, prompts, 8, keys)) == together
+        assert ids(common.rollout(policy, contexts, 8, keys)) == together
     finally:
         policy.S.ROLLOUT_CONTEXTS = before
-    assert ids(common.rollout(policy, prompts, 8, [(4, i) for i in range(4)])) != together
+    assert ids(common.rollout(policy, contexts, 8, [(4, i) for i in range(4)])) != together
 
 
 # ================================================================ adapters
-def reading(policy, prompt, ids):
+def reading(policy, context, ids):
     with torch.no_grad():
-        return torch.cat(common.logprobs(policy, prompt, ids))
+        return torch.cat(common.logprobs(policy, context, ids))
+
+
+def add_steer(policy, layer):
+    policy.S.LAYER = layer
+    return policy.add("phase2", "steer")
 
 
 def test_steering_vector(policy, contexts, tmp_path):
-    prompt, ids = policy.prepare([contexts[1]])[0], answers(policy, 11, (6, 9))
-    base = reading(policy, prompt, ids)
-    vector, = policy.add_steer(policy.layers // 2)
-    assert vector.shape == (policy.hidden,) and torch.equal(reading(policy, prompt, ids), base)  # zero: no change
+    context, ids = contexts[1], answers(policy, 11, (6, 9))
+    base = reading(policy, context, ids)
+    vector, = add_steer(policy, policy.layers // 2)
+    assert vector.shape == (policy.hidden,) and torch.equal(reading(policy, context, ids), base)  # zero: no change
     policy.train_only([vector])
-    sum(x.sum() for x in common.logprobs(policy, prompt, ids)).backward()
+    sum(x.sum() for x in common.logprobs(policy, context, ids)).backward()
     assert vector.grad.abs().max() > 0 and all(p.grad is None for p in policy.model.parameters())
     with torch.no_grad():
         vector.copy_(torch.randn(policy.hidden, generator=torch.Generator().manual_seed(0)))
-    steered = reading(policy, prompt, ids)
+    steered = reading(policy, context, ids)
     assert (steered - base).abs().max() > 1e-3
     with policy.using("phase1"):
-        assert torch.equal(reading(policy, prompt, ids), base)
-    policy.save("phase2", tmp_path)
+        assert torch.equal(reading(policy, context, ids), base)
+    loading.save_adapter(policy, "phase2", tmp_path)
     policy.drop("phase2")
-    assert torch.equal(reading(policy, prompt, ids), base)
-    policy.load("phase2", tmp_path)
-    assert torch.equal(reading(policy, prompt, ids), steered)
+    assert torch.equal(reading(policy, context, ids), base)
+    loading.load_adapter(policy, "phase2", tmp_path)
+    assert torch.equal(reading(policy, context, ids), steered)
     from safetensors.torch import load_file
     assert list(load_file(str(tmp_path / "steer.safetensors"))) == [
         f"model.language_model.layers.{policy.layers // 2}.adapter.steer"]          # the authors' key
 
 
 def test_steering_is_an_addition_to_one_layers_output(policy, contexts):
-    prompt, ids = policy.prepare([contexts[0]])[0], answers(policy, 12, (5,))
+    context, ids = contexts[0], answers(policy, 12, (5,))
     last = policy.layers - 1
     seen = {}
     hook = policy.lm.norm.register_forward_hook(lambda m, args, out: seen.update(x=args[0].detach()))
     try:
-        reading(policy, prompt, ids)
+        reading(policy, context, ids)
         before = seen["x"]
-        vector, = policy.add_steer(last)
+        vector, = add_steer(policy, last)
         vector.data += torch.arange(policy.hidden) / 100
-        reading(policy, prompt, ids)
+        reading(policy, context, ids)
         assert torch.allclose(seen["x"] - before, vector.detach().expand_as(before), atol=1e-5)
     finally:
         hook.remove()
@@ -454,16 +463,16 @@ def test_steering_is_an_addition_to_one_layers_output(policy, contexts):
 def test_lora_folder_is_a_peft_folder(policy, contexts, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
-    prompt, ids = policy.prepare([contexts[1]])[0], answers(policy, 13, (20,))
-    base = reading(policy, prompt, ids)
+    context, ids = contexts[1], answers(policy, 13, (20,))
+    base = reading(policy, context, ids)
     noisy_lora(policy)
-    tuned = reading(policy, prompt, ids)
+    tuned = reading(policy, context, ids)
     assert (tuned - base).abs().max() > 1e-3
-    policy.save("phase1", tmp_path)
+    loading.save_adapter(policy, "phase1", tmp_path)
     policy.drop("phase1")
-    assert torch.equal(reading(policy, prompt, ids), base)
-    policy.load("phase1", tmp_path)
-    assert torch.equal(reading(policy, prompt, ids), tuned)
+    assert torch.equal(reading(policy, context, ids), base)
+    loading.load_adapter(policy, "phase1", tmp_path)
+    assert torch.equal(reading(policy, context, ids), tuned)
     plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(
         common.ROOT / "tiny" / "base", dtype=torch.float32).eval(), str(tmp_path))
     tokens = torch.tensor([answers(policy, 14, (25,))[0]])    # text alone: LoRA is in the language model
@@ -472,27 +481,27 @@ def test_lora_folder_is_a_peft_folder(policy, contexts, tmp_path):
 
 
 def test_second_lora_stands_on_the_first(policy, contexts):
-    prompt, ids = policy.prepare([contexts[1]])[0], answers(policy, 15, (12, 4))
+    context, ids = contexts[1], answers(policy, 15, (12, 4))
     first = noisy_lora(policy)
-    phase1 = reading(policy, prompt, ids)
-    second = policy.add_lora("phase2", "phase2_place")
-    assert torch.allclose(reading(policy, prompt, ids), phase1, atol=NEAR)        # B = 0 at the start
+    phase1 = reading(policy, context, ids)
+    second = policy.add("phase2", "lora")
+    assert torch.allclose(reading(policy, context, ids), phase1, atol=NEAR)        # B = 0 at the start
     torch.nn.init.normal_(second[1], std=0.5)
     policy.train_only(second)
-    sum(x.sum() for x in common.logprobs(policy, prompt, ids)).backward()
+    sum(x.sum() for x in common.logprobs(policy, context, ids)).backward()
     assert all(p.grad is None for p in first) and any(p.grad.abs().max() > 0 for p in second)
-    assert (reading(policy, prompt, ids) - phase1).abs().max() > 1e-4
+    assert (reading(policy, context, ids) - phase1).abs().max() > 1e-4
     with policy.using("phase1"):
-        assert torch.equal(reading(policy, prompt, ids), phase1)
+        assert torch.equal(reading(policy, context, ids), phase1)
     policy.drop("phase2")
-    assert torch.equal(reading(policy, prompt, ids), phase1)
+    assert torch.equal(reading(policy, context, ids), phase1)
 
 
 def test_whole_weights_swap_and_come_back_exactly(policy, contexts, tmp_path):
-    prompt, ids = policy.prepare([contexts[1]])[0], answers(policy, 16, (12, 4))
-    base, before = reading(policy, prompt, ids), {n: p.detach().clone() for n, p in policy.model.named_parameters()}
-    params = policy.add_weights("phase1")
-    assert torch.equal(reading(policy, prompt, ids), base)
+    context, ids = contexts[1], answers(policy, 16, (12, 4))
+    base, before = reading(policy, context, ids), {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    params = policy.add("phase1", "all")
+    assert torch.equal(reading(policy, context, ids), base)
     policy.train_only(params)
     frozen = [n for n, p in policy.model.named_parameters() if not p.requires_grad]
     assert frozen and all("visual" in n or "embed_tokens" in n or "lm_head" in n for n in frozen)
@@ -500,14 +509,14 @@ def test_whole_weights_swap_and_come_back_exactly(policy, contexts, tmp_path):
     with torch.no_grad():
         for p in params:
             p.add_(0.01 * torch.randn_like(p))
-    tuned = reading(policy, prompt, ids)
+    tuned = reading(policy, context, ids)
     assert (tuned - base).abs().max() > 1e-3
     for _ in range(2):
         with policy.using("base"):
             assert all(torch.equal(p, before[n]) for n, p in policy.model.named_parameters())
-        assert torch.equal(reading(policy, prompt, ids), tuned)
-    policy.save("phase1", tmp_path)
+        assert torch.equal(reading(policy, context, ids), tuned)
+    loading.save_adapter(policy, "phase1", tmp_path)
     policy.drop("phase1")
-    assert torch.equal(reading(policy, prompt, ids), base)
-    policy.load("phase1", tmp_path)
-    assert torch.equal(reading(policy, prompt, ids), tuned)
+    assert torch.equal(reading(policy, context, ids), base)
+    loading.load_adapter(policy, "phase1", tmp_path)
+    assert torch.equal(reading(policy, context, ids), tuned)

@@ -1,11 +1,12 @@
 """Stage 4: the preference graph against plain searches, what may be compared, and the reward model's invariances."""
-import contextlib
 import csv
 import doctest
 import importlib
 import itertools
+import os
 import random
 import shutil
+import signal
 
 import pytest
 
@@ -13,6 +14,7 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file                                     # noqa: E402
 
 import common                                                               # noqa: E402
+import loading                                                              # noqa: E402
 
 stage = importlib.import_module("04_train_reward")
 world = importlib.import_module("tiny.world")
@@ -213,7 +215,7 @@ def test_pairs_load_in_trl(trained):
 
 def test_score_depends_neither_on_padding_nor_on_company_nor_on_the_writer(trained):
     S = settings(trained)
-    policy = common.load_policy(S)
+    policy = loading.load_policy(S)
     model = stage.load_reward_model(S, policy)
     memories = ["now, in the kitchen.", "still, a red lamp, <face_3> says 'tea noon', exactly one ball.", "now."]
     histories = [[], ["now, a red lamp."] * 4, ["still, <face_1> wears red, a blue cup."]]
@@ -225,9 +227,9 @@ def test_score_depends_neither_on_padding_nor_on_company_nor_on_the_writer(train
     # the policy is what it was: the reward model's LoRA is off, whoever writes
     ids = torch.tensor([policy.tokenizer("still, a red lamp.")["input_ids"]])
     with torch.no_grad():
-        bare = common.load_policy(S).lm(input_ids=ids).last_hidden_state
+        bare = loading.load_policy(S).lm(input_ids=ids).last_hidden_state
         assert torch.equal(policy.lm(input_ids=ids).last_hidden_state, bare)
-        policy.add_lora("phase1", "phase1_test")
+        policy.add("phase1", "lora")
         assert torch.equal(policy.lm(input_ids=ids).last_hidden_state, bare)             # a new LoRA is zero
         assert stage.score(model, items) == pytest.approx(together, abs=1e-6) and policy.who == "phase1"
         assert torch.equal(policy.lm(input_ids=ids).last_hidden_state, bare)
@@ -238,17 +240,18 @@ def test_stop_and_resume_give_the_same_model(trained, tmp_path, monkeypatch):
     for name in ("streams", "tasks"):
         shutil.copytree(trained / name, tmp_path / name)
 
-    @contextlib.contextmanager
-    def stop_after_two_steps():
-        stop = type("Stop", (), {"asked": property(lambda self: len(stage_log()) >= 2)})
-        yield stop()
-
     def stage_log():
         with open(tmp_path / "reward/log.csv", newline="") as f:
             return list(csv.DictReader(f))
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "interruptible", stop_after_two_steps)
+        log = common.Training.log
+
+        def stop_after_two_steps(run, *row):
+            log(run, *row)
+            if len(run.rows) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        patch.setattr(common.Training, "log", stop_after_two_steps)
         with pytest.raises(SystemExit, match="stopped after step 1"):
             stage.main([f"--RUN={tmp_path}", *ARGS])
     assert (tmp_path / "reward/checkpoint.pt").exists() and not (tmp_path / "reward/report.json").exists()

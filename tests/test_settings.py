@@ -12,6 +12,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common                                                               # noqa: E402
+import judges                                                               # noqa: E402
+import loading                                                              # noqa: E402
 from common import both                                                     # noqa: E402
 
 SCRIPTS = ["01_make_streams", "02_phase1_train", "03_collect_tasks", "04_train_reward", "05_phase2_train", "06_eval"]
@@ -76,13 +78,14 @@ def test_the_embedded_worlds_learning_rate_is_refused_for_a_big_model():
 def test_a_layer_that_the_model_lacks(policy):
     for layer in (policy.layers, 22, -1):
         with pytest.raises(SystemExit, match=rf"LAYER={layer}: this model has the layers 0 to {policy.layers - 1}; near 2 "):
-            policy.add_steer(layer)
+            policy.S.LAYER = layer
+            policy.add("phase2", "steer")
 
 
 def test_a_model_that_is_not_there_stops_with_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "ROOT", tmp_path)                          # no tiny/base here
+    monkeypatch.setattr(loading, "ROOT", tmp_path)                         # no tiny/base here
     with pytest.raises(SystemExit, match="MODEL=tiny can't be loaded"):
-        common.load_policy(settings("--CPU_THREADS=1"))
+        loading.load_policy(settings("--CPU_THREADS=1"))
 
 
 def test_a_difference_stops_and_offers_a_new_run(tmp_path):
@@ -149,7 +152,7 @@ def test_from_reads_what_the_run_lacks(tmp_path):
 def test_other_judges_and_bad_choices_stop_with_a_sentence(tmp_path):
     pytest.importorskip("torch")
     with pytest.raises(SystemExit, match="JUDGE=oracle"):
-        common.load_judge(settings("--JUDGE=oracle"))
+        judges.load_judge(settings("--JUDGE=oracle"))
     phase2 = importlib.import_module("05_phase2_train")
     for given in ("--ALGORITHM=ppo", "--ADAPTER=prompt"):
         with pytest.raises(SystemExit, match=f"{given[2:]}.*take"):

@@ -355,7 +355,7 @@ def test_tiny(tmp_path):
         for clip in stream["clips"]:
             t = clip["clip"]
             drawn = world.draw_frames(facts[name, t])
-            seen = stage.read_frames(out / clip["file"], common.frame_times(clip, 4))
+            seen = stage.read_frames(out / clip["file"], stage.frame_times(clip, 4))
             nearest = [np.abs(drawn.astype(int) - f).mean((1, 2, 3)).min() for f in seen]
             assert max(nearest) < 8                         # the pixels of this very clip, but for the codec
             history = [captions[name, t - 1]] if t else []

@@ -13,6 +13,7 @@ Out:  tiny/base/ (config, weights in bf16, tokenizer)
 """
 import concurrent.futures
 import contextlib
+import importlib
 import pathlib
 import random
 import sys
@@ -26,7 +27,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import common
+import loading
 from tiny import world
+
+stage1, stage2 = (importlib.import_module(n) for n in ("01_make_streams", "02_phase1_train"))
 
 # ----------------------------------------------------------------------------------------------------------
 SEED = 0
@@ -43,10 +47,10 @@ NOISY_STEPS = 400         # of 8 windows x 6 answers: the mix
 ANSWERS = 6               # answers per window, packed behind one prompt
 WRONG = 0.24              # share of facts with a wrong value
 WRONG_CONNECTOR = 0.05
-CAREFUL = 0.65            # share of memories that leave out what the preceding one states
+CAREFUL = 0.80            # share of memories that leave out what the preceding one states
 BROKEN = 0.05             # share of responses that break the format
 LONG_PLAN = 0.06          # share of responses that think too long
-FACTS = {1: 0.05, 2: 0.13, 3: 0.73, 4: 0.07, 5: 0.02}    # facts per memory
+FACTS = {1: 0.05, 2: 0.12, 3: 0.77, 4: 0.05, 5: 0.01}    # facts per memory
 ASKED = 6.0               # how much likelier a fact of the asked category is, when the prompt holds questions
 # ----------------------------------------------------------------------------------------------------------
 
@@ -77,7 +81,7 @@ def make_tokenizer():
         texts += [task["question"] for task in world.make_tasks("s", truth, rng)]
         before = [None, "now, a red cup."]
         texts += [respond(truth, t, before[t % 2], [], rng, honest=True) for t in range(len(truth))]
-        texts += [common.PROMPT + common.ASK_TO_THINK + common.TASK_PROMPT + " (nothing) plan: "
+        texts += [stage2.PROMPT + stage2.ASK_TO_THINK + stage2.TASK_PROMPT + " (nothing) plan: "
                   + ", ".join(world.CATEGORIES)]
         texts += [" '" + word + " " + word for word in world.FIRST + world.SECOND + world.CATEGORIES]
         texts += [f"\n{world.clock(t)}-{world.clock(t + 10)} <2.5 seconds>" for t in range(0, 120, 10)]
@@ -155,7 +159,7 @@ def decoded_stream(index):
         path = f"{folder}/{index}.mp4"
         world.write_video(path, np.concatenate([world.draw_frames(clip) for clip in truth]))
         length = world.CLIP_SECONDS
-        times = [common.frame_times({"start": 0, "end": length, "offset": c * length}, 4)
+        times = [stage1.frame_times({"start": 0, "end": length, "offset": c * length}, 4)
                  for c in range(len(truth))]
         at = [int(t * world.FPS) for clip in times for t in clip]
         frames = decord.VideoReader(path, num_threads=1).get_batch(at).asnumpy()
@@ -345,7 +349,7 @@ def window(truths, s, t, history, questions, tokenizer):
     rows = [{"clip": c, "start": c * 10.0, "end": c * 10.0 + 10, "file": "", "offset": c * 10.0, "speech": []}
             for c in range(len(truths[s]))]
     context = common.make_context({"stream": str(s), "clips": rows}, t, history, questions)
-    text = common.build_prompt(context, [[(2.5, TOKENS), (7.5, TOKENS)]] * len(context.clips), tokenizer)
+    text = stage2.build_prompt(context, [[(2.5, TOKENS), (7.5, TOKENS)]] * len(context.clips), tokenizer)
     return text, [s * len(rows) + c["clip"] for c in context.clips]
 
 
@@ -453,7 +457,7 @@ def forced_decoding(policy, contexts, judge):
     The likeliest of all alternatives of each word of the value counts; a fact is right if all its words are.
     """
     right = {category: [] for category in world.CATEGORIES}
-    for context, prompt in zip(contexts, policy.prepare(contexts)):
+    for context in contexts:
         starts, answers = [], []
         for fact in world.clip_facts(judge.truth[context.stream, context.clip]):
             text, words, known = world.say(fact), fact.value.split(), []
@@ -467,7 +471,7 @@ def forced_decoding(policy, contexts, judge):
                 texts = [lead + option for option in options]
                 answers += [policy.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
                 known.append(word)
-        last = torch.stack([row[-1] for row in common.logprobs(policy, prompt, answers)])     # (answers,)
+        last = torch.stack([row[-1] for row in common.logprobs(policy, context, answers)])     # (answers,)
         ends, good = [s[1] for s in starts[1:]] + [len(answers)], True
         for (category, begin, wanted, final), end in zip(starts, ends):
             good = good and last[begin:end].argmax().item() == wanted
@@ -484,7 +488,7 @@ def watch(policy, rows, questions=()):
         contexts = [common.make_context(row, t, [m for _, _, m in kept[row["stream"]]], questions)
                     for row in rows]
         keys = [(SEED, 2, i, t) for i in range(len(rows))]
-        groups = common.rollout(policy, policy.prepare(contexts), 1, keys, 0.6, 0.95, 20)
+        groups = common.rollout(policy, contexts, 1, keys, 0.6, 0.95, 20)
         for row, (sample,) in zip(rows, groups):
             clip = row["clips"][t]
             kept[row["stream"]].append([clip["start"], clip["end"], sample.memory or ""])
@@ -495,7 +499,7 @@ def measure_writing(policy, S, rows, kept, judge):
     """Prints what 8 samples per clip at temperature 1 are worth, their histories being `kept`."""
     contexts = [common.make_context(row, t, [m for _, _, m in kept[row["stream"]]])
                 for row in rows for t in range(len(row["clips"]))]
-    groups = common.rollout(policy, policy.prepare(contexts), 8, [(SEED, 1, i) for i in range(len(contexts))])
+    groups = common.rollout(policy, contexts, 8, [(SEED, 1, i) for i in range(len(contexts))])
     samples = [(context, sample) for context, group in zip(contexts, groups) for sample in group]
     kinds = "broken long_thinking over_budget unfaithful repeats fully_right"
     count, shares = dict.fromkeys(kinds.split(), 0), dict.fromkeys(world.CATEGORIES, 0)
@@ -525,7 +529,7 @@ def measure_writing(policy, S, rows, kept, judge):
 def measure(folder):
     """Prints the figures of the saved base: what it perceives, how it writes, what its memories answer."""
     S = common.settings({"__doc__": ""}, [])
-    policy = common.load_policy(S)
+    policy = loading.load_policy(S)
     rows, tasks, judge = held_out(folder, STREAMS, HELD_OUT)
     for name, streams in (("seen", rows), ("blanked", held_out(folder, STREAMS, HELD_OUT, blank=True)[0])):
         contexts = caption_contexts(streams, judge, 4, S.K, random.Random(SEED))
