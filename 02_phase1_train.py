@@ -30,10 +30,10 @@ from loading import load_policy, save_adapter
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 LR = both(5e-4, 1e-5)            # paper: 1e-6 on all parameters; LoRA takes about ten times that
 KL = both(0.1, 0.0)              # weight of the KL to the base; paper: 0
-OFF_POLICY_STEPS = both(50, 60)  # history by the stronger writer (paper: 60 steps) ...
-STEPS = both(80, 100)            # ... then, up to here, by the policy itself (paper: 40 steps)
+OFF_POLICY_STEPS = both(40, 60)  # history by the stronger writer (paper: 60 steps) ...
+STEPS = both(60, 100)            # ... then, up to here, by the policy itself (paper: 40 steps)
 CONTEXTS = both(24, 32)          # contexts per rollout (paper: 32)
-MINI_BATCH = both(12, 8)         # contexts per optimizer step (paper: 8, so four updates per rollout)
+MINI_BATCH = both(6, 8)          # contexts per optimizer step (paper: 8, so four updates per rollout)
 N_MIN, N_MAX = both(3, 11), both(9, 22)   # clips of a stream: extend below N_MIN, resample above N_MAX (released run: 11, 22)
 RESAMPLE = 0.13                  # chance to resample in between (released run)
 PRINT_EVERY = both(10, 1)        # steps between log lines with the best and the worst sample

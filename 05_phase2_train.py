@@ -24,13 +24,15 @@ from judges import load_judge
 from loading import load_adapter, load_policy, save_adapter
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
-LR = both(1e-2, 1e-3)            # of the vector (paper: 1e-3); divided by LR_DIVISOR for lora and all
+LR = both(1e-2, 1e-3)            # of the vector (paper: 1e-3) ...
+LORA_LR = both(5e-4, 5e-5)       # ... of a LoRA instead
+ALL_LR = both(5e-5, 5e-6)        # ... of all parameters
 LAYER = both(2, 22)              # decoder layer after which the vector is added, from 0 (paper: 22 of 48)
 BETA = both(0.5, 0.1)            # of DPO (paper: 0.1)
 DPO_STEPS = both(40, 40)         # dpo: updates (paper: 10 to 40)
 PAIRS = both(16, 64)             # pairs per update (paper: 64)
 CONTEXTS = both(16, 32)          # grpo: contexts per rollout
-MINI_BATCH = both(8, 8)          # grpo: contexts per optimizer step
+MINI_BATCH = both(4, 8)          # grpo: contexts per optimizer step
 GRPO_STEPS = both(10, 40)        # grpo: rollouts
 KL = both(0.0, 0.0)              # grpo: weight of the KL to the Phase One policy
 N_MIN, N_MAX = both(3, 11), both(9, 22)   # grpo: clips of a stream, as in 02
@@ -41,7 +43,6 @@ ENVIRONMENT = ""                 # one environment by name; "": all of them, one
 ALGORITHM = "dpo"                # "dpo": on cached pairs (paper); "grpo": on-policy against the reward model
 ADAPTER = "steer"                # "steer": one vector; "lora": on attention; "all": all parameters of the language model
 NAME = ""                        # suffix of the output folder, to keep variants of one run side by side
-LR_DIVISOR = {"steer": 1, "lora": 20, "all": 200}
 SCALE_TO_NORM = 0.0              # > 0: the trained vector is scaled to this norm. The paper's short cut: --DPO_STEPS=10 and 0.8 x
                                  # the `norm` in the last row of a 40-step log.csv (0.3 of 0.37 at d = 2048)
 RECENT = 5                       # questions that define the environment (paper: 5 to 10)
@@ -173,10 +174,11 @@ def train_environment(policy, S, out, environment, questions, streams, judge, mo
 
 def main(argv=None):
     S = settings(globals(), argv)
-    if S.ALGORITHM not in ("dpo", "grpo") or S.ADAPTER not in LR_DIVISOR:
-        raise SystemExit(f"ALGORITHM={S.ALGORITHM}, ADAPTER={S.ADAPTER}: take dpo or grpo, and {', '.join(LR_DIVISOR)}")
+    rates = {"steer": S.LR, "lora": S.LORA_LR, "all": S.ALL_LR}
+    if S.ALGORITHM not in ("dpo", "grpo") or S.ADAPTER not in rates:
+        raise SystemExit(f"ALGORITHM={S.ALGORITHM}, ADAPTER={S.ADAPTER}: take dpo or grpo, and {', '.join(rates)}")
     out = start(S, f"phase2/{S.ALGORITHM}-{S.ADAPTER}" + (f"-{S.NAME}" if S.NAME else ""))
-    S.LR, S.STEPS = S.LR / LR_DIVISOR[S.ADAPTER], S.DPO_STEPS if S.ALGORITHM == "dpo" else S.GRPO_STEPS
+    S.LR, S.STEPS = rates[S.ADAPTER], S.DPO_STEPS if S.ALGORITHM == "dpo" else S.GRPO_STEPS
     print(f"learning rate of {S.ADAPTER}: {S.LR:g}")
     recent, streams, judge = read_json(need(S, "tasks/recent.json")), load_streams(S, "deploy"), load_judge(S)
     if S.ENVIRONMENT and S.ENVIRONMENT not in recent:

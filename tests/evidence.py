@@ -31,10 +31,12 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}      # t quantile 0.975 for n se
 
 # variant -> (seeds, command lines after its scripts' names). {run}: the seed's main run; a variant reads from it what it keeps.
 STEER = "05 --RUN={run} --CPU_THREADS=1"
-MAIN = ["01 --RUN={run}", "02 --RUN={run}", "03 --RUN={run}", "04 --RUN={run}", STEER, STEER + " --ALGORITHM=grpo"]
+# More steps of Phase One than ./run.sh makes, which must end in minutes: memories shorten first, then richness brings them back.
+LONG = " --STEPS=140 --OFF_POLICY_STEPS=90"
+MAIN = ["01 --RUN={run}", "02 --RUN={run}" + LONG, "03 --RUN={run}", "04 --RUN={run}", STEER, STEER + " --ALGORITHM=grpo"]
 SIDE = {"lora": " --ADAPTER=lora", "all": " --ADAPTER=all", "ten": " --NAME=ten --DPO_STEPS=10 --SCALE_TO_NORM={norm}",
         "layer0": " --NAME=layer0 --LAYER=0", "layer1": " --NAME=layer1 --LAYER=1", "layer3": " --NAME=layer3 --LAYER=3"}
-ABLATIONS = {"norich": "--RICHNESS=0", "nogate": "--GATE=0", "offpolicy": "--OFF_POLICY_STEPS=100000", "nokl": "--KL=0"}
+ABLATIONS = {"norich": "--RICHNESS=0", "nogate": "--GATE=0", "offpolicy": "--OFF_POLICY_STEPS=140", "nokl": "--KL=0"}
 
 
 def run(line, log, **values):
@@ -121,7 +123,7 @@ def ablation(seed, key, variant):
     record = ROOT / "runs" / f"{name}.json"
     if not record.exists():
         log = ROOT / "runs" / f"{name}.log"
-        run("02 --RUN={run} --FROM={main} " + ABLATIONS[variant], log, run=name, main=main, seed=seed)
+        run("02 --RUN={run} --FROM={main}" + LONG + " " + ABLATIONS[variant], log, run=name, main=main, seed=seed)
         run("06 --RUN={run} --FROM={main} --METHODS=base,phase1", log, run=name, main=main, seed=seed)
         write_json(record, dict(key=key, seed=seed, variant=variant, results=slim(ROOT / "runs" / name)))
 
