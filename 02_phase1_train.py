@@ -23,9 +23,9 @@ import re
 import resource
 import sys
 
-from common import both, clock, grpo, load_streams, make_context, need, np, read_jsonl, settings, start, torch
+from common import both, clock, grpo, load_policy, load_streams, make_context, need, np, read_jsonl, settings, start, torch
 from judges import load_judge
-from loading import load_policy, save_adapter
+from loading import save_adapter
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 LR = both(5e-4, 1e-5)            # paper: 1e-6 on all parameters; LoRA takes about ten times that

@@ -12,10 +12,10 @@ import dataclasses
 import importlib
 import time
 
-from common import (both, clock, load_streams, logprobs, make_context, need, read_jsonl, rollout, settings, start, torch,
+from common import (both, clock, load_policy, load_streams, logprobs, make_context, need, read_jsonl, rollout, settings, start, torch,
                     write_json, write_jsonl, write_text)
 from judges import load_judge
-from loading import load_adapter, load_policy
+from loading import load_adapter
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 CACHE_STREAMS = both(24, 100)   # streams whose contexts are cached (paper: about 100 videos)

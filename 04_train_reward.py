@@ -16,10 +16,10 @@ from collections import Counter
 from itertools import combinations, groupby
 from types import SimpleNamespace
 
-from common import (F, Training, both, load_streams, make_context, need, np, read_json, read_jsonl, settings, slug,
+from common import (F, Training, both, load_policy, load_streams, make_context, need, np, read_json, read_jsonl, settings, slug,
                     start, torch, visible, write_json, write_jsonl, written_aside)
 from judges import load_judge
-from loading import load_policy, save_adapter
+from loading import save_adapter
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 LR = both(3e-3, 1e-4)            # of LoRA and head; up over WARMUP steps, then linearly down to 0

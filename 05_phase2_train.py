@@ -18,10 +18,10 @@ import random
 import re
 import time
 
-from common import (F, Training, both, grpo, load_streams, logprobs, make_context, need, read_json, read_jsonl, settings,
+from common import (F, Training, both, grpo, load_policy, load_streams, logprobs, make_context, need, read_json, read_jsonl, settings,
                     slug, start, torch)
 from judges import load_judge
-from loading import load_adapter, load_policy, save_adapter
+from loading import load_adapter, save_adapter
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 LR = both(1e-2, 1e-3)            # of the vector (paper: 1e-3) ...

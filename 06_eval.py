@@ -172,7 +172,7 @@ class Writer:
     @contextmanager
     def using(self, job):
         if self.policy is None:
-            self.policy = loading.load_policy(self.S)
+            self.policy = common.load_policy(self.S)
             loading.load_adapter(self.policy, "phase1", self.phase1)
         if job.folder and job.folder != self.folder:
             loading.load_adapter(self.policy, "phase2", job.folder)

@@ -4,9 +4,12 @@
   2. Vision runs once per clip. The tower is frozen: a clip's features serve rollout, log-probs and training.
   3. The noise of a sample depends on (seed, step, context, sample) alone: a resumed run repeats itself exactly.
 """
-import contextlib, csv, dataclasses, difflib, importlib, json, math, os, pathlib, re, signal, sys, time
+import contextlib, csv, dataclasses, difflib, importlib, json, math, re, signal, sys, time
 from collections import namedtuple
 from types import SimpleNamespace
+
+from loading import (FILES, RANK, ROOT, WORLD, add_gradients, flash, gather, load_model, read_json, read_jsonl,
+                     write_json, write_jsonl, write_text, written_aside)
 
 try:                                   # --help must work before anything is installed
     import numpy as np
@@ -15,7 +18,6 @@ try:                                   # --help must work before anything is ins
 except ImportError:
     np = torch = F = None
 
-ROOT = pathlib.Path(__file__).resolve().parent
 both = namedtuple("both", "tiny full")  # a constant with two values: the embedded world's | a full-size model's
 
 # ---------------------------------------------------------------- shared constants, --NAME=value in every script
@@ -30,8 +32,11 @@ FRAME_PIXELS = both(96 * 96, 448 * 448)  # pixels of a frame at most; 32 x 32 of
 MEMORY_TOKENS = both(17, 150)           # budget of one memory (paper, section 2); 17: three of a clip's eight facts
 THINK_TOKENS = both(16, 1200)           # L of r_len (paper, section 2)
 MAX_NEW_TOKENS = both(72, 2800)         # thinking up to 2L, then the memory
-FEATURE_CLIPS = both(4000, 200)         # clips whose vision features are kept: about 30 MB each at full size
-ROLLOUT_CONTEXTS = both(48, 1)          # contexts decoded side by side; bounded by memory for keys and values
+BITS = both(16, 4)                      # of the weights: 4 packs linears and experts as NF4 while they load
+VISION_BITS = both(16, 16)              # 4: the vision tower's linears too, 0.8 GiB less
+DOUBLE_QUANT = 0                        # 1: the scales of packed weights in 8 bits, 1.3 GiB less
+FEATURE_CLIPS = both(4000, 100)         # clips whose vision features are kept: about 30 MB each at full size
+ROLLOUT_CONTEXTS = both(48, 0)          # contexts decoded side by side; 0: as many as the card's memory holds
 CPU_THREADS = 2                         # more hurt a small model, and results stay the same from machine to machine
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
 # ----------------------------------------------------------------
@@ -52,7 +57,7 @@ def settings(module, argv=None):
     for arg in argv:
         name, eq, text = arg.removeprefix("--").partition("=")
         if name not in names or not eq or not arg.startswith("--"):
-            near = difflib.get_close_matches(name.upper(), names, 1, 0)[0]
+            near, = difflib.get_close_matches(name.upper(), names, 1, 0)
             raise SystemExit(f"unknown argument {arg!r}: write --NAME=value; the nearest name is --{near}")
         given[name] = text
     full = given.get("MODEL", names["MODEL"]) != "tiny"
@@ -97,40 +102,6 @@ def need(S, name):
     raise SystemExit(f"{' or '.join(map(str, paths))} is missing. Make it first: "
                      f"python {maker} --RUN={S.RUN}, or name a run that has it: --FROM=OTHERRUN")
 
-@contextlib.contextmanager
-def written_aside(path):
-    """Yields a temporary path that replaces `path` when the block ends well: readers never see half a file."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".aside")
-    yield aside
-    with open(aside, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(aside, path)
-
-def write_text(path, text):
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-def write_jsonl(path, rows, mode="w"):
-    """mode "a" appends, for work in progress: a kill may tear a line, so read it back with torn=True."""
-    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    if mode == "w":
-        return write_text(path, text)
-    with open(path, mode, encoding="utf-8") as f:
-        f.write(text)
-
-def read_json(path):
-    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-def read_jsonl(path, torn=False):
-    """Rows of a JSONL file; torn: a last line without its line end is cut off the file first."""
-    text = pathlib.Path(path).read_text(encoding="utf-8")
-    if torn and not text.endswith("\n"):
-        text = text[:text.rfind("\n") + 1]
-        write_text(path, text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
-
 def load_streams(S, split):
     """Stream rows of one split, with clip files made absolute. Raises SystemExit if there are none."""
     path = need(S, "streams/streams.jsonl")
@@ -141,12 +112,9 @@ def load_streams(S, split):
         clip["file"] = str(path.parent / clip["file"])              # an absolute path stays as it is
     return rows
 
-def clock(seconds):
-    """Stream time as HH:MM:SS."""
+def clock(seconds):                                                 # stream time as HH:MM:SS
     return f"{int(seconds) // 3600:02}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
-
-def slug(name):
-    """An environment's name as a folder's."""
+def slug(name):                                                     # an environment's name as a folder's
     return re.sub(r"[^\w+.-]+", "_", name)
 
 # ================================================================ memory format
@@ -209,22 +177,22 @@ Prompt = namedtuple("Prompt", "ids embeds positions visual deep")
 # ids (P,); embeds (P, d) with vision filled in; positions (3, P); visual (P,) bool; deep: per deepstack layer (V, d)
 WRITERS = {"base": ["base"], "phase1": ["base", "phase1"], "phase2": ["base", "phase1", "phase2"],
            "reward": ["base", "reward"]}                             # and what each builds on
-FILES = {"lora": "adapter_model.safetensors", "steer": "steer.safetensors", "all": "weights.safetensors"}
 
 class Policy:
     """Qwen3-VL with what can be switched on it. `use(writer)` chooses who writes: "base", "phase1" (with what 02
     trained), "phase2" (with 05's adapter on top); or "reward", 04's LoRA, which reads. lm: its decoder; hidden: d;
-    end: id of the end token; banned: ids never sampled; trainable: parameters; who: the writer."""
-    def __init__(self, model, tokenizer, S):
+    end: id of the end token; banned: ids never sampled (a <|video_pad|> would crash the next pass), masked in
+    log-probs alike; closing: ids that may end a JSON object; side: contexts, and samples of one, that fit the card."""
+    def __init__(self, model, tokenizer, contexts, samples, S):
         self.model, self.lm, self.head = model, model.model.language_model, model.lm_head
-        self.tokenizer, self.S, self.device = tokenizer, S, model.device
+        self.tokenizer, self.S, self.device, self.side = tokenizer, S, model.device, (contexts, samples)
         self.hidden, self.layers = self.lm.config.hidden_size, len(self.lm.layers)
-        self.who, self.trainable, self.features = "base", [], {}
+        self.who, self.trainable, self.features, self.flash = "base", [], {}, flash(model)
         self.kind, self.lora, self.whole = {}, {}, {}    # per writer: "lora" ..; name of its PEFT adapter; its weights
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         special = {i for i, t in tokenizer.added_tokens_decoder.items() if re.fullmatch(r"<\|.*\|>", t.content)}
-        # a sampled <|video_pad|> would crash the next pass; suppressed in sampling and in log-probs alike
         self.banned = torch.tensor(sorted(special - {self.end}), device=self.device)
+        self.closing = {i for token, i in tokenizer.get_vocab().items() if "}" in token}
 
     def add(self, writer, kind, folder=None):
         """Adds to a writer: "lora" (on the language model's attention), "steer" (the paper's adapter: a vector (d,) on
@@ -242,8 +210,7 @@ class Policy:
                 self.model.add_adapter(LoraConfig(r=self.S.LORA_RANK, lora_alpha=2 * self.S.LORA_RANK,
                                                   target_modules=r".*language_model.*self_attn\.[qkvo]_proj"), name)
             params = [p for n, p in self.model.named_parameters() if f".{name}." in n]
-            for p in params:
-                p.data = p.data.float()      # in bf16 the small updates of a low learning rate would round to nothing
+            torch.nn.ParameterList(params).float()    # in bf16 the updates of a low learning rate would round to nothing
         elif kind == "steer":
             (key, vector), = saved.items() or [(f"layers.{self.S.LAYER}.", torch.zeros(self.hidden))]
             self.layer = int(key.split("layers.")[1].split(".")[0])
@@ -283,8 +250,12 @@ class Policy:
     def train_only(self, params):
         self.trainable = params
         self.model.requires_grad_(False)
-        for p in params:
-            p.requires_grad_(True)
+        torch.nn.ParameterList(params).requires_grad_(True)
+
+    def attend(self, mask):
+        """Before a pass: flash-attn takes no mask, SDPA any. The library checkpoints layers in training mode alone."""
+        self.lm.config._attn_implementation = "flash_attention_2" if mask is None and self.flash else "sdpa"
+        self.lm.train(torch.is_grad_enabled() and self.S.MODEL != "tiny")
 
     @contextlib.contextmanager
     def using(self, writer):
@@ -367,7 +338,7 @@ def rollout(policy, contexts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
     """n samples per context -> list of lists of Sample, by the writer that is switched on. keys: a tuple of ints
     >= 0 per context; sample j draws its noise from (*key, j) alone. Each prompt is prefilled once and its cache is
     never copied: the n samples are columns of one row, and a finished one leaves the row."""
-    size, limit, answers = policy.S.ROLLOUT_CONTEXTS, policy.S.MAX_NEW_TOKENS, []
+    size, limit, answers = policy.side[0], policy.S.MAX_NEW_TOKENS, []
     for i in range(0, len(contexts), size):
         noise = np.stack([[np.random.default_rng([*k, j]).random(limit) for j in range(n)] for k in keys[i:i + size]])
         noise = torch.tensor(noise, device=policy.device)                             # (B, n, T)
@@ -376,32 +347,51 @@ def rollout(policy, contexts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
     return [[as_sample(policy, ids) for ids in group] for group in answers]
 
 def _decode(policy, prompts, noise, temperature, top_p, top_k):
-    """noise (B, n, T) -> B lists of n lists of ids."""
+    """noise (B, n, T) -> B lists of n lists of ids. Where n samples don't fit beside one prompt, they are columns of
+    the row in turns, and the cache is cut back to the prompt in between."""
     from transformers import DynamicCache
-    (B, n, limit), device = noise.shape, policy.device
+    (B, n, _), device = noise.shape, policy.device
     pad = lambda rows, value=0: torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side="left")
     owner = pad([p.ids * 0 for p in prompts], -1)                                     # (B, P)
     causal = torch.ones(owner.shape[1], owner.shape[1], dtype=torch.bool, device=device).tril()
     mask = visible(owner, owner) & causal if (owner < 0).any() else None              # None: plain causal, fast
     cache = DynamicCache(config=policy.lm.config)
+    policy.attend(mask)
     hidden = policy.lm(inputs_embeds=pad([p.embeds for p in prompts]), attention_mask=mask,       # (B, P, d)
                        position_ids=pad([p.positions.T for p in prompts]).permute(2, 0, 1),       # (3, B, P)
                        visual_pos_masks=pad([p.visual for p in prompts]),                         # (B, P)
                        deepstack_visual_embeds=[torch.cat(x) for x in zip(*(p.deep for p in prompts))],
                        past_key_values=cache, use_cache=True).last_hidden_state
-    hidden = hidden[:, -1:].expand(B, n, -1)                                          # one prefill for n samples
     after = torch.stack([p.positions.max() + 1 for p in prompts])                     # (B,) of the first tokens
-    answers, rows = [[[] for _ in range(n)] for _ in range(B)], list(range(B))        # rows: prompts in the batch
+    answers, width = [[] for _ in prompts], policy.side[1] if B == 1 else n
+    for i in range(0, n, width):
+        u = noise[:, i:i + width]
+        for mine, new in zip(answers, _columns(policy, cache, hidden[:, -1:].expand(-1, u.shape[1], -1), owner, after,
+                                               u, (temperature, top_p, top_k))):
+            mine += new
+        if i + width < n:
+            cache.crop(owner.shape[1] - cache.get_seq_length())
+    return answers
+
+def _columns(policy, cache, hidden, owner, after, noise, how):
+    """Decodes from a prefilled cache. hidden (B, n, d) of the last prompt token, owner (B, P), after (B,), noise
+    (B, n, T) -> B lists of n lists of ids. An answer ends with its end token, or with whatever other token follows
+    the end of its JSON object, as that can only be malformed."""
+    (B, n, limit), device = noise.shape, policy.device
+    answers, rows, closed = [[[] for _ in range(n)] for _ in range(B)], list(range(B)), set()
     who = torch.arange(n, device=device).expand(B, n)                                 # (R, W) sample, -1 = none
+    policy.attend(owner)
     for step in range(limit):
         logits = policy.head(hidden)                                                  # (R, W, V)
         logits[..., policy.banned] = -torch.inf
         u = noise[rows, :, step].gather(1, who.clamp(min=0))                          # (R, W)
         alive = []                                                                    # a row's (sample, token)s
-        for row, names, ids in zip(rows, who.tolist(), pick(logits, u, temperature, top_p, top_k).tolist()):
+        for row, names, ids in zip(rows, who.tolist(), pick(logits, u, *how).tolist()):
             for j, token in (drawn := [x for x in zip(names, ids) if x[0] >= 0]):
                 answers[row][j].append(token)
-            alive.append([x for x in drawn if x[1] != policy.end])
+            alive.append([(j, token) for j, token in drawn if token != policy.end and (row, j) not in closed])
+            closed |= {(row, j) for j, token in alive[-1] if token in policy.closing
+                       and parse_response(policy.tokenizer.decode(answers[row][j]))[0]}
         width = max(map(len, alive))
         if width == 0 or step == limit - 1:
             return answers
@@ -420,9 +410,9 @@ def _decode(policy, prompts, noise, temperature, top_p, top_k):
 
 def as_sample(policy, ids):
     ended, count = bool(ids) and ids[-1] == policy.end, lambda text: len(policy.tokenizer(text)["input_ids"])
-    text = policy.tokenizer.decode(ids[:-1] if ended else ids)
+    text, cut = policy.tokenizer.decode(ids[:-1] if ended else ids), len(ids) == policy.S.MAX_NEW_TOKENS
     memory, thinking = parse_response(text)
-    return Sample(list(ids), text, memory, count(thinking), count(memory or ""), not ended)
+    return Sample(list(ids), text, memory, count(thinking), count(memory or ""), cut and not ended)
 
 def logprobs(policy, context, answers):
     """Log-probs of each answer's tokens given the context, all packed into one row [prompt | a1 | ... | aG].
@@ -435,11 +425,11 @@ def logprobs(policy, context, answers):
     own = [prompt.positions.max() + 1 + torch.arange(len(a), device=policy.device) for a in ids]
     positions = torch.cat([prompt.positions] + [x.expand(3, -1) for x in own], 1)     # (3, T)
     embeds = torch.cat([prompt.embeds, policy.lm.embed_tokens(torch.cat(ids)).to(prompt.embeds.dtype)])  # (T, d)
-    T = len(embeds)
-    causal = torch.ones(T, T, dtype=torch.bool, device=policy.device).tril()
+    policy.attend(owner)
+    causal = torch.ones(len(embeds), len(embeds), dtype=torch.bool, device=policy.device).tril()
     hidden = policy.lm(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
                        attention_mask=visible(owner, owner) & causal, deepstack_visual_embeds=prompt.deep,
-                       visual_pos_masks=F.pad(prompt.visual[None], (0, T - P))).last_hidden_state[0]  # (T, d)
+                       visual_pos_masks=F.pad(prompt.visual[None], (0, len(embeds) - P))).last_hidden_state[0]  # (T, d)
 
     def of_answer(rows, a):                                                           # rows (T_i, d), a (T_i,)
         logits = policy.head(rows).float().index_fill(1, policy.banned, -torch.inf)   # (T_i, V)
@@ -494,10 +484,12 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
     for step in run:
         # ---- rollout
         began, contexts = time.time(), batch.next(step)
-        samples = rollout(policy, contexts, S.GROUP, [(S.SEED, step, i) for i in range(len(contexts))])
+        mine = range(RANK, len(contexts), WORLD)                                      # of several GPUs, this one's
+        samples = rollout(policy, [contexts[i] for i in mine], S.GROUP, [(S.SEED, step, i) for i in mine])
         rolled = time.time()
         # ---- reward and advantage
-        scores = reward(contexts, samples)
+        scores = gather(reward([contexts[i] for i in mine], samples))
+        samples = gather(samples)
         groups = [_group(c, s, r, S.GATE) for c, s, r in zip(contexts, samples, scores)]
         if S.SHOW:
             return contexts[0], samples[0], scores[0], groups[0]
@@ -506,17 +498,17 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
             raise SystemExit(f"step {step}: the judge failed on {lost} of {S.GROUP * len(contexts)} samples; "
                              f"mend it and run again, it goes on from the last checkpoint")
         # ---- update: the ratio is 1 in the first mini-batch, the others need the log-probs from before it
-        used = [g for g in groups if g and any(g["advantages"])]
+        used = [(g, i % WORLD == RANK) for i, g in enumerate(groups) if g and any(g["advantages"])]
         size = math.ceil(len(used) / math.ceil(max(1, len(used)) / S.MINI_BATCH))     # even mini-batches
         with torch.no_grad():
-            for g in used[size:]:
+            for g in [g for g, here in used[size:] if here]:
                 g["old"] = logprobs(policy, g["context"], g["ids"])
             with policy.using(reference):
-                for g in used if S.KL else ():
+                for g in [g for g, here in used if here and S.KL]:
                     g["reference"] = logprobs(policy, g["context"], g["ids"])
         sums, clip = dict(kl=0.0, clipped=0.0, grad_norm=0.0), (S.CLIP_LOW, S.CLIP_HIGH)
         for i in range(0, len(used), max(1, size)):
-            for g in used[i:i + size]:                                                # memory holds one packed row
+            for g in [g for g, here in used[i:i + size] if here]:                     # memory holds one packed row
                 logp = logprobs(policy, g["context"], g["ids"])
                 old = g.get("old") or [x.detach() for x in logp]
                 loss, clipped = policy_loss(logp, old, g["advantages"], g["counts"], S.RATIO, clip)
@@ -524,6 +516,7 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
                 ((loss + S.KL * kl) / len(used[i:i + size])).backward()
                 sums["kl"], sums["clipped"] = sums["kl"] + kl.item(), sums["clipped"] + clipped
             sums["grad_norm"] = max(sums["grad_norm"], run.update())
+        sums |= {k: sum(gather([sums[k]])) for k in ("kl", "clipped")}
         batch.update(step, samples)
         # ---- log and save
         row = log_row(step, samples, scores, groups, sums, rolled - began, time.time() - rolled)
@@ -565,16 +558,17 @@ class Training:
         asked = []
         old = {s: signal.signal(s, lambda s, _: asked.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(range(self.first, self.S.STEPS), self.desc, initial=self.first, total=self.S.STEPS,
-                        disable=self.first >= self.S.STEPS)
+                        disable=RANK > 0 or self.first >= self.S.STEPS)
         try:
             for step in self.bar:
                 yield step
-                if asked or (step + 1) % self.S.SAVE_EVERY == 0 or step + 1 == self.S.STEPS:
+                stop = any(gather([bool(asked)]))
+                if stop or (step + 1) % self.S.SAVE_EVERY == 0 or step + 1 == self.S.STEPS:
                     values = [p.detach().cpu() for p in self.params]
                     with written_aside(self.out / "checkpoint.pt") as aside:
                         torch.save(dict(step=step + 1, params=values, optimizer=self.optimizer.state_dict(),
                                         state=json.dumps(self.batch.state)), aside)
-                if asked:
+                if stop:
                     raise SystemExit(f"stopped after step {step}; run the same command to go on")
         finally:
             for s, handler in old.items():
@@ -582,6 +576,7 @@ class Training:
 
     def update(self, lr=None):
         """One optimizer step on the gradients, clipped -> their norm before. SystemExit where it isn't finite."""
+        add_gradients(self.params)
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.S.GRAD_CLIP).item()
         if not math.isfinite(norm):
             raise SystemExit(f"step {len(self.rows)}: the gradient norm is {norm}; this update was not made. Start "
@@ -599,3 +594,7 @@ class Training:
             w = csv.DictWriter(f, list(self.rows[-1]))
             w.writeheader()
             w.writerows(self.rows)
+
+def load_policy(S):
+    """The frozen model of S.MODEL with its tokenizer, ready to take adapters. SystemExit where it can't be used."""
+    return Policy(*load_model(S), S)

@@ -110,7 +110,7 @@ def main():
     import common
     import loading
     stage1 = importlib.import_module("01_make_streams")
-    policy = loading.load_policy(common.settings(
+    policy = common.load_policy(common.settings(
         {"__doc__": ""}, [f"--MAX_NEW_TOKENS={NEW}", f"--CPU_THREADS={options.threads}"]))
     result = {"machine": machine(options.threads), "G": G, "new_tokens": NEW, "rollout": {}}
     with tempfile.TemporaryDirectory() as folder:

@@ -230,7 +230,7 @@ def run(tmp_path, monkeypatch):
                                          "end": clip["end"], "memory": sample.memory or "", "text": ""})
         return out
     loading = importlib.import_module("loading")
-    monkeypatch.setattr(loading, "load_policy", lambda S: policy)
+    monkeypatch.setattr(common, "load_policy", lambda S: policy)
     monkeypatch.setattr(loading, "load_adapter", lambda policy, writer, folder: policy.load(writer, folder))
     monkeypatch.setattr(importlib.import_module("03_collect_tasks"), "watch", watch)
     monkeypatch.setattr(common, "rollout", lambda policy, contexts, n, keys, *a, **k: [

@@ -215,7 +215,7 @@ def test_pairs_load_in_trl(trained):
 
 def test_score_depends_neither_on_padding_nor_on_company_nor_on_the_writer(trained):
     S = settings(trained)
-    policy = loading.load_policy(S)
+    policy = common.load_policy(S)
     model = stage.load_reward_model(S, policy)
     memories = ["now, in the kitchen.", "still, a red lamp, <face_3> says 'tea noon', exactly one ball.", "now."]
     histories = [[], ["now, a red lamp."] * 4, ["still, <face_1> wears red, a blue cup."]]
@@ -227,7 +227,7 @@ def test_score_depends_neither_on_padding_nor_on_company_nor_on_the_writer(train
     # the policy is what it was: the reward model's LoRA is off, whoever writes
     ids = torch.tensor([policy.tokenizer("still, a red lamp.")["input_ids"]])
     with torch.no_grad():
-        bare = loading.load_policy(S).lm(input_ids=ids).last_hidden_state
+        bare = common.load_policy(S).lm(input_ids=ids).last_hidden_state
         assert torch.equal(policy.lm(input_ids=ids).last_hidden_state, bare)
         policy.add("phase1", "lora")
         assert torch.equal(policy.lm(input_ids=ids).last_hidden_state, bare)             # a new LoRA is zero

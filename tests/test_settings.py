@@ -85,7 +85,7 @@ def test_a_layer_that_the_model_lacks(policy):
 def test_a_model_that_is_not_there_stops_with_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "ROOT", tmp_path)                         # no tiny/base here
     with pytest.raises(SystemExit, match="MODEL=tiny can't be loaded"):
-        loading.load_policy(settings("--CPU_THREADS=1"))
+        common.load_policy(settings("--CPU_THREADS=1"))
 
 
 def test_a_difference_stops_and_offers_a_new_run(tmp_path):

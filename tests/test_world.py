@@ -285,7 +285,7 @@ def base(tmp_path_factory):
     import common
     from tiny import make_base
     S = common.settings({"__doc__": ""}, [])
-    policy, rng, sets = loading.load_policy(S), random.Random(9), {}
+    policy, rng, sets = common.load_policy(S), random.Random(9), {}
     for name, blank in (("seen", False), ("blanked", True)):
         rows, _, ask = make_base.held_out(tmp_path_factory.mktemp(name), make_base.STREAMS + 1000, 4, blank)
         sets[name] = make_base.caption_contexts(rows, ask, 8, S.K, rng), ask

@@ -529,7 +529,7 @@ def measure_writing(policy, S, rows, kept, judge):
 def measure(folder):
     """Prints the figures of the saved base: what it perceives, how it writes, what its memories answer."""
     S = common.settings({"__doc__": ""}, [])
-    policy = loading.load_policy(S)
+    policy = common.load_policy(S)
     rows, tasks, judge = held_out(folder, STREAMS, HELD_OUT)
     for name, streams in (("seen", rows), ("blanked", held_out(folder, STREAMS, HELD_OUT, blank=True)[0])):
         contexts = caption_contexts(streams, judge, 4, S.K, random.Random(SEED))
