@@ -8,7 +8,6 @@ Run: python 03_collect_tasks.py [--NAME=value ...]
 In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02)
 Out: tasks/memories.jsonl, memories/STREAM.txt (to be read), recent.json, cache.jsonl
 """
-import dataclasses
 import importlib
 import time
 
@@ -109,7 +108,7 @@ def fill_cache(S, out, policy, judge, streams, memories):
         samples = rollout(policy, chunk, S.GROUP, [(S.SEED, 8, i + j) for j in range(len(chunk))])
         qualities = phase1.quality(S, judge, chunk, samples)
         rows = [{"stream": c.stream, "clip": c.clip, "history": c.history, "samples": [
-            dataclasses.asdict(s) | {"format": 0.0 if s.memory else phase1.FORMAT, "quality": q}
+            s._asdict() | {"format": 0.0 if s.memory else phase1.FORMAT, "quality": q}
             for s, q in zip(group, quality)
         ]} for c, group, quality in zip(chunk, samples, qualities)]
         write_jsonl(part, rows, "a")

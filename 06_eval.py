@@ -14,7 +14,7 @@ Run:  python 06_eval.py     (finished policies are kept: interrupt it, or train 
 In:   streams/*.jsonl  phase1/adapter  tasks/recent.json  phase2/*/*/adapter (whichever exist)
 Out:  eval/results.json, results.md, report.html (one file, opens offline), memories.jsonl
 """
-import dataclasses, hashlib, importlib, json, random
+import hashlib, importlib, json, random
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,7 +245,7 @@ def validate(writer, judge, job, contexts, questions, S, reference=None):
     """
     with writer.using(job) as policy:
         told = questions[job.environment] if job.told else []
-        asked = [dataclasses.replace(c, questions=told) for c in contexts]
+        asked = [c._replace(questions=told) for c in contexts]
         # the reference has noise of its own: Phase One against itself must not be a tie by construction
         keys = [(S.SEED, 9, int(reference is None), i) for i in range(len(contexts))]
         samples = common.rollout(policy, asked, 1, keys, S.VALIDATE_TEMPERATURE)

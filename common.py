@@ -4,7 +4,7 @@
   2. Vision runs once per clip. The tower is frozen: a clip's features serve rollout, log-probs and training.
   3. The noise of a sample depends on (seed, step, context, sample) alone: a resumed run repeats itself exactly.
 """
-import contextlib, csv, dataclasses, difflib, importlib, json, math, re, signal, sys, time
+import contextlib, csv, difflib, importlib, json, math, re, signal, sys, time
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -118,10 +118,10 @@ def slug(name):                                                     # an environ
     return re.sub(r"[^\w+.-]+", "_", name)
 
 # ================================================================ memory format
-Context = dataclasses.make_dataclass("Context", "stream clips history questions".split())
-Context.__doc__ = "The last k clips (rows of streams.jsonl), memories of all but the newest, and questions."
-Context.clip = property(lambda self: self.clips[-1]["clip"])
-Sample = dataclasses.make_dataclass("Sample", "ids text memory thinking_tokens memory_tokens truncated".split())
+class Context(namedtuple("Context", "stream clips history questions")):
+    """The last k clips (rows of streams.jsonl), memories of all but the newest, and questions."""
+    clip = property(lambda self: self.clips[-1]["clip"])
+Sample = namedtuple("Sample", "ids text memory thinking_tokens memory_tokens truncated")
 Sample.__doc__ = "One answer. ids: its tokens, end token included; memory: None when malformed; *_tokens: counts."
 
 def make_context(stream, t, memories, questions=(), k=5):
@@ -222,7 +222,7 @@ class Policy:
                 out + self.steer.to(out.dtype) if self.who == "phase2" else None))
             params = [self.steer]
         else:
-            if self.model.dtype != torch.float32:
+            if self.model.dtype != torch.float32 or self.S.BITS == 4:
                 raise SystemExit('training all parameters needs a model in fp32: use TRAIN="lora" or ADAPTER="steer"')
             params = list(self._decoder().values())
             self.whole.setdefault("base", {n: p.data for n, p in self._decoder().items()})

@@ -1,0 +1,346 @@
+"""What the 30B model needs, shown on the tiny one and on the meta device: 4-bit experts, the byte plan, rollouts in parts,
+checkpointed layers, flat memory, and several ranks that equal one process."""
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import common                                                               # noqa: E402
+import loading                                                              # noqa: E402
+
+TINY = common.ROOT / "tiny" / "base"
+SMALL = ["--FRAMES_PER_CLIP=4", "--FRAME_PIXELS=9216", "--MAX_NEW_TOKENS=32", "--CPU_THREADS=1", "--ROLLOUT_CONTEXTS=4"]
+# Qwen/Qwen3-VL-30B-A3B: what its config.json says, as far as bytes depend on it
+TEXT = dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32,
+            num_key_value_heads=4, head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+            decoder_sparse_step=1, mlp_only_layers=[], max_position_embeddings=262144, tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True))
+VISION = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, in_channels=3, patch_size=16,
+              spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=2048, num_position_embeddings=2304,
+              deepstack_visual_indexes=[8, 16, 24])
+
+
+def settings(*argv):
+    return common.settings({"__doc__": ""}, list(argv))
+
+
+@pytest.fixture(scope="module")
+def sketch():
+    """The 30B on the meta device: shapes without bytes."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+    with torch.device("meta"):
+        return Qwen3VLMoeForConditionalGeneration(
+            Qwen3VLMoeConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=False))
+
+
+# ================================================================ 4-bit
+@pytest.fixture(scope="module", params=[0, 1], ids=["single", "double"])
+def four_bit(request):
+    pytest.importorskip("bitsandbytes")
+    return common.load_policy(settings("--BITS=4", f"--DOUBLE_QUANT={request.param}", "--CPU_THREADS=1"))
+
+
+def dequantised(policy):
+    """The same model with every packed weight unpacked by the library at once, and experts as plain matmuls."""
+    import bitsandbytes
+    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+    from transformers import AutoModelForImageTextToText
+    plain = AutoModelForImageTextToText.from_pretrained(
+        TINY, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager").eval()
+    packed = 0
+    for name, p in plain.named_parameters():
+        place, _, kind = name.rpartition(".")
+        module = policy.model.get_submodule(place)
+        module = getattr(module, "base_layer", module)
+        if "experts" in name:
+            scales = module.scales[kind]
+            if isinstance(scales, tuple):
+                small, large, mean = scales
+                scales = mean + torch.stack([dequantize_blockwise(
+                    s, absmax=a, code=loading._eight_bits(s.device), blocksize=len(s) // len(a)) for s, a in zip(small, large)])
+            value = torch.stack([dequantize_4bit(c[:, None], QuantState(
+                s.contiguous(), p.shape[1:], dtype=torch.float32, blocksize=64, quant_type="nf4"))
+                for c, s in zip(getattr(module, kind).data, scales)])
+        elif isinstance(module, bitsandbytes.nn.Linear4bit) and kind == "weight":
+            value = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        else:
+            continue
+        p.data, packed = value, packed + p.numel()
+    return plain, packed
+
+
+def test_packed_weights_are_bit_equal_to_plain_matmuls_on_unpacked_ones(four_bit):
+    four_bit.drop("phase1")
+    plain, packed = dequantised(four_bit)
+    assert packed > 0.6 * sum(p.numel() for p in plain.parameters() if "visual" not in str(p))
+    ids = torch.randint(9, 700, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(four_bit.model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    # gradients of the same LoRA on both
+    torch.manual_seed(1)
+    params = four_bit.add("phase1", "lora")
+    for p in params:
+        torch.nn.init.normal_(p, std=0.05)
+    four_bit.train_only(params)
+    other = common.Policy(plain, four_bit.tokenizer, 1, 1, four_bit.S)
+    twins = other.add("phase1", "lora")
+    for p, q in zip(twins, params):
+        p.data.copy_(q.data)
+    other.train_only(twins)
+    out = [m(input_ids=ids).logits.log_softmax(-1)[..., 5].sum() for m in (four_bit.model, plain)]
+    assert torch.equal(*out)
+    for loss in out:
+        loss.backward()
+    assert all(p.grad.abs().max() > 0 and torch.equal(p.grad, q.grad) for p, q in zip(params, twins))
+    four_bit.drop("phase1")
+
+
+def test_only_experts_and_linears_are_packed(four_bit):
+    import bitsandbytes
+    model = four_bit.model
+    assert {p.dtype for n, p in model.named_parameters() if loading.is_expert(n)} == {torch.uint8}
+    kinds = {n: type(m) for n, m in model.named_modules()}
+    linear = {n for n, k in kinds.items() if issubclass(k, torch.nn.Linear)}
+    four = {n for n, k in kinds.items() if issubclass(k, bitsandbytes.nn.Linear4bit)}
+    assert {n for n in linear if "language_model" in n} == four and four
+    assert all(p.is_floating_point() for n, p in model.named_parameters() if "embed" in n or "gate.weight" in n
+               or "norm" in n or "lm_head" in n or "visual" in n)
+
+
+def test_the_packed_model_is_near_the_whole_one(four_bit, policy, contexts):
+    ids = [policy.tokenizer('plan: place\n</think>\n\n{"description": "now, in the kitchen."}')["input_ids"]]
+    with torch.no_grad():
+        gap = (common.logprobs(four_bit, contexts[1], ids)[0] - common.logprobs(policy, contexts[1], ids)[0]).abs()
+    assert 0 < gap.mean() < 1.0
+
+
+def test_adapters_on_a_packed_model_are_saved_and_loaded(four_bit, contexts, tmp_path):
+    ids = [list(range(9, 30))]
+    read = lambda: common.logprobs(four_bit, contexts[0], ids)[0].detach()
+    base = read()
+    for kind in ("lora", "steer"):
+        four_bit.S.LAYER = 2
+        params = four_bit.add("phase2", kind)
+        for p in params:
+            torch.nn.init.normal_(p, std=0.05)
+        tuned = read()
+        loading.save_adapter(four_bit, "phase2", tmp_path / kind)
+        four_bit.drop("phase2")
+        assert torch.equal(read(), base) and not torch.equal(tuned, base)
+        loading.load_adapter(four_bit, "phase2", tmp_path / kind)
+        assert torch.equal(read(), tuned)
+        four_bit.drop("phase2")
+    with pytest.raises(SystemExit, match="needs a model in fp32"):
+        four_bit.add("phase1", "all")
+    four_bit.kind.pop("phase1")
+
+
+def test_an_expert_that_blocks_cannot_tile_is_refused():
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ValueError, match="an expert of 90 values"):
+        loading.pack(torch.randn(2, 9, 10))
+
+
+# ================================================================ bytes
+@pytest.mark.parametrize("argv, gib", [(["--VISION_BITS=4"], 17.1), ([], 17.9), (["--VISION_BITS=4", "--DOUBLE_QUANT=1"], 15.8)])
+def test_bytes_of_the_30b(sketch, argv, gib):
+    table = loading.weight_bytes(sketch, settings("--MODEL=x", *argv))
+    assert table["experts"][0] == 48 * 128 * 3 * 768 * 2048
+    assert sum(n for n, _ in table.values()) == pytest.approx(31.07e9, rel=1e-3)
+    assert sum(size for _, size in table.values()) / 2**30 == pytest.approx(gib, abs=0.1)
+
+
+def test_the_plan_is_printed_and_refuses_before_loading(sketch, capsys):
+    S = settings("--MODEL=x")
+    S.GROUP = 8
+    assert 9000 < loading.prompt_tokens(S) < 12000
+    contexts, samples = loading.check_plan(sketch, S, 80 * 2**30)
+    said = capsys.readouterr().out
+    assert contexts >= 1 and samples == 8 and "experts" in said and "GiB" in said and "prompts of" in said
+    with pytest.raises(SystemExit, match=r"does not fit: a card of 16.00 GiB, weights 17.\d+ GiB.*FRAME_PIXELS"):
+        loading.check_plan(sketch, S, 16 * 2**30)
+    items, weights, _ = loading.plan(sketch, S)
+    assert items["rollout: cache of a context"] == 96 * 1024 * (loading.prompt_tokens(S) + 8 * S.MAX_NEW_TOKENS)
+    more, _ = loading.check_plan(sketch, settings("--MODEL=x", "--FRAME_PIXELS=50176"), 80 * 2**30)
+    assert more > contexts                                              # shorter prompts, more of them
+
+
+# ================================================================ rollouts and passes of a full-size model
+def test_a_group_in_parts_draws_the_same_tokens(policy, contexts):
+    keys, ids = [(5, i) for i in range(4)], lambda groups: [[s.ids for s in g] for g in groups]
+    whole, before = ids(common.rollout(policy, contexts, 8, keys)), policy.side
+    try:
+        for samples in (1, 3, 5):
+            policy.side = (1, samples)
+            assert ids(common.rollout(policy, contexts, 8, keys)) == whole
+    finally:
+        policy.side = before
+
+
+def test_an_answer_stops_at_the_end_of_its_json(policy, contexts):
+    """With the end token out of reach, an answer that closes its object gets one more token, and is malformed."""
+    groups = common.rollout(policy, contexts, 8, [(6, i) for i in range(4)])
+    closed = [s for g in groups for s in g if s.memory]
+    assert closed and all(s.ids[-1] == policy.end for s in closed)
+    policy.banned, before = torch.cat([policy.banned, torch.tensor([policy.end])]), policy.banned
+    try:
+        again = common.rollout(policy, contexts, 8, [(6, i) for i in range(4)])
+    finally:
+        policy.banned = before
+    tails = [s for g in again for s in g if common.parse_response(policy.tokenizer.decode(s.ids[:-1]))[0]]
+    assert tails and all(s.memory is None and not s.truncated for s in tails)
+    for s in (s for g in again for s in g):
+        assert not any(common.parse_response(policy.tokenizer.decode(s.ids[:n]))[0] for n in range(1, len(s.ids) - 1))
+
+
+def test_logits_exist_for_one_answer_only(policy, contexts):
+    params = policy.add("phase1", "lora")
+    policy.train_only(params)
+    answers, seen = [list(range(9, 9 + n)) for n in (30, 20, 25)], []
+    def keep(x):
+        seen.append(tuple(x.shape))
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        logp = common.logprobs(policy, contexts[2], answers)
+    wide = [s for s in seen if s and s[-1] == policy.head.weight.shape[0] and len(s) > 1 and s[0] != policy.hidden]
+    assert not wide                                                     # the head runs again in backward
+    sum(x.sum() for x in logp).backward()
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """The tiny weights under a folder's name: all of the code paths of a full-size model, and the authors' key."""
+    from safetensors.torch import load_file, save_file
+    folder = tmp_path_factory.mktemp("model") / "base"
+    shutil.copytree(TINY, folder)
+    state = load_file(str(folder / "model.safetensors"))
+    vector = torch.linspace(-0.2, 0.2, 128)
+    save_file(state | {"model.language_model.layers.1.adapter.steer": vector}, str(folder / "model.safetensors"),
+              metadata={"format": "pt"})
+    return folder, vector
+
+
+def test_a_checkpoint_with_a_steering_vector_is_steered(full, policy, contexts, capsys):
+    folder, vector = full
+    other = common.load_policy(settings(f"--MODEL={folder}", "--BITS=16", *SMALL))
+    assert "steering vector" in capsys.readouterr().out
+    ids = [list(range(9, 40))]
+    policy.S.LAYER = 1
+    mine, = policy.add("phase2", "steer")
+    with torch.no_grad():
+        mine.copy_(vector)
+        assert torch.equal(common.logprobs(policy, contexts[1], ids)[0], common.logprobs(other, contexts[1], ids)[0])
+
+
+def test_checkpointed_layers_change_no_gradient(full, policy, contexts):
+    other = common.load_policy(settings(f"--MODEL={full[0]}", "--BITS=16", *SMALL))
+    ids, grads = [list(range(9, 40)), list(range(50, 60))], {}
+    for steps in (True, False):
+        other.S.MODEL = str(full[0]) if steps else "tiny"
+        other.S.LAYER = 2
+        params = [*other.add("phase1", "lora"), *other.add("phase2", "steer")]
+        for i, p in enumerate(params):
+            torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(i))
+        other.train_only(params)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = sum(x.mean() for x in common.logprobs(other, contexts[2], ids))
+        loss.backward()
+        grads[steps] = [p.grad for p in params], sum(kept)
+        other.drop("phase2")
+        other.drop("phase1")
+    assert all(torch.allclose(a, b, atol=1e-6) and a.abs().max() > 0 for a, b in zip(grads[True][0], grads[False][0]))
+    assert grads[True][1] < 0.5 * grads[False][1]                       # and far less is kept
+
+
+def test_attention_is_chosen_per_pass(policy, contexts, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(policy, "flash", True)
+    real = policy.attend
+    def attend(mask):
+        real(mask)
+        chosen.append(policy.lm.config._attn_implementation)
+        policy.lm.config._attn_implementation = "sdpa"                  # which is what this machine can run
+    monkeypatch.setattr(policy, "attend", attend)
+    common.rollout(policy, contexts[2:3], 2, [(0, 1)])
+    assert chosen == ["flash_attention_2", "sdpa"]                      # an unpadded prefill, then decoding
+    common.rollout(policy, contexts, 2, [(0, i) for i in range(4)])
+    common.logprobs(policy, contexts[0], [[9, 10]])
+    assert chosen[2:] == ["sdpa"] * 3                                   # padding, decoding and a packed row have masks
+
+
+# ================================================================ memory stays flat
+def test_memory_stays_flat_over_steps(policy, streams, tmp_path):
+    from test_loop import loop, token_reward
+    used = []
+
+    def reward(contexts, samples):
+        pages = pathlib.Path("/proc/self/statm")
+        used.append(int(pages.read_text().split()[1]) * 4096 if pages.exists()
+                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return token_reward(contexts, samples)
+    loop(policy, tmp_path, streams, reward, ["--STEPS=26", "--SAVE_EVERY=99", "--OFF_POLICY_STEPS=26"])
+    assert len(used) == 26 and max(used[-5:]) - max(used[:6]) < 20 * 2**20, [u >> 20 for u in used]
+
+
+# ================================================================ several ranks
+RANKS = """
+import importlib, json, sys, random
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch, common, loading
+from loading import RANK, WORLD, gather
+from pathlib import Path
+phase1 = importlib.import_module("02_phase1_train")
+S = common.settings(vars(phase1), ["--RUN={run}", "--STEPS=3", "--GROUP=4", "--CONTEXTS=5", "--MINI_BATCH=2", "--KL=0.1",
+    "--OFF_POLICY_STEPS=2", "--N_MIN=1", "--LR=1e-2", "--MAX_NEW_TOKENS=24", "--CPU_THREADS=1", "--PRINT_EVERY=99"])
+policy, streams, out = common.load_policy(S), common.load_streams(S, "train"), Path({out!r})
+out.mkdir(exist_ok=True)
+batch = phase1.RollingBatch(S, streams, {{}})
+contexts = batch.next(0)
+mine = range(RANK, len(contexts), WORLD)
+drawn = gather(common.rollout(policy, [contexts[i] for i in mine], 4, [(0, i) for i in mine]))
+def fixed(policy, contexts, n, keys, *how):
+    rng = lambda key, j: random.Random(str((key, j)))
+    pick = lambda r: [r.randrange(20, 700) for _ in range(r.randrange(3, 20))] + [policy.end]
+    return [[common.as_sample(policy, pick(rng(key, j))) for j in range(n)] for key in keys]
+common.rollout = fixed
+def reward(contexts, samples):
+    total = [[sum(i % 2 == 0 for i in s.ids) / len(s.ids) - 0.5 for s in g] for g in samples]
+    return [dict(total=t, gate=t, terms=dict(even=t)) for t in total]
+params = policy.add("phase1", "lora")
+common.grpo(policy, S, out, params, batch, reward, phase1.log_row, reference="base")
+if RANK == 0:
+    torch.save(dict(params=[p.detach() for p in params], drawn=[[s.ids for s in g] for g in drawn]), out / "end.pt")
+"""
+
+
+def test_two_ranks_equal_one_process(toy, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    script, ends = tmp_path / "ranks.py", {}
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}"
+        script.write_text(RANKS.format(root=str(common.ROOT), tests=str(common.ROOT / "tests"), run=toy, out=str(out)))
+        command = [sys.executable, str(script)] if ranks == 1 else [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        ends[ranks] = torch.load(out / "end.pt")
+        assert len((out / "log.csv").read_text().splitlines()) == 4
+    assert ends[1]["drawn"] == ends[2]["drawn"]
+    gap = max((a - b).abs().max().item() for a, b in zip(ends[1]["params"], ends[2]["params"]))
+    moved = max(p.abs().max().item() for p in ends[1]["params"][1::2])          # B, zero at the start
+    assert gap < 1e-5 < moved
+
+
+def test_gather_puts_parts_in_order(monkeypatch):
+    whole = list(range(7))
+    monkeypatch.setattr(loading, "WORLD", 3)
+    monkeypatch.setattr(loading, "join", lambda: None)
+    monkeypatch.setattr(torch.distributed, "all_gather_object",
+                        lambda parts, mine: parts.__setitem__(slice(None), [whole[r::3] for r in range(3)]))
+    assert loading.gather(whole[0::3]) == whole
