@@ -1,16 +1,19 @@
-"""Phase One: how to memorize. Group-relative policy optimisation on video with judges and no labels (paper, section 2).
+"""Phase One: how to memorize. Group-relative policy optimisation on video with judges and
+no labels (paper, section 2).
 
 G memories are sampled for each context (five clips, the memories of the first four), each gets the reward
-r = r_fmt + r_len + r_qual + r_rich, the group's mean and spread turn rewards into advantages, and the policy moves towards
-the better ones. `rewards` below is the reward, `RollingBatch` the curriculum; the loop is `common.grpo`, its gate
-`common.group_advantages`, its loss `common.policy_loss`.
+r = r_fmt + r_len + r_qual + r_rich, the group's mean and spread turn rewards into advantages, and the policy
+moves towards the better ones. `rewards` below is the reward, `RollingBatch` the curriculum; the loop is
+`common.grpo`, its gate `common.group_advantages`, its loss `common.policy_loss`.
 
-Differs from the paper: LoRA over a frozen base instead of all parameters; a `KL` to the base may be switched on (the
-paper has none: 0); r_qual asks the judges only where the rules hold; groups without variance leave the mini-batches.
-`python 02_phase1_train.py --SHOW=1` prints the first group of step 0 in full, its rewards and advantages, and stops.
+Differs from the paper: LoRA over a frozen base instead of all parameters; a `KL` to the base may be
+switched on (the paper has none: 0); r_qual asks the judges only where the rules hold; groups without
+variance leave the mini-batches.
+`python 02_phase1_train.py --SHOW=1` prints the first group of step 0 in full, its rewards and
+advantages, and stops.
 
-Ctrl-C finishes the step and saves; the same command goes on from checkpoint.pt, and a finished run says so and stops. A changed
-constant needs a run of its own: --RUN=NEWNAME --FROM=OLDRUN.
+Ctrl-C finishes the step and saves; the same command goes on from checkpoint.pt, and a finished run says so
+and stops. A changed constant needs a run of its own: --RUN=NEWNAME --FROM=OLDRUN.
 
 Run: python 02_phase1_train.py [--NAME=value ...]
 In:  streams/streams.jsonl, captions.jsonl (01)
@@ -23,7 +26,8 @@ import re
 import resource
 import sys
 
-from common import both, clock, grpo, load_policy, load_streams, make_context, need, np, read_jsonl, settings, start, torch
+from common import (both, clock, grpo, load_policy, load_streams, make_context, need, np, read_jsonl, settings,
+                    start, torch)
 from judges import load_judge
 from loading import save_adapter
 
@@ -34,7 +38,8 @@ OFF_POLICY_STEPS = both(40, 60)  # history by the stronger writer (paper: 60 ste
 STEPS = both(60, 100)            # ... then, up to here, by the policy itself (paper: 40 steps)
 CONTEXTS = both(24, 32)          # contexts per rollout (paper: 32)
 MINI_BATCH = both(6, 8)          # contexts per optimizer step (paper: 8, so four updates per rollout)
-N_MIN, N_MAX = both(3, 11), both(9, 22)   # clips of a stream: extend below N_MIN, resample above N_MAX (released run: 11, 22)
+N_MIN, N_MAX = both(3, 11), both(9, 22)   # clips of a stream: extend below N_MIN, resample above N_MAX
+                                          # (released run: 11, 22)
 RESAMPLE = 0.13                  # chance to resample in between (released run)
 PRINT_EVERY = both(10, 1)        # steps between log lines with the best and the worst sample
 SAVE_EVERY = both(10, 5)         # steps between checkpoints
@@ -42,39 +47,42 @@ SAVE_EVERY = both(10, 5)         # steps between checkpoints
 GROUP = 8                        # G, samples per context (paper, section 2)
 RATIO = "gspo"                   # "gspo": one ratio per sequence; "grpo": one per token
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # clip-higher (released run)
-GATE = 1                         # NSR gate: a sample below its group's mean is pushed down only if its reward is negative;
-                                 # 0: no gate
+GATE = 1                         # NSR gate: a sample below its group's mean is pushed down only if its
+                                 # reward is negative; 0: no gate
 FORMAT = -1.5                    # r_fmt of a malformed response, and its whole reward
 RICHNESS = 0.05                  # weight of r_rich; 0 is the paper's ablation: memories shrink
-TRAIN = "lora"                   # "lora": attention of the language model; "all": all of its parameters, needs fp32
+TRAIN = "lora"                   # "lora": attention of the language model;
+                                 # "all": all of its parameters, needs fp32
 GRAD_CLIP = 1.0                  # norm of the gradient at most
 SHOW = 0                         # 1: print one group in full and stop
 # ----------------------------------------------------------------
-# log.csv, a row a step: reward, reward_std (over all samples); format, length, quality, rich (means of the terms, a malformed
-# sample counting 0 but for format); flat (share
-# of groups without variance: no gradient); malformed, truncated, gated (shares of samples); response, thinking, memory (tokens
-# per response, thinking part, memory); kl (to the base, per token), clipped (share of ratios), grad_norm (before clipping);
+# log.csv, a row a step: reward, reward_std (over all samples); format, length, quality, rich (means of the
+# terms, a malformed sample counting 0 but for format); flat (share of groups without variance: no gradient);
+# malformed, truncated, gated (shares of samples); response, thinking, memory (tokens per response, thinking
+# part, memory); kl (to the base, per token), clipped (share of ratios), grad_norm (before clipping);
 # tokens_per_s (sampled), rollout_s, update_s (seconds), gb (peak memory).
 
-PROMPT = """You keep the memory of an endless video. Below are its latest clips with the memories that you wrote for \
-them. Write the memory of the last clip in one or two sentences: what it shows or says, true, connected to the \
-memory before, nothing that it already states. Call people by their IDs, like <face_3>. Answer with \
-{"description": "..."}."""
-ASK_TO_THINK = " First think, then write </think>, then the answer."     # for templates that open no thinking part
+PROMPT = """You keep the memory of an endless video. Below are its latest clips with the memories that you \
+wrote for them. Write the memory of the last clip in one or two sentences: what it shows or says, true, \
+connected to the memory before, nothing that it already states. Call people by their IDs, like <face_3>. \
+Answer with {"description": "..."}."""
+# for templates that open no thinking part
+ASK_TO_THINK = " First think, then write </think>, then the answer."
 TASK_PROMPT = "\nThese questions were asked lately; similar ones will come, so remember what they need:\n"
 
 
 def build_prompt(context, video, tokenizer):
-    """Prompt text up to where the answer begins: instruction; per clip its time, frame pairs and memory; the tasks.
-    video: per clip a list of (seconds in the clip, tokens) per frame pair."""
+    """Prompt text up to where the answer begins: instruction; per clip its time, frame pairs and memory; the
+    tasks. video: per clip a list of (seconds in the clip, tokens) per frame pair."""
     text = PROMPT + "\n"
     for i, (clip, pairs) in enumerate(zip(context.clips, video)):
         text += f"\n{clock(clip['start'])}-{clock(clip['end'])} "
-        text += "".join(f"<{t:.1f} seconds><|vision_start|>{'<|video_pad|>' * n}<|vision_end|>" for t, n in pairs)
+        text += "".join(f"<{t:.1f} seconds><|vision_start|>{'<|video_pad|>' * n}<|vision_end|>"
+                        for t, n in pairs)
         text += f"\n{context.history[i] or '(nothing)'}" if i < len(context.history) else ""
     text += TASK_PROMPT + "\n".join(context.questions) if context.questions else ""
-    chat = lambda content: tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                         add_generation_prompt=True)
+    chat = lambda content: tokenizer.apply_chat_template([{"role": "user", "content": content}],
+                                                         tokenize=False, add_generation_prompt=True)
     return chat(text) if chat(text).endswith("<think>\n") else chat(text + ASK_TO_THINK)
 
 
@@ -90,18 +98,20 @@ def length_reward(tokens, limit):
 def rules_hold(memory, tokens, limit):
     """The rules of r_qual: IDs only as <face_3>, never a bare face_3, and at most `limit` memory tokens.
 
-    >>> rules_hold("<face_3> waves", 5, 17), rules_hold("face_3 waves", 5, 17), rules_hold("<face_3> waves", 18, 17)
+    >>> (rules_hold("<face_3> waves", 5, 17), rules_hold("face_3 waves", 5, 17),
+    ...  rules_hold("<face_3> waves", 18, 17))
     (True, False, False)
     """
     return tokens <= limit and not re.search(r"(?i)\bface_?\s*\d|<face", re.sub(r"<face_\d+>", "", memory))
 
 
 def quality(S, judge, contexts, samples):
-    """r_qual per context and sample: +0.5 if the rules hold and both judges agree, -0.5 if not, None if a judge failed.
-    Malformed samples get 0.0: they never reach a judge."""
+    """r_qual per context and sample: +0.5 if the rules hold and both judges agree, -0.5 if not, None if a
+    judge failed. Malformed samples get 0.0: they never reach a judge."""
     asked = [(c, s) for c, group in zip(contexts, samples) for s in group
              if s.memory and rules_hold(s.memory, s.memory_tokens, S.MEMORY_TOKENS)]
-    clean = judge.ask("clean", [{"previous": c.history[-1] if c.history else "", "memory": s.memory} for c, s in asked])
+    clean = judge.ask("clean", [{"previous": c.history[-1] if c.history else "", "memory": s.memory}
+                                for c, s in asked])
     faithful = judge.ask("faithful", [{"context": c, "memory": s.memory} for c, s in asked])
     verdict = {id(s): None if a is None or b is None else 0.5 if a and b else -0.5
                for (_, s), a, b in zip(asked, clean, faithful)}
@@ -109,7 +119,8 @@ def quality(S, judge, contexts, samples):
 
 
 def richness(S, judge, contexts, samples, qualities):
-    """r_rich = RICHNESS * u, u = 1 - (rank - 1) / (G' - 1) among the G' samples of a group with good quality; else 0."""
+    """r_rich = RICHNESS * u, u = 1 - (rank - 1) / (G' - 1) among the G' samples of a group
+    with good quality; else 0."""
     rich = [[0.0] * len(group) for group in samples]
     valid = [[i for i, s in enumerate(group) if s.memory and q[i] is not None and q[i] >= 0]
              for group, q in zip(samples, qualities)]
@@ -117,13 +128,14 @@ def richness(S, judge, contexts, samples, qualities):
     ranks = judge.ask("rank", [{"context": contexts[g], "memories": [samples[g][i].memory for i in valid[g]]}
                                for g in asked])
     for g, rank in zip(asked, ranks):
-        for i, r in zip(valid[g], rank or ()):               # a failed ranking leaves the group without this term
+        for i, r in zip(valid[g], rank or ()):           # a failed ranking leaves the group without this term
             rich[g][i] = S.RICHNESS * (1 - (r - 1) / (len(valid[g]) - 1))
     return rich
 
 
 def rewards(S, judge, contexts, samples):
-    """Per context {"total", "gate", "terms"}: r = r_fmt + r_len + r_qual + r_rich; a format violation gets r_fmt alone."""
+    """Per context {"total", "gate", "terms"}: r = r_fmt + r_len + r_qual + r_rich; a format
+    violation gets r_fmt alone."""
     qualities = quality(S, judge, contexts, samples)
     rich = richness(S, judge, contexts, samples, qualities)
     scores = []
@@ -138,25 +150,28 @@ def rewards(S, judge, contexts, samples):
 
 
 class RollingBatch:
-    """Contexts for training. First off-policy history: a random clip with the stronger writer's memories before it. Then
-    on-policy history, as at deployment: after each update every stream is extended (one sampled memory joins its
-    history, "" if it is malformed; the next clip arrives) or resampled (a new stream, a new start, an empty history):
-    extended below N_MIN clips, resampled above N_MAX or at the stream's end, in between resampled with chance RESAMPLE.
+    """Contexts for training. First off-policy history: a random clip with the stronger writer's memories
+    before it. Then on-policy history, as at deployment: after each update every stream is extended (one
+    sampled memory joins its history, "" if it is malformed; the next clip arrives) or resampled (a new
+    stream, a new start, an empty history): extended below N_MIN clips, resampled above N_MAX or at the
+    stream's end, in between resampled with chance RESAMPLE.
 
     `state` (JSON) holds all that the next step depends on.
     """
 
     def __init__(self, S, streams, captions):
         self.S, self.streams, self.captions = S, streams, captions
-        self.state = []                                      # per slot: [stream index, first clip, memories since then]
+        self.state = []                            # per slot: [stream index, first clip, memories since then]
 
     def next(self, step):
         rng = random.Random(f"{self.S.SEED} batch {step}")
         if step < self.S.OFF_POLICY_STEPS:
-            picked = [(s, rng.randrange(len(s["clips"]))) for s in rng.choices(self.streams, k=self.S.CONTEXTS)]
+            picked = [(s, rng.randrange(len(s["clips"])))
+                      for s in rng.choices(self.streams, k=self.S.CONTEXTS)]
             return [make_context(s, t, self.captions.get(s["stream"], {}), k=self.S.K) for s, t in picked]
         self.state = self.state or [self.fresh(rng) for _ in range(self.S.CONTEXTS)]
-        return [make_context(self.cut(i, first), len(kept), kept, k=self.S.K) for i, first, kept in self.state]
+        return [make_context(self.cut(i, first), len(kept), kept, k=self.S.K)
+                for i, first, kept in self.state]
 
     def cut(self, i, first):
         return self.streams[i] | {"clips": self.streams[i]["clips"][first:]}
@@ -176,13 +191,16 @@ class RollingBatch:
 
 
 def histories(S, policy, streams, out):
-    """{stream: {clip: memory}} by a stronger writer: the world's captions, or, with a banner, the base model itself."""
+    """{stream: {clip: memory}} by a stronger writer: the world's captions, or, with a
+    banner, the base model itself."""
     try:
         rows = read_jsonl(need(S, "streams/captions.jsonl"))
     except SystemExit:
-        print("*** streams/captions.jsonl is missing: the off-policy history is written by the base itself. Captions by a "
-              "stronger model, one {stream, clip, memory} a line, serve better (paper, section 2) ***")
-        watched = importlib.import_module("03_collect_tasks").watch(policy, S, streams, path=out / "history.jsonl")
+        print("*** streams/captions.jsonl is missing: the off-policy history is written by the base itself. "
+              "Captions by a stronger model, one {stream, clip, memory} a line, serve better (paper, "
+              "section 2) ***")
+        watched = importlib.import_module("03_collect_tasks").watch(policy, S, streams,
+                                                                    path=out / "history.jsonl")
         return {s: {i: m["memory"] for i, m in enumerate(kept)} for s, kept in watched.items()}
     written = {}
     for r in rows:
@@ -204,19 +222,24 @@ def log_row(step, samples, scores, groups, sums, rollout_s, update_s):
                 malformed=mean([s.memory is None for s in flat]), truncated=mean([s.truncated for s in flat]),
                 gated=mean([not c for g in groups if g for c in g["counts"]]), response=tokens / len(flat),
                 thinking=mean([s.thinking_tokens for s in flat]),
-                memory=mean([s.memory_tokens for s in flat if s.memory]), kl=sums["kl"] / n, clipped=sums["clipped"] / n,
-                grad_norm=sums["grad_norm"], tokens_per_s=tokens / rollout_s, rollout_s=rollout_s, update_s=update_s, gb=gb)
+                memory=mean([s.memory_tokens for s in flat if s.memory]),
+                kl=sums["kl"] / n, clipped=sums["clipped"] / n, grad_norm=sums["grad_norm"],
+                tokens_per_s=tokens / rollout_s, rollout_s=rollout_s, update_s=update_s, gb=gb)
 
 
 def show_group(policy, context, samples, score, group):
-    """The teaching view: one group in full, its rewards term by term, the advantages and what the gate does."""
-    print(re.sub(r"(<\|video_pad\|>)+", "<frames>", policy.tokenizer.decode(policy.prepare([context])[0].ids)))
+    """The teaching view: one group in full, its rewards term by term, the
+    advantages and what the gate does."""
+    print(re.sub(r"(<\|video_pad\|>)+", "<frames>",
+                 policy.tokenizer.decode(policy.prepare([context])[0].ids)))
     for i, s in enumerate(samples):
-        terms = "  ".join(f"{k} {v[i] if v[i] is None else round(v[i], 3)}" for k, v in score["terms"].items())
+        terms = "  ".join(f"{k} {v[i] if v[i] is None else round(v[i], 3)}"
+                          for k, v in score["terms"].items())
         print(f"\n#{i}  {s.text}\n    {terms}  | total {score['total'][i]}")
         if group and i in group["kept"]:
             j = group["kept"].index(i)
-            print(f"    advantage {group['advantages'][j]:+.2f}  {'counts' if group['counts'][j] else 'GATED: no loss'}")
+            print(f"    advantage {group['advantages'][j]:+.2f}  "
+                  f"{'counts' if group['counts'][j] else 'GATED: no loss'}")
 
 
 def main(argv=None):
@@ -229,8 +252,8 @@ def main(argv=None):
     streams, judge, policy = load_streams(S, "train"), load_judge(S), load_policy(S)
     batch = RollingBatch(S, streams, histories(S, policy, streams, out))
     params = policy.add("phase1", S.TRAIN)
-    print(f"{sum(p.numel() for p in params) / 1e6:.2f} M trainable parameters; {S.STEPS} steps of {S.CONTEXTS} contexts, "
-          f"{math.ceil(S.CONTEXTS / S.MINI_BATCH)} updates a step")
+    print(f"{sum(p.numel() for p in params) / 1e6:.2f} M trainable parameters; {S.STEPS} steps of "
+          f"{S.CONTEXTS} contexts, {math.ceil(S.CONTEXTS / S.MINI_BATCH)} updates a step")
     stage3.announce(S, policy, batch.next(0), S.STEPS * S.CONTEXTS, 2 * S.GROUP + 1, 5 if S.KL else 4)
     shown = grpo(policy, S, out, params, batch, lambda c, s: rewards(S, judge, c, s), log_row,
                  reference="base")                           # what KL refers to

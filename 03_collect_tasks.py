@@ -1,8 +1,10 @@
-"""Deployment: the Phase One policy watches the deployment streams and writes memories; each environment asks its first
-questions, which are answered from memory alone; and one rollout cache is sampled that all environments share.
+"""Deployment: the Phase One policy watches the deployment streams and writes memories; each environment
+asks its first questions, which are answered from memory alone; and one rollout cache is sampled that
+all environments share.
 
-The questions are all that Phase Two learns from (no answers are used); the cache is sampled once, so that a new
-environment costs no rollout (paper, section 2). Nobody has to ask: without tasks the script ends with the memories.
+The questions are all that Phase Two learns from (no answers are used); the cache is sampled once, so
+that a new environment costs no rollout (paper, section 2). Nobody has to ask: without tasks the script
+ends with the memories.
 
 Run: python 03_collect_tasks.py [--NAME=value ...]
 In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02)
@@ -11,16 +13,17 @@ Out: tasks/memories.jsonl, memories/STREAM.txt (to be read), recent.json, cache.
 import importlib
 import time
 
-from common import (both, clock, load_policy, load_streams, logprobs, make_context, need, read_jsonl, rollout, settings, start, torch,
-                    write_json, write_jsonl, write_text)
+from common import (both, clock, load_policy, load_streams, logprobs, make_context, need, read_jsonl, rollout,
+                    settings, start, torch, write_json, write_jsonl, write_text)
 from judges import load_judge
-from loading import load_adapter
+from loading import RANK, WORLD, gather, load_adapter, once
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 CACHE_STREAMS = both(24, 100)   # streams whose contexts are cached (paper: about 100 videos)
 CHUNK = both(24, 4)             # contexts sampled between two writes of the cache
 # ---------------------------------------------------------------- the method
-RECENT = 10                     # questions kept per environment: the first 5 define Phase Two, the rest validate 04
+RECENT = 10                     # questions kept per environment: the first 5 define Phase Two,
+                                # the rest validate 04
 GROUP = 8                       # N, memories cached per context (paper, section 2), sampled at temperature 1
 # ----------------------------------------------------------------
 
@@ -28,10 +31,11 @@ GROUP = 8                       # N, memories cached per context (paper, section
 def announce(S, policy, contexts, groups, calls, passes=3, sampled=True):
     """Prints what a run will cost before it starts, from one measured rollout and one measured pass.
 
-    contexts: a typical batch; groups: how many are to come; calls: judge calls a group; passes: per group, a forward pass
-    counts 1, one with its backward 3; sampled: False where the answers are cached, two a group (05 with dpo).
+    contexts: a typical batch; groups: how many are to come; calls: judge calls a group; passes: per group,
+    a forward pass counts 1, one with its backward 3; sampled: False where the answers are cached, two a
+    group (05 with dpo).
     """
-    contexts = contexts[:S.ROLLOUT_CONTEXTS]
+    contexts = contexts[:policy.side[0]]
     prompts, began = policy.prepare(contexts), time.time()           # vision runs here, before the clock
     samples = rollout(policy, contexts, S.GROUP, [(S.SEED, 999_999, i) for i in range(len(contexts))])
     rolled = time.time()
@@ -39,17 +43,19 @@ def announce(S, policy, contexts, groups, calls, passes=3, sampled=True):
         logprobs(policy, contexts[0], [s.ids for s in samples[0]][:None if sampled else 2])
     seconds = sampled * (rolled - began) / len(prompts) + passes * (time.time() - rolled)
     length = sum(len(s.ids) for g in samples for s in g) / len(samples)
-    what = f"{groups} groups of {S.GROUP} = {groups * S.GROUP} rollouts, about {length:.0f} tokens sampled a group" if sampled \
-        else f"{groups} pairs, nothing sampled"
-    print(f"cost: {what}, {len(prompts[0].ids)} prompt tokens, {groups * calls} judge calls, about {groups * seconds / 60:.1f} min")
+    what = (f"{groups} groups of {S.GROUP} = {groups * S.GROUP} rollouts, about {length:.0f} tokens sampled "
+            "a group") if sampled else f"{groups} pairs, nothing sampled"
+    print(f"cost: {what}, {len(prompts[0].ids)} prompt tokens, {groups * calls} judge calls, about "
+          f"{groups * seconds / 60:.1f} min")
 
 
 def watch(policy, S, streams, questions=(), desc="watch", path=None):
-    """The policy watches streams side by side, clip by clip, with its own memories as history -> {stream: [row per clip]}.
+    """The policy watches streams side by side, clip by clip, with its own memories as history
+    -> {stream: [row per clip]}.
 
-    Rows are {stream, clip, start, end, memory, text}; a malformed answer leaves the memory "". Inference sampling: temperature
-    0.6, top-p 0.95, top-k 20 (paper, section 1). path: a JSONL to which rows are appended as they come; an interrupted
-    watch goes on from it.
+    Rows are {stream, clip, start, end, memory, text}; a malformed answer leaves the memory "". Inference
+    sampling: temperature 0.6, top-p 0.95, top-k 20 (paper, section 1). path: a JSONL to which rows are
+    appended as they come; an interrupted watch goes on from it.
     """
     from tqdm import tqdm
     kept = {s["stream"]: [] for s in streams}
@@ -57,10 +63,12 @@ def watch(policy, S, streams, questions=(), desc="watch", path=None):
         kept[row["stream"]].append(row)
     for t in tqdm(range(max(len(s["clips"]) for s in streams)), desc=desc, leave=False):
         now = [(i, s) for i, s in enumerate(streams) if len(kept[s["stream"]]) == t < len(s["clips"])]
-        contexts = [make_context(s, t, [m["memory"] for m in kept[s["stream"]]], questions, S.K) for _, s in now]
-        groups = rollout(policy, contexts, 1, [(S.SEED, 7, i, t) for i, _ in now], 0.6, 0.95, 20)
-        rows = [dict(stream=s["stream"], clip=t, start=s["clips"][t]["start"], end=s["clips"][t]["end"],
-                     memory=m.memory or "", text=m.text) for (_, s), (m,) in zip(now, groups)]
+        mine = now[RANK::WORLD]                                            # of several GPUs, this one's
+        contexts = [make_context(s, t, [m["memory"] for m in kept[s["stream"]]], questions, S.K)
+                    for _, s in mine]
+        groups = rollout(policy, contexts, 1, [(S.SEED, 7, i, t) for i, _ in mine], 0.6, 0.95, 20)
+        rows = gather([dict(stream=s["stream"], clip=t, start=s["clips"][t]["start"], end=s["clips"][t]["end"],
+                            memory=m.memory or "", text=m.text) for (_, s), (m,) in zip(mine, groups)])
         for row in rows:
             kept[row["stream"]].append(row)
         if path and rows:
@@ -69,16 +77,21 @@ def watch(policy, S, streams, questions=(), desc="watch", path=None):
 
 
 def answer(judge, tasks, memories):
-    """Replies of the reader, who gets the memories of the stream up to the time of the question, and nothing else.
+    """Replies of the reader, who gets the memories of the stream up to the time of
+    the question, and nothing else.
 
     memories: {stream: [row per clip]}. Returns a letter, "insufficient" or None (the reader failed) per task.
     """
-    return judge.ask("answer", [{"question": t["question"], "options": t["options"], "entries": [
-        [m["start"], m["end"], m["memory"]] for m in memories[t["stream"]] if m["end"] <= t["time"]]} for t in tasks])
+    return once(lambda: judge.ask("answer", [
+        {"question": t["question"], "options": t["options"],
+         "entries": [[m["start"], m["end"], m["memory"]] for m in memories[t["stream"]]
+                     if m["end"] <= t["time"]]}
+        for t in tasks]))
 
 
 def first_questions(tasks, n):
-    """{environment: its first n tasks}, in the order of the file, which is the order in which they are asked."""
+    """{environment: its first n tasks}, in the order of the file, which is the
+    order in which they are asked."""
     environments = {}
     for task in tasks:
         if len(environments.setdefault(task["environment"], [])) < n:
@@ -87,7 +100,8 @@ def first_questions(tasks, n):
 
 
 def spread(tasks):
-    """Tasks in rounds, one per stream and round, so that the first questions of an environment come from many streams."""
+    """Tasks in rounds, one per stream and round, so that the first questions of an
+    environment come from many streams."""
     seen, rounds = {}, []
     for task in tasks:
         key = task["environment"], task["stream"]
@@ -104,17 +118,19 @@ def fill_cache(S, out, policy, judge, streams, memories):
     todo = [(s, t) for s in streams for t in range(len(s["clips"]))]
     contexts = [make_context(s, t, [m["memory"] for m in memories[s["stream"]]], k=S.K) for s, t in todo]
     for i in tqdm(range(len(done), len(todo), S.CHUNK), desc="rollout cache", initial=len(done) // S.CHUNK):
-        chunk = contexts[i:i + S.CHUNK]
-        samples = rollout(policy, chunk, S.GROUP, [(S.SEED, 8, i + j) for j in range(len(chunk))])
+        mine = range(i + RANK, min(i + S.CHUNK, len(todo)), WORLD)
+        chunk = [contexts[j] for j in mine]
+        samples = rollout(policy, chunk, S.GROUP, [(S.SEED, 8, j) for j in mine])
         qualities = phase1.quality(S, judge, chunk, samples)
-        rows = [{"stream": c.stream, "clip": c.clip, "history": c.history, "samples": [
+        rows = gather([{"stream": c.stream, "clip": c.clip, "history": c.history, "samples": [
             s._asdict() | {"format": 0.0 if s.memory else phase1.FORMAT, "quality": q}
             for s, q in zip(group, quality)
-        ]} for c, group, quality in zip(chunk, samples, qualities)]
+        ]} for c, group, quality in zip(chunk, samples, qualities)])
         write_jsonl(part, rows, "a")
         done += rows
     write_jsonl(out / "cache.jsonl", done)
-    part.unlink()
+    if not RANK:
+        part.unlink()
 
 
 def main(argv=None):
@@ -123,7 +139,8 @@ def main(argv=None):
     if (out / "cache.jsonl").exists():
         return print(f"finished before: {out}; next: python 04_train_reward.py --RUN={S.RUN}")
     streams = load_streams(S, "deploy")
-    tasks = [t for t in read_jsonl(need(S, "streams/tasks.jsonl")) if t["stream"] in {s["stream"] for s in streams}]
+    tasks = [t for t in read_jsonl(need(S, "streams/tasks.jsonl"))
+             if t["stream"] in {s["stream"] for s in streams}]
     adapter, judge = need(S, "phase1/adapter"), load_judge(S) if tasks else None
     policy = load_policy(S)
     load_adapter(policy, "phase1", adapter)
@@ -141,14 +158,15 @@ def main(argv=None):
     written = sum(bool(m["memory"]) for rows in memories.values() for m in rows)
     print(f"memories of {written} of {clips} clips: {out / 'memories'}")
     if not tasks:
-        return print("no tasks ask about these streams: the memories are all there is to make (see tasks.jsonl in 01)")
+        return print("no tasks ask about these streams: the memories are all there is to make (see "
+                     "tasks.jsonl in 01)")
 
     recent = first_questions(spread(tasks), S.RECENT)
     for environment, asked in recent.items():
         for task, reply in zip(asked, answer(judge, asked, memories)):
             task |= {"reply": reply, "correct": None if reply is None else reply == task["answer"]}
-        print(f"  {environment:24} {sum(bool(t['correct']) for t in asked[:5])} of the first {len(asked[:5])} answered, e.g. "
-              f"{asked[0]['question']!r} -> {asked[0]['reply']}")
+        print(f"  {environment:24} {sum(bool(t['correct']) for t in asked[:5])} of the first "
+              f"{len(asked[:5])} answered, e.g. {asked[0]['question']!r} -> {asked[0]['reply']}")
     write_json(out / "recent.json", recent)
     fill_cache(S, out, policy, judge, cached, memories)
     print(f"next: python 04_train_reward.py --RUN={S.RUN}")

@@ -194,7 +194,7 @@ def fingerprint(*things):
 def kept(path, key, make):
     """Rows of `make(part)`, stored with their key; read back where the file has this key: a run goes on.
     part: where `make` may keep unfinished work; its name holds the key, so no other run takes it up."""
-    if path.exists():
+    if loading.once(path.exists):                                        # else ranks may disagree
         head, *rows = common.read_jsonl(path)
         if head == {"fingerprint": key}:
             return rows
@@ -209,12 +209,10 @@ def kept(path, key, make):
 # ------------------------------------------------------------------------------- watch, answer, judge
 def watch(writer, job, streams, questions, S, part):
     """Rows {stream, clip, start, end, memory}, "" where malformed: a policy's pass over the streams."""
-    collect = importlib.import_module("03_collect_tasks")
-    told = questions[job.environment] if job.told else ()
+    told, stage3 = questions[job.environment] if job.told else (), importlib.import_module("03_collect_tasks")
     with writer.using(job) as policy:
-        seen = collect.watch(policy, S, streams, told, job.slug, part)     # {stream: [row per clip]}
-    keys = ("stream", "clip", "start", "end", "memory")
-    return [{k: row[k] for k in keys} for s in streams for row in seen[s["stream"]]]
+        seen = stage3.watch(policy, S, streams, told, job.slug, part)      # {stream: [row per clip]}
+    return [{k: row[k] for k in row if k != "text"} for s in streams for row in seen[s["stream"]]]
 
 
 def answer(judge, tasks, memories):
@@ -231,10 +229,9 @@ def compare(judge, questions, pairs):
     """win | tie | loss of the first memory of each pair for such questions; both orders must agree, else it
     is a tie (as in 04). None where the judge failed."""
     ask = lambda a, b: {"questions": questions, "first": a, "second": b}
-    forth = judge.ask("prefer", [ask(a, b) for a, b in pairs])
-    back = judge.ask("prefer", [ask(b, a) for a, b in pairs])
+    both = loading.once(lambda: judge.ask("prefer", [ask(*x) for a, b in pairs for x in ((a, b), (b, a))]))
     named = {("first", "second"): "win", ("second", "first"): "loss"}
-    return [None if None in both else named.get(both, "tie") for both in zip(forth, back)]
+    return [None if None in said else named.get(said, "tie") for said in zip(both[::2], both[1::2])]
 
 
 def validate(writer, judge, job, contexts, questions, S, reference=None):
@@ -248,15 +245,17 @@ def validate(writer, judge, job, contexts, questions, S, reference=None):
         asked = [c._replace(questions=told) for c in contexts]
         # the reference has noise of its own: Phase One against itself must not be a tie by construction
         keys = [(S.SEED, 9, int(reference is None), i) for i in range(len(contexts))]
-        samples = common.rollout(policy, asked, 1, keys, S.VALIDATE_TEMPERATURE)
+        part = slice(loading.RANK, None, loading.WORLD)                  # of several GPUs, this one's
+        samples = loading.gather(common.rollout(policy, asked[part], 1, keys[part], S.VALIDATE_TEMPERATURE))
     rows = [{"stream": c.stream, "clip": c.clip, "memory": s.memory or "", "tokens": s.memory_tokens,
              "faithful": False, "clean": False, "verdicts": {}} for c, (s,) in zip(contexts, samples)]
     if reference is None:
         return rows
     last = lambda context: (context.history or [""])[-1]
     formed = [(row, c) for row, c in zip(rows, contexts) if row["memory"]]
-    faithful = judge.ask("faithful", [{"context": c, "memory": row["memory"]} for row, c in formed])
-    clean = judge.ask("clean", [{"previous": last(c), "memory": row["memory"]} for row, c in formed])
+    faithful, clean = loading.once(lambda: (
+        judge.ask("faithful", [{"context": c, "memory": row["memory"]} for row, c in formed]),
+        judge.ask("clean", [{"previous": last(c), "memory": row["memory"]} for row, c in formed])))
     for (row, _), one, two in zip(formed, faithful, clean):
         row |= {"faithful": one, "clean": two}
     theirs = {(r["stream"], r["clip"]): r["memory"] for r in reference}

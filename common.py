@@ -199,7 +199,6 @@ class Policy:
         a decoder layer's output, h <- h + a) or "all" (new values for the whole decoder; vision, embeddings and head
         stay frozen). New, then without effect, or what `save` wrote to `folder` -> its parameters."""
         from safetensors.torch import load_file
-        self.kind[writer] = kind
         saved = load_file(str(folder / FILES[kind]), str(self.device)) if folder and kind != "lora" else {}
         if kind == "lora":
             from peft import LoraConfig
@@ -227,6 +226,7 @@ class Policy:
             params = list(self._decoder().values())
             self.whole.setdefault("base", {n: p.data for n, p in self._decoder().items()})
             self.whole[writer] = saved or {n: p.data.clone() for n, p in self._decoder().items()}
+        self.kind[writer] = kind
         self.use(writer)
         return params
 

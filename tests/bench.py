@@ -1,15 +1,18 @@
-"""What a group in one row is worth, in one process at the embedded world's sizes. Two comparisons, G = 8 samples:
+"""What a group in one row is worth, in one process at the embedded world's sizes.
+Two comparisons, G = 8 samples:
 
-(a) rollout: common.rollout (vision features kept, the prompt prefilled once per context) against transformers'
-    generate(num_return_sequences=8) on the same contexts, left-padded into one batch where there are several.
-    generate reads the pixels each time, as in training loops that call it. Both sample at temperature 1 exactly NEW
-    tokens in each answer (no end token on either side), so that finished samples leave our batch is not counted.
-(b) training pass: log-probs of 8 answers and their gradient in a LoRA, by common.logprobs as one packed row against
-    the same function on 8 rows of one answer each; vision features are kept in both.
+(a) rollout: common.rollout (vision features kept, the prompt prefilled once per context) against
+    transformers' generate(num_return_sequences=8) on the same contexts, left-padded into one batch where
+    there are several. generate reads the pixels each time, as in training loops that call it. Both sample at
+    temperature 1 exactly NEW tokens in each answer (no end token on either side), so that finished samples
+    leave our batch is not counted.
+(b) training pass: log-probs of 8 answers and their gradient in a LoRA, by common.logprobs as one packed row
+    against the same function on 8 rows of one answer each; vision features are kept in both.
 
 Run: python tests/bench.py [--json FILE]     (also --threads N, --repeats N, --contexts N of the larger batch)
-Prints medians, the ratio per repeat (median, smallest, largest), machine and versions. The two sides take turns, so
-that a machine that is slower for a while slows both; measure on an idle one. About 1 minute on 2 cores.
+Prints medians, the ratio per repeat (median, smallest, largest), machine and versions. The two
+sides take turns, so that a machine that is slower for a while slows both; measure on an idle one.
+About 1 minute on 2 cores.
 """
 import argparse
 import json
@@ -35,13 +38,14 @@ def machine(threads):
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
     except OSError:
         pass                      # not Linux: what platform knows will do
-    return {"cpu": name, "cores": os.cpu_count(), "threads": threads, "load": [round(x, 1) for x in os.getloadavg()],
-            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"cpu": name, "cores": os.cpu_count(), "threads": threads,
+            "load": [round(x, 1) for x in os.getloadavg()], "python": platform.python_version(),
+            "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def make_contexts(folder, n):
-    """n contexts as training draws them: of two rendered streams, evenly from the last clip to the first, the caption
-    before each clip as history. So most windows are full, and the first one is."""
+    """n contexts as training draws them: of two rendered streams, evenly from the last clip to the first, the
+    caption before each clip as history. So most windows are full, and the first one is."""
     import numpy as np
     import common
     from tiny import world
@@ -54,12 +58,14 @@ def make_contexts(folder, n):
                  for t in range(len(truth))]
         memories = [world.sentence(world.connector(t), world.clip_facts(clip)[t % 3:][:3])
                     for t, clip in enumerate(truth)]
-        contexts += [common.make_context(dict(stream=str(i), clips=clips), t, memories) for t in range(len(truth))]
+        contexts += [common.make_context(dict(stream=str(i), clips=clips), t, memories)
+                     for t in range(len(truth))]
     return sorted(contexts, key=lambda c: -c.clip)[::max(1, len(contexts) // n)][:n]
 
 
 def generate(policy, contexts, prompts, pixels):
-    """generate's tokens for the contexts as one left-padded batch, NEW in each of the G answers -> their number."""
+    """generate's tokens for the contexts as one left-padded batch, NEW in each of the
+    G answers -> their number."""
     import torch
     P = max(len(p.ids) for p in prompts)
     rows = [(torch.nn.functional.pad(x, (P - len(x), 0), value=v) for x, v in
@@ -68,9 +74,9 @@ def generate(policy, contexts, prompts, pixels):
     out = policy.model.generate(
         input_ids=ids, attention_mask=mask, mm_token_type_ids=kinds,
         pixel_values_videos=torch.cat([x for c in pixels for x, _ in c]),
-        video_grid_thw=torch.tensor([g for c in pixels for _, g in c]), num_return_sequences=G, do_sample=True,
-        temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=NEW, min_new_tokens=NEW,
-        suppress_tokens=[policy.end, *policy.banned.tolist()],
+        video_grid_thw=torch.tensor([g for c in pixels for _, g in c]),
+        num_return_sequences=G, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        max_new_tokens=NEW, min_new_tokens=NEW, suppress_tokens=[policy.end, *policy.banned.tolist()],
         pad_token_id=policy.end)
     return out[:, P:].numel()
 
@@ -91,13 +97,15 @@ def summary(seconds, tokens):
     """Tokens/s of the new way and of the plain one, and by how much the new one is faster, per repeat."""
     new, plain = seconds.values()
     ratios = [b / a for a, b in zip(new, plain)]
-    return {f"{name}_tokens_per_s": round(tokens / statistics.median(s), 1) for name, s in seconds.items()} | {
+    return {
+        f"{name}_tokens_per_s": round(tokens / statistics.median(s), 1) for name, s in seconds.items()} | {
         "ratio": round(statistics.median(ratios), 2), "ratio_min": round(min(ratios), 2),
         "ratio_max": round(max(ratios), 2), "repeats": len(ratios), "tokens": tokens}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
@@ -117,7 +125,8 @@ def main():
         contexts = make_contexts(folder, options.contexts)
         prompts = policy.prepare(contexts)
         frames = lambda c: stage1.clip_frames(c, policy.S.FRAMES_PER_CLIP)[0]
-        pixels = [[common.frames_to_patches(frames(c), policy.S.FRAME_PIXELS) for c in x.clips] for x in contexts]
+        pixels = [[common.frames_to_patches(frames(c), policy.S.FRAME_PIXELS) for c in x.clips]
+                  for x in contexts]
     lengths = sorted(len(p.ids) for p in prompts)
     print(json.dumps(result["machine"]) + f"\nprompts of {lengths[0]} to {lengths[-1]} tokens")
 
@@ -132,8 +141,9 @@ def main():
         row = summary(take_turns({"shared": shared, "generate": plain}, options.repeats), n * G * NEW)
         policy.banned = banned
         result["rollout"][f"{n}_contexts"] = row
-        print(f"rollout, {n} contexts x {G} answers x {NEW} tokens: shared prefix {row['shared_tokens_per_s']} tokens/s, "
-              f"generate {row['generate_tokens_per_s']}, ratio {row['ratio']} ({row['ratio_min']} to {row['ratio_max']})")
+        print(f"rollout, {n} contexts x {G} answers x {NEW} tokens: shared prefix "
+              f"{row['shared_tokens_per_s']} tokens/s, generate {row['generate_tokens_per_s']}, "
+              f"ratio {row['ratio']} ({row['ratio_min']} to {row['ratio_max']})")
 
     # ---- (b) training pass
     rng = np.random.default_rng(0)
@@ -148,9 +158,11 @@ def main():
     def separate():
         for a in answers:
             (common.logprobs(policy, contexts[0], [a])[0].mean() / G).backward()
-    row = result["packing"] = summary(take_turns({"packed": packed, "separate": separate}, options.repeats), G * NEW)
-    print(f"forward and backward, {G} answers x {NEW} tokens on one context: packed {row['packed_tokens_per_s']} tokens/s, "
-          f"separate rows {row['separate_tokens_per_s']}, ratio {row['ratio']} ({row['ratio_min']} to {row['ratio_max']})")
+    row = result["packing"] = summary(
+        take_turns({"packed": packed, "separate": separate}, options.repeats), G * NEW)
+    print(f"forward and backward, {G} answers x {NEW} tokens on one context: packed "
+          f"{row['packed_tokens_per_s']} tokens/s, separate rows {row['separate_tokens_per_s']}, "
+          f"ratio {row['ratio']} ({row['ratio_min']} to {row['ratio_max']})")
     if options.json:
         common.write_json(options.json, result)
 

@@ -30,7 +30,8 @@ def streams(toy):
 
 @pytest.fixture(scope="session")
 def loaded():
-    return common.load_policy(common.settings({"__doc__": ""}, ["--MAX_NEW_TOKENS=32", "--CPU_THREADS=1"]))
+    return common.load_policy(
+        common.settings({"__doc__": ""}, ["--MAX_NEW_TOKENS=32", "--CPU_THREADS=1"]))
 
 
 @pytest.fixture

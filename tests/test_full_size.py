@@ -137,7 +137,6 @@ def test_adapters_on_a_packed_model_are_saved_and_loaded(four_bit, contexts, tmp
         four_bit.drop("phase2")
     with pytest.raises(SystemExit, match="needs a model in fp32"):
         four_bit.add("phase1", "all")
-    four_bit.kind.pop("phase1")
 
 
 def test_an_expert_that_blocks_cannot_tile_is_refused():

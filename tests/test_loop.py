@@ -63,7 +63,8 @@ def sample(memory, tokens=5, thinking=0):
 
 
 class FakeJudge:
-    """Verdicts by a word in the memory; `rank` by the number of its words; what holds "fail" gets no verdict."""
+    """Verdicts by a word in the memory; `rank` by the number of its words; what
+    holds "fail" gets no verdict."""
 
     def __init__(self):
         self.asked = []
@@ -72,18 +73,20 @@ class FakeJudge:
         self.asked += [(kind, item) for item in items]
         if kind == "rank":
             return [self.rank(item["memories"]) for item in items]
-        return [None if f"fail {kind}" in m else f"not {kind}" not in m for m in (item["memory"] for item in items)]
+        return [None if f"fail {kind}" in m else f"not {kind}" not in m
+                for m in (item["memory"] for item in items)]
 
     @staticmethod
     def rank(memories):
         if any("no ranking" in m for m in memories):
             return None
         n = [len(m.split()) for m in memories]
-        return [1 + sum(x > y for x in n) + (n.count(y) - 1) / 2 for y in n]              # ties share the mean rank
+        return [1 + sum(x > y for x in n) + (n.count(y) - 1) / 2 for y in n]        # ties share the mean rank
 
 
 def toy_settings(**changed):
-    return SimpleNamespace(**{**dict(MEMORY_TOKENS=17, THINK_TOKENS=16, FORMAT=-1.5, RICHNESS=0.05), **changed})
+    return SimpleNamespace(**{**dict(MEMORY_TOKENS=17, THINK_TOKENS=16, FORMAT=-1.5, RICHNESS=0.05),
+                              **changed})
 
 
 def context(history=()):
@@ -91,9 +94,10 @@ def context(history=()):
 
 
 def test_reward_terms_add_up():
-    group = [sample("a lamp"), sample("a red lamp here"), sample("a red cup here"),          # 4 words twice: a tie
-             sample("not faithful x"), sample("not clean x"), sample("face_3 x"), sample("a long one", tokens=18),
-             sample(None, thinking=99), sample("fail faithful x"), sample("fail clean x"), sample("x", thinking=24)]
+    group = [sample("a lamp"), sample("a red lamp here"), sample("a red cup here"),    # 4 words twice: a tie
+             sample("not faithful x"), sample("not clean x"), sample("face_3 x"),
+             sample("a long one", tokens=18), sample(None, thinking=99), sample("fail faithful x"),
+             sample("fail clean x"), sample("x", thinking=24)]
     judge = FakeJudge()
     score, = phase1.rewards(toy_settings(), judge, [context(["before"])], [group])
     # good: 0, 1, 2 and 10; by words 4, 4, 2, 1: ranks 1.5, 1.5, 3, 4; u = 1 - (rank - 1) / 3
@@ -118,7 +122,8 @@ def test_richness_needs_two_good_memories_a_ranking_and_a_weight():
     assert rich([sample("a b"), sample("a b c not clean"), sample(None)]) == [0.0] * 3
     assert rich([sample("a b"), sample("a no ranking")]) == [0.0] * 2
     assert rich(two, RICHNESS=0.0) == [0.0] * 2
-    assert rich([sample("a b", thinking=40), sample("a b c", thinking=40)]) == [0.0, 0.05]   # r_len excludes nobody
+    assert rich([sample("a b", thinking=40),
+                 sample("a b c", thinking=40)]) == [0.0, 0.05]            # r_len excludes nobody
 
 
 def test_rewards_keep_groups_apart():
@@ -127,15 +132,18 @@ def test_rewards_keep_groups_apart():
     assert [s["total"] for s in scores] == [[0.55, 0.5], [-0.5, None]]
 
 
-@pytest.mark.parametrize("tokens, want", [(0, 0), (16, 0), (17, -1 / 16), (24, -0.5), (32, -1), (33, -1), (10**6, -1)])
+@pytest.mark.parametrize("tokens, want", [(0, 0), (16, 0), (17, -1 / 16), (24, -0.5), (32, -1), (33, -1),
+                                          (10**6, -1)])
 def test_length_reward(tokens, want):
     assert phase1.length_reward(tokens, 16) == pytest.approx(want)
 
 
 @pytest.mark.parametrize("memory, tokens, holds", [
-    ("<face_3> waves at <face_12>", 17, True), ("", 0, True), ("a face", 5, True), ("faces of 3 people", 5, True),
-    ("<face_3> waves", 18, False), ("face_3 waves", 5, False), ("face 3 waves", 5, False), ("face3", 5, False),
-    ("<face_3 waves", 5, False), ("<face_x> waves", 5, False), ("<face_3> and face_4", 5, False), ("<face 3>", 5, False)])
+    ("<face_3> waves at <face_12>", 17, True), ("", 0, True), ("a face", 5, True),
+    ("faces of 3 people", 5, True),
+    ("<face_3> waves", 18, False), ("face_3 waves", 5, False), ("face 3 waves", 5, False),
+    ("face3", 5, False), ("<face_3 waves", 5, False), ("<face_x> waves", 5, False),
+    ("<face_3> and face_4", 5, False), ("<face 3>", 5, False)])
 def test_rules_hold(memory, tokens, holds):
     assert phase1.rules_hold(memory, tokens, 17) == holds
 
@@ -146,7 +154,8 @@ def plain_streams(lengths=(12, 12, 9, 5)):
 
 
 def rolling(lengths=(12, 12, 9, 5), **changed):
-    S = SimpleNamespace(**dict(SEED=0, CONTEXTS=6, OFF_POLICY_STEPS=0, N_MIN=3, N_MAX=5, RESAMPLE=0.0, K=5) | changed)
+    S = SimpleNamespace(**dict(SEED=0, CONTEXTS=6, OFF_POLICY_STEPS=0, N_MIN=3, N_MAX=5, RESAMPLE=0.0, K=5)
+                        | changed)
     streams = plain_streams(lengths)
     captions = {s["stream"]: {c["clip"]: f"{s['stream']}/{c['clip']}" for c in s["clips"]} for s in streams}
     return phase1.RollingBatch(S, streams, captions)
@@ -276,11 +285,12 @@ class Break(Exception):
 def test_k_steps_resume_k_steps_equal_2k_steps_bit_by_bit(policy, streams, tmp_path):
     whole = loop(policy, tmp_path / "whole", streams)
     log = rows(tmp_path / "whole" / "log.csv")
-    assert [r["step"] for r in log] == list("0123") and float(log[-1]["kl"]) > 0 and float(log[-1]["grad_norm"]) > 0
+    assert ([r["step"] for r in log] == list("0123") and float(log[-1]["kl"]) > 0
+            and float(log[-1]["grad_norm"]) > 0)
 
     asked = []
 
-    def killed(contexts, samples):                                 # in step 3, after the checkpoint of 2 and a row for 2
+    def killed(contexts, samples):                      # in step 3, after the checkpoint of 2 and a row for 2
         asked.append(1)
         if len(asked) == 4:
             raise Break
@@ -294,7 +304,7 @@ def test_k_steps_resume_k_steps_equal_2k_steps_bit_by_bit(policy, streams, tmp_p
 
     asked.clear()
 
-    def terminated(contexts, samples):                             # SIGTERM in step 1, where no checkpoint is due
+    def terminated(contexts, samples):                  # SIGTERM in step 1, where no checkpoint is due
         asked.append(1)
         if len(asked) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -308,7 +318,8 @@ def test_k_steps_resume_k_steps_equal_2k_steps_bit_by_bit(policy, streams, tmp_p
 
 
 def test_old_and_reference_logprobs_are_those_from_before_the_step(policy, streams, tmp_path, monkeypatch):
-    """One context per mini-batch: the ratio is 1 in the first update alone; the KL refers to the base throughout."""
+    """One context per mini-batch: the ratio is 1 in the first update alone; the KL
+    refers to the base throughout."""
     seen, contexts, samples = [], [], []
     real_loss, real_kl = common.policy_loss, common.kl_to
     monkeypatch.setattr(common, "policy_loss", lambda *given: seen.append([*given[:2]]) or real_loss(*given))
@@ -326,7 +337,7 @@ def test_old_and_reference_logprobs_are_those_from_before_the_step(policy, strea
             base = common.logprobs(policy, context, [s.ids for s in group])
         for x, o, r, b in zip(new, old, ref, base):
             assert near(r, b)
-            assert near(o, b) == (i < 3)                           # a new LoRA is the base until its first update
+            assert near(o, b) == (i < 3)                       # a new LoRA is the base until its first update
             assert near(x, o) == (i % 3 == 0)
 
 
@@ -375,10 +386,11 @@ def wait_for(path, process, seconds=120):
 
 
 def test_sigterm_and_sigkill_in_a_real_process(toy, tmp_path):
-    """Two runs of 02, one asked to stop, one killed at a random moment; run again, both end in a whole run's bytes."""
-    argv = lambda name: [f"--RUN={tmp_path / name}", f"--FROM={toy}", "--CPU_THREADS=1", "--STEPS=4", "--GROUP=2",
-                         "--CONTEXTS=2", "--MINI_BATCH=1", "--OFF_POLICY_STEPS=2", "--N_MIN=1", "--N_MAX=3", "--SAVE_EVERY=1",
-                         "--LR=1e-2"]
+    """Two runs of 02, one asked to stop, one killed at a random moment; run again, both
+    end in a whole run's bytes."""
+    argv = lambda name: [f"--RUN={tmp_path / name}", f"--FROM={toy}", "--CPU_THREADS=1", "--STEPS=4",
+                         "--GROUP=2", "--CONTEXTS=2", "--MINI_BATCH=1", "--OFF_POLICY_STEPS=2", "--N_MIN=1",
+                         "--N_MAX=3", "--SAVE_EVERY=1", "--LR=1e-2"]
     begin = lambda name: subprocess.Popen([sys.executable, phase1.__file__, *argv(name)], text=True,
                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                           env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -1,4 +1,5 @@
-"""The mathematics that is written by hand, against slow plain references and against the libraries' own code."""
+"""The mathematics that is written by hand, against slow plain references and
+against the libraries' own code."""
 import importlib
 import math
 import random
@@ -66,10 +67,12 @@ def slow_loss(logp, old, advantages, counts, ratio, clip):
 
 
 def group(seed, spread, n=6):
-    """logp (leaves with gradient), old, advantages, counts of one random group, answers of different lengths."""
+    """logp (leaves with gradient), old, advantages, counts of one random group,
+    answers of different lengths."""
     rng = np.random.default_rng(seed)
     old = [torch.tensor(-rng.random(t) * 3) for t in rng.integers(1, 9, n)]
-    logp = [(o + torch.tensor(rng.normal(rng.normal(0, spread), spread, len(o)))).requires_grad_() for o in old]
+    logp = [(o + torch.tensor(rng.normal(rng.normal(0, spread), spread, len(o)))).requires_grad_()
+            for o in old]
     return logp, old, *common.group_advantages(rng.normal(size=n).tolist(), rng.normal(size=n).tolist())
 
 
@@ -94,7 +97,7 @@ def test_policy_loss_and_gradient_against_a_token_loop(ratio):
                 slope = (ends[0] - ends[1]) / 2e-6
                 got = 0.0 if logp[i].grad is None else logp[i].grad[t].item()
                 assert got == pytest.approx(slope, abs=1e-5)
-    assert seen > 10                                               # clipped and unclipped samples in one group
+    assert seen > 10                                           # clipped and unclipped samples in one group
 
 
 @pytest.mark.parametrize("ratio", ["gspo", "grpo"])
@@ -110,14 +113,16 @@ def test_ratio_is_one_at_first_and_the_gradient_is_the_plain_policy_gradient(rat
 
 @pytest.mark.parametrize("ratio", ["gspo", "grpo"])
 def test_clip_higher(ratio):
-    """Up to 1.28 the ratio of a good sample counts, beyond it its gradient is gone; for a bad one 0.8 is the end."""
+    """Up to 1.28 the ratio of a good sample counts, beyond it its gradient is gone; for
+    a bad one 0.8 is the end."""
     def slope(s, a):
         x = torch.tensor([math.log(s)] * 3, requires_grad=True)
         common.policy_loss([x], [torch.zeros(3)], [a], [True], ratio, (0.2, 0.28))[0].backward()
         return x.grad.sum().item()
     assert slope(1.27, 1.0) == pytest.approx(-1.27, abs=1e-4) and slope(1.29, 1.0) == 0
     assert slope(0.81, -1.0) == pytest.approx(0.81, abs=1e-4) and slope(0.79, -1.0) == 0
-    assert slope(0.5, 1.0) == pytest.approx(-0.5, abs=1e-4) and slope(2.0, -1.0) == pytest.approx(2.0, abs=1e-4)
+    assert (slope(0.5, 1.0) == pytest.approx(-0.5, abs=1e-4)
+            and slope(2.0, -1.0) == pytest.approx(2.0, abs=1e-4))
 
 
 def test_gated_samples_and_flat_groups_have_no_gradient_but_stay_in_the_divisor():
@@ -158,7 +163,8 @@ def test_dpo_loss_against_numpy_and_its_gradient_signs():
         want = beta * ((w - rw) - (l - rl))
         assert margin.item() == pytest.approx(want) and loss.item() == pytest.approx(np.log1p(np.exp(-want)))
         loss.backward()
-        assert winner.grad.item() == pytest.approx(-beta / (1 + np.exp(want))) and winner.grad < 0 < loser.grad
+        assert (winner.grad.item() == pytest.approx(-beta / (1 + np.exp(want)))
+                and winner.grad < 0 < loser.grad)
     at_start, _ = dpo_loss(*torch.tensor([-7.0, -9.0, -7.0, -9.0]), beta=0.5)        # policy = reference
     assert at_start.item() == pytest.approx(math.log(2))
 
@@ -182,7 +188,8 @@ def slow_pick(logits, u, temperature, top_p, top_k):
     return max(nucleus)
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.6, 0.95, 20), (2.0, 0.5, 0), (1.0, 1.0, 3)])
+@pytest.mark.parametrize("temperature, top_p, top_k",
+                         [(1.0, 1.0, 0), (0.6, 0.95, 20), (2.0, 0.5, 0), (1.0, 1.0, 3)])
 def test_pick_against_a_plain_loop_and_the_warpers_of_transformers(temperature, top_p, top_k):
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
     rng = np.random.default_rng(5)
@@ -216,23 +223,28 @@ def stripes(n, h, w):
 # Made with Qwen3VLVideoProcessor of transformers 5.23.0 and the resize of torchvision 0.28.0 on
 #   processor(videos=[frames as (n, 3, h, w)], do_sample_frames=False, cap_pixels_per_frame=False,
 #             size={"shortest_edge": 1024, "longest_edge": pixels * n})
-# (torchvision's compiled operators stubbed: on the CPU build of torch they don't load). Per case: frames, height, width,
-# pixels | grid | sum of the values | sum of the values times their index modulo 97 | grey levels (value + 1) * 127.5 of
-# twelve values spread over the array, of the first six and of the last six.
+# (torchvision's compiled operators stubbed: on the CPU build of torch they don't load). Per case: frames,
+# height, width, pixels | grid | sum of the values | sum of the values times their index modulo 97 | grey
+# levels (value + 1) * 127.5 of twelve values spread over the array, of the first six and of the last six.
 GOLDEN = [
     ((4, 96, 96, 9216), (2, 6, 6), 103.65490404795855, 789.8509482331574,
-     [211, 240, 25, 208, 96, 176, 61, 90, 131, 58, 202, 26], [0, 3, 6, 9, 12, 15], [50, 72, 94, 116, 138, 160]),
+     [211, 240, 25, 208, 96, 176, 61, 90, 131, 58, 202, 26],
+     [0, 3, 6, 9, 12, 15], [50, 72, 94, 116, 138, 160]),
     ((3, 64, 96, 9216), (2, 4, 6), 215.1529452172108, 7291.121740897186,
-     [112, 54, 252, 80, 227, 118, 218, 160, 102, 186, 77, 224], [0, 3, 6, 9, 12, 15], [221, 236, 252, 11, 27, 43]),
+     [112, 54, 252, 80, 227, 118, 218, 160, 102, 186, 77, 224],
+     [0, 3, 6, 9, 12, 15], [221, 236, 252, 11, 27, 43]),
     ((4, 100, 140, 9216), (2, 4, 6), 39.16078704549, -2147.8430845658295,
-     [179, 40, 162, 13, 94, 168, 29, 149, 22, 126, 200, 24], [3, 7, 12, 16, 20, 25], [51, 93, 129, 159, 194, 226]),
+     [179, 40, 162, 13, 94, 168, 29, 149, 22, 126, 200, 24],
+     [3, 7, 12, 16, 20, 25], [51, 93, 129, 159, 194, 226]),
     ((2, 48, 70, 448 * 448), (1, 4, 4), 218.8627492180094, 14525.274646997917,
-     [62, 83, 208, 166, 14, 140, 229, 246, 204, 255, 95, 48], [0, 3, 7, 10, 13, 17], [208, 222, 235, 255, 31, 2])]
+     [62, 83, 208, 166, 14, 140, 229, 246, 204, 255, 95, 48],
+     [0, 3, 7, 10, 13, 17], [208, 222, 235, 255, 31, 2])]
 
 
 @pytest.mark.parametrize("case, grid, total, weighted, spread, first, last", GOLDEN,
                          ids=["plain", "odd", "smaller", "larger"])
-def test_frames_to_patches_gives_the_library_processors_values(case, grid, total, weighted, spread, first, last):
+def test_frames_to_patches_gives_the_library_processors_values(case, grid, total, weighted, spread, first,
+                                                               last):
     *shape, pixels = case
     got, got_grid = common.frames_to_patches(stripes(*shape), pixels)
     assert got_grid == grid and got.shape == (math.prod(grid), 1536)
@@ -262,7 +274,8 @@ def test_patch_order_and_sizes_are_the_librarys():
 
 # ================================================================ one row for a group: log-probs
 def plain_logprobs(policy, context, prompt, ids):
-    """Log-probs of one answer by the library's own forward on tokens and pixels: no cache of features, no packing."""
+    """Log-probs of one answer by the library's own forward on tokens and pixels: no
+    cache of features, no packing."""
     S, patches, grids = policy.S, [], []
     for clip in context.clips:
         x, grid = common.frames_to_patches(
@@ -318,7 +331,8 @@ def test_packed_rows_equal_separate_rows_and_the_librarys_forward(policy, contex
 
 
 def test_answers_in_a_row_do_not_see_one_another(policy, contexts):
-    """Neither company nor order changes an answer's log-probs, and its gradient reaches no token of another's."""
+    """Neither company nor order changes an answer's log-probs, and its gradient
+    reaches no token of another's."""
     context, (a, *others) = contexts[1], answers(policy, 8)
     with torch.no_grad():
         alone = common.logprobs(policy, context, [a])[0]
@@ -328,7 +342,7 @@ def test_answers_in_a_row_do_not_see_one_another(policy, contexts):
     mine, its = answers(policy, 9, (20, 20))
     common.logprobs(policy, context, [mine, its])[0].sum().backward()
     touched = set(table.grad.abs().sum(1).nonzero()[:, 0].tolist())
-    assert touched == set(mine[:-1])                               # the last token is predicted, but predicts nothing
+    assert touched == set(mine[:-1])                     # the last token is predicted, but predicts nothing
     assert set(its) - set(mine)
 
 
@@ -339,7 +353,8 @@ def test_banned_tokens_have_no_probability_and_no_gradient(policy, contexts):
     names = {"<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>"}
     assert set(policy.tokenizer.convert_tokens_to_ids(list(names))) <= banned
     with torch.no_grad():
-        first = torch.cat(common.logprobs(policy, context, [[v] for v in range(size)]))    # of every first token
+        first = torch.cat(common.logprobs(policy, context,                     # of every first token
+                                          [[v] for v in range(size)]))
     assert first.exp().sum().item() == pytest.approx(1, abs=1e-4)
     assert {v for v in range(size) if first[v] == -torch.inf} == banned
     policy.train_only([policy.head.weight])
@@ -353,10 +368,12 @@ def test_banned_tokens_have_no_probability_and_no_gradient(policy, contexts):
 
 # ================================================================ one row for a group: rollout
 class Noise:
-    """Makes `generate` draw as `rollout` does: token t of row j by inverse CDF from that row's t-th number."""
+    """Makes `generate` draw as `rollout` does: token t of row j by inverse CDF
+    from that row's t-th number."""
 
     def __init__(self, policy, key, n, start, warpers):
-        self.u = np.stack([np.random.default_rng([*key, j]).random(policy.S.MAX_NEW_TOKENS) for j in range(n)])
+        self.u = np.stack([np.random.default_rng([*key, j]).random(policy.S.MAX_NEW_TOKENS)
+                           for j in range(n)])
         self.banned, self.start, self.warpers = policy.banned, start, warpers
 
     def __call__(self, ids, scores):
@@ -369,7 +386,8 @@ class Noise:
         return torch.full_like(scores, -torch.inf).scatter(1, torch.tensor(token)[:, None], 0.0)
 
 
-@pytest.mark.parametrize("how", [dict(), dict(temperature=0.6, top_p=0.95, top_k=20)], ids=["training", "inference"])
+@pytest.mark.parametrize("how", [dict(), dict(temperature=0.6, top_p=0.95, top_k=20)],
+                         ids=["training", "inference"])
 def test_rollout_equals_generate_token_for_token(policy, contexts, how):
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
     warpers = [TemperatureLogitsWarper(0.6), TopKLogitsWarper(20), TopPLogitsWarper(0.95)] if how else []
@@ -382,10 +400,11 @@ def test_rollout_equals_generate_token_for_token(policy, contexts, how):
         pixels = [common.frames_to_patches(x, policy.S.FRAME_PIXELS) for x in frames]
         out = policy.model.generate(
             input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids[None]),
-            mm_token_type_ids=prompt.visual[None].int() * 2, pixel_values_videos=torch.cat([x for x, _ in pixels]),
+            mm_token_type_ids=prompt.visual[None].int() * 2,
+            pixel_values_videos=torch.cat([x for x, _ in pixels]),
             video_grid_thw=torch.tensor([g for _, g in pixels]), num_return_sequences=8, do_sample=True,
-            temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=policy.S.MAX_NEW_TOKENS, eos_token_id=policy.end,
-            pad_token_id=policy.end,
+            temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=policy.S.MAX_NEW_TOKENS,
+            eos_token_id=policy.end, pad_token_id=policy.end,
             logits_processor=[Noise(policy, key, 8, len(prompt.ids), warpers)])
         for s, row in zip(got, out[:, len(prompt.ids):].tolist()):
             cut = row.index(policy.end) + 1 if policy.end in row else len(row)
@@ -424,7 +443,8 @@ def test_steering_vector(policy, contexts, tmp_path):
     context, ids = contexts[1], answers(policy, 11, (6, 9))
     base = reading(policy, context, ids)
     vector, = add_steer(policy, policy.layers // 2)
-    assert vector.shape == (policy.hidden,) and torch.equal(reading(policy, context, ids), base)  # zero: no change
+    assert (vector.shape == (policy.hidden,)
+            and torch.equal(reading(policy, context, ids), base))  # zero: no change
     policy.train_only([vector])
     sum(x.sum() for x in common.logprobs(policy, context, ids)).backward()
     assert vector.grad.abs().max() > 0 and all(p.grad is None for p in policy.model.parameters())
@@ -499,7 +519,8 @@ def test_second_lora_stands_on_the_first(policy, contexts):
 
 def test_whole_weights_swap_and_come_back_exactly(policy, contexts, tmp_path):
     context, ids = contexts[1], answers(policy, 16, (12, 4))
-    base, before = reading(policy, context, ids), {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    base, before = (reading(policy, context, ids),
+                    {n: p.detach().clone() for n, p in policy.model.named_parameters()})
     params = policy.add("phase1", "all")
     assert torch.equal(reading(policy, context, ids), base)
     policy.train_only(params)

@@ -1,4 +1,5 @@
-"""The README is true: its commands parse, its line counts are those of the files, its figures those of the committed evidence."""
+"""The README is true: its commands parse, its line counts are those of the files, its figures those
+of the committed evidence."""
 import importlib
 import pathlib
 import re
@@ -59,11 +60,13 @@ def test_results_are_those_of_the_committed_evidence():
     F = common.read_json(ROOT / "results" / "evidence.json")
     block = re.search(r"<!-- evidence -->\n(.*?)\n<!-- /evidence -->", README, re.S)[1]
     assert block == evidence.readme_table(F)
-    assert evidence.figures(F["records"]) == {k: F[k] for k in evidence.figures(F["records"])}     # and those of the records
+    assert evidence.figures(F["records"]) == {                                  # and those of the records
+        k: F[k] for k in evidence.figures(F["records"])}
 
 
 def test_numbers_in_the_text():
-    """Every `{key}`-like claim in "What you should see" and the ablation table stands in the evidence, rounded."""
+    """Every `{key}`-like claim in "What you should see" and the ablation table stands
+    in the evidence, rounded."""
     F = common.read_json(ROOT / "results" / "evidence.json")
     shown = README[README.index("## What you should see"):README.index("## Results on")]
     claims = {r"about (\d+) % of its memories fully right": 100 * F["phase1.fully_right.base"]["mean"],
@@ -74,6 +77,7 @@ def test_numbers_in_the_text():
         assert int(re.search(pattern, shown, re.S)[1]) == round(value), pattern
     for variant, flag in evidence.ABLATIONS.items():
         row = next(line for line in README.splitlines() if flag in line and line.startswith("|"))
-        measured = [f"{F[f'{variant}.{name}']['mean']:.{digits}f}" for name, digits in (("fully_right", 2), ("tokens", 1))
+        measured = [f"{F[f'{variant}.{name}']['mean']:.{digits}f}"
+                    for name, digits in (("fully_right", 2), ("tokens", 1))
                     if f"{variant}.{name}" in F] or ["not yet measured"]
         assert all(text in row for text in measured), (variant, measured)

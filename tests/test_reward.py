@@ -1,4 +1,5 @@
-"""Stage 4: the preference graph against plain searches, what may be compared, and the reward model's invariances."""
+"""Stage 4: the preference graph against plain searches, what may be compared, and
+the reward model's invariances."""
 import csv
 import doctest
 import importlib
@@ -116,20 +117,22 @@ def make_samples(rng, clip):
     facts = world.clip_facts(clip)
     texts = [world.sentence("now", rng.sample(facts, 3)) for _ in range(6)]
     texts[5] = texts[0]
-    samples = [{"text": f'plan: x\n</think>\n\n{{"description": "{m}"}}', "memory": m, "memory_tokens": 12 + i, "format": 0,
-                "quality": -0.5 if i == 2 else 0.5, "thinking_tokens": 4, "ids": [1]} for i, m in enumerate(texts)]
+    samples = [{"text": f'plan: x\n</think>\n\n{{"description": "{m}"}}', "memory": m,
+                "memory_tokens": 12 + i, "format": 0, "quality": -0.5 if i == 2 else 0.5,
+                "thinking_tokens": 4, "ids": [1]} for i, m in enumerate(texts)]
     return samples + [{"text": "broken", "memory": None, "memory_tokens": 0, "format": -1.5, "quality": None,
                        "thinking_tokens": 0, "ids": [1]} for _ in range(2)]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder with what stages 1 and 3 leave, but no videos: 4 streams of 4 clips, ten questions per environment."""
+    """A run folder with what stages 1 and 3 leave, but no videos: 4 streams of 4 clips,
+    ten questions per environment."""
     folder, rng, streams, truths, cache = tmp_path_factory.mktemp("reward"), random.Random(0), [], [], []
     for n in range(4):
         truth, name = world.make_stream(n, clips=4), f"deploy-{n}"
-        clips = [{"clip": t, "start": 10.0 * t, "end": 10.0 * t + 10, "file": "none.mp4", "offset": 10.0 * t, "speech": []}
-                 for t in range(4)]
+        clips = [{"clip": t, "start": 10.0 * t, "end": 10.0 * t + 10, "file": "none.mp4",
+                  "offset": 10.0 * t, "speech": []} for t in range(4)]
         memories = [world.caption(truth, t, None, rng) for t in range(4)]
         streams.append({"stream": name, "split": "deploy", "source": "tiny", "clips": clips})
         truths += [{"stream": name, "clip": t, "facts": clip} for t, clip in enumerate(truth)]
@@ -150,20 +153,24 @@ def settings(run, *more):
 def test_malformed_and_equal_texts_are_never_compared_and_both_orders_are_asked(run, tmp_path):
     cache, judge = common.read_jsonl(run / "tasks/cache.jsonl"), Judge()
     questions = ["Where were the people at 00:00:10?"]
-    groups, pairs, figures = stage.preferences(settings(run), judge, cache, {"place": questions}, tmp_path / "v")
+    groups, pairs, figures = stage.preferences(settings(run), judge, cache, {"place": questions},
+                                               tmp_path / "v")
     asked = {(a, b) for _, a, b in judge.asked}
     assert all(a and b and a != b for a, b in asked) and asked == {(b, a) for a, b in asked}
-    wellformed = {(c["stream"], c["clip"]): [i for i, s in enumerate(c["samples"]) if s["format"] == 0] for c in cache}
+    wellformed = {(c["stream"], c["clip"]): [i for i, s in enumerate(c["samples"]) if s["format"] == 0]
+                  for c in cache}
     for g in groups:
         assert {i for p in g["preferences"] for i in p} <= set(wellformed[g["stream"], g["clip"]])
     assert pairs and figures["place"]["judged"] * 2 == len(judge.asked)
     again = Judge()
-    assert stage.preferences(settings(run), again, cache, {"place": questions}, tmp_path / "v")[:2] == (groups, pairs)
-    assert not again.asked                                                  # a finished file is not asked again
+    assert stage.preferences(settings(run), again, cache, {"place": questions},
+                             tmp_path / "v")[:2] == (groups, pairs)
+    assert not again.asked                                              # a finished file is not asked again
 
 
 def test_a_failed_verdict_drops_out_and_a_failed_judge_stops(run, tmp_path):
-    cache, asked = common.read_jsonl(run / "tasks/cache.jsonl"), {"place": ["Where were the people at 00:00:10?"]}
+    cache, asked = (common.read_jsonl(run / "tasks/cache.jsonl"),
+                    {"place": ["Where were the people at 00:00:10?"]})
     all_of_them, _, _ = stage.preferences(settings(run), Judge(), cache, asked, tmp_path / "a")
     some, _, figures = stage.preferences(settings(run), Judge(fail=0.3), cache, asked, tmp_path / "b")
     count = lambda groups: sum(len(g["preferences"]) for g in groups)
@@ -185,7 +192,8 @@ def trained(run):
 
 def test_outputs(trained):
     report = common.read_json(trained / "reward/report.json")
-    assert report["padding_change"] < 1e-4 and 0 <= report["pair_accuracy"]["low"] <= report["pair_accuracy"]["high"] <= 1
+    assert (report["padding_change"] < 1e-4
+            and 0 <= report["pair_accuracy"]["low"] <= report["pair_accuracy"]["high"] <= 1)
     assert {"shuffled_accuracy", "length_correlation", "order_agreement", "yield"} <= set(report)
     with open(trained / "reward/log.csv", newline="") as f:
         assert [r["step"] for r in csv.DictReader(f)] == list("0123")
@@ -201,7 +209,8 @@ def test_pairs_are_in_trl_format(trained):
     assert len(rows) == len(pairs) > 0
     for row, p in zip(rows, pairs):
         c = cache[p["stream"], p["clip"]]
-        assert set(row) == {"prompt", "chosen", "rejected"} and all(isinstance(v, str) and v for v in row.values())
+        assert (set(row) == {"prompt", "chosen", "rejected"}
+                and all(isinstance(v, str) and v for v in row.values()))
         assert row["chosen"] == c["samples"][p["winner"]]["text"] != row["rejected"]
         assert row["prompt"].count("<|video_pad|>") == len(c["history"]) + 1
         assert all(m in row["prompt"] for m in c["history"]) and row["prompt"].endswith("<think>\n")
@@ -210,14 +219,16 @@ def test_pairs_are_in_trl_format(trained):
 def test_pairs_load_in_trl(trained):
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
     rows = datasets.Dataset.from_list(common.read_jsonl(trained / "reward/pairs_trl.jsonl"))
-    assert not trl.data_utils.is_conversational(rows[0]) and set(rows.column_names) == {"prompt", "chosen", "rejected"}
+    assert (not trl.data_utils.is_conversational(rows[0])
+            and set(rows.column_names) == {"prompt", "chosen", "rejected"})
 
 
 def test_score_depends_neither_on_padding_nor_on_company_nor_on_the_writer(trained):
     S = settings(trained)
     policy = common.load_policy(S)
     model = stage.load_reward_model(S, policy)
-    memories = ["now, in the kitchen.", "still, a red lamp, <face_3> says 'tea noon', exactly one ball.", "now."]
+    memories = ["now, in the kitchen.", "still, a red lamp, <face_3> says 'tea noon', exactly one ball.",
+                "now."]
     histories = [[], ["now, a red lamp."] * 4, ["still, <face_1> wears red, a blue cup."]]
     items = [{"questions": ["Where were the people at 00:00:10?"] * n, "history": h, "memory": m}
              for n, h in zip((1, 5, 2), histories) for m in memories]

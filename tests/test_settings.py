@@ -1,4 +1,5 @@
-"""Settings: overrides, what is refused and with which words; --help and import without any package installed."""
+"""Settings: overrides, what is refused and with which words; --help and import
+without any package installed."""
 import importlib
 import json
 import os
@@ -16,7 +17,8 @@ import judges                                                               # no
 import loading                                                              # noqa: E402
 from common import both                                                     # noqa: E402
 
-SCRIPTS = ["01_make_streams", "02_phase1_train", "03_collect_tasks", "04_train_reward", "05_phase2_train", "06_eval"]
+SCRIPTS = ["01_make_streams", "02_phase1_train", "03_collect_tasks", "04_train_reward", "05_phase2_train",
+           "06_eval"]
 PACKAGES = ["torch", "numpy", "transformers", "decord", "peft", "safetensors", "tqdm", "av", "PIL", "jinja2"]
 SCRIPT = {"__doc__": "What it does.", "STEPS": both(80, 100), "LR": both(2e-4, 1e-5), "KL": both(0.1, 0.0),
           "RATIO": "gspo", "GROUP": 8, "SCALE": 0.5, "TABLE": {"a": 1}, "lower": 1}
@@ -35,7 +37,8 @@ def refused(*argv):
 
 def test_values_follow_the_model():
     tiny, full = settings(), settings(BIG)
-    assert (tiny.STEPS, tiny.LR, tiny.KL) == (80, 2e-4, 0.1) and (full.STEPS, full.LR, full.KL) == (100, 1e-5, 0.0)
+    assert ((tiny.STEPS, tiny.LR, tiny.KL) == (80, 2e-4, 0.1)
+            and (full.STEPS, full.LR, full.KL) == (100, 1e-5, 0.0))
     assert tiny.FRAMES_PER_CLIP == 4 and full.FRAMES_PER_CLIP == 20        # common.py's own
     assert settings("--MODEL=some/folder").STEPS == 100
     assert settings(BIG, "--STEPS=7").STEPS == 7
@@ -49,14 +52,16 @@ def test_overrides_keep_their_type():
     assert settings().STEPS == 80                              # the script's own constants are as they were
 
 
-@pytest.mark.parametrize("given, nearest", [("--STEP=3", "STEPS"), ("--steps=3", "STEPS"), ("--RATOI=x", "RATIO"),
-                                            ("--GRUOP=1", "GROUP"), ("--MEMORY_TOKEN=3", "MEMORY_TOKENS")])
+@pytest.mark.parametrize("given, nearest", [
+    ("--STEP=3", "STEPS"), ("--steps=3", "STEPS"), ("--RATOI=x", "RATIO"), ("--GRUOP=1", "GROUP"),
+    ("--MEMORY_TOKEN=3", "MEMORY_TOKENS")])
 def test_an_unknown_name_offers_the_nearest(given, nearest):
     said = refused(given)
     assert given in said and said.endswith(f"--{nearest}")
 
 
-@pytest.mark.parametrize("given", ["STEPS=3", "--STEPS", "-STEPS=3", "--TABLE=1", "--PROMPT=x", "--lower=2", "--=3", "x"])
+@pytest.mark.parametrize("given", ["STEPS=3", "--STEPS", "-STEPS=3", "--TABLE=1", "--PROMPT=x", "--lower=2",
+                                   "--=3", "x"])
 def test_what_is_no_setting_is_refused(given):
     assert "write --NAME=value" in refused(given)
 
@@ -77,7 +82,8 @@ def test_the_embedded_worlds_learning_rate_is_refused_for_a_big_model():
 
 def test_a_layer_that_the_model_lacks(policy):
     for layer in (policy.layers, 22, -1):
-        with pytest.raises(SystemExit, match=rf"LAYER={layer}: this model has the layers 0 to {policy.layers - 1}; near 2 "):
+        with pytest.raises(SystemExit, match=rf"LAYER={layer}: this model has the layers 0 to "
+                                             rf"{policy.layers - 1}; near 2 "):
             policy.S.LAYER = layer
             policy.add("phase2", "steer")
 
@@ -95,10 +101,10 @@ def test_a_difference_stops_and_offers_a_new_run(tmp_path):
     assert out == tmp_path / "phase1"
     saved = json.loads((out / "settings.json").read_text())
     assert saved["STEPS"] == 80 and saved["KL"] == 0.1
-    common.start(settings(run, "--STEPS=90"), "phase1")                    # nothing was made yet: nothing binds
+    common.start(settings(run, "--STEPS=90"), "phase1")                  # nothing was made yet: nothing binds
     common.start(settings(run), "phase1")
     (out / "log.csv").write_text("step\n0\n")
-    common.start(settings(run), "phase1")                                  # the same again: goes on
+    common.start(settings(run), "phase1")                                # the same again: goes on
     with pytest.raises(SystemExit) as stop:
         common.start(settings(run, "--STEPS=90", "--RATIO=grpo"), "phase1")
     said = str(stop.value)

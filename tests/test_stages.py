@@ -1,5 +1,5 @@
-"""The six stages chained at toy size in a temporary folder, in-process: what they publish, that a second run changes
-nothing, the teaching views, and the variants of Phase One and Two."""
+"""The six stages chained at toy size in a temporary folder, in-process: what they publish, that a second run
+changes nothing, the teaching views, and the variants of Phase One and Two."""
 import importlib
 import math
 import re
@@ -18,9 +18,11 @@ STAGES = {"01_make_streams": TOY,
           "03_collect_tasks": ["--CHUNK=7"],
           "04_train_reward": ["--STEPS=4", "--CONTEXTS=3", "--ROWS=3", "--WARMUP=1", "--BOOTSTRAP=50"],
           "05_phase2_train": [*LOOP, "--DPO_STEPS=2", "--PAIRS=2", "--GRPO_STEPS=1"],
-          "06_eval": ["--BOOTSTRAP=50", "--VALIDATE=6", "--EXAMPLES=1", "--METHODS=base+prompt,dpo-steer,grpo-steer"]}
+          "06_eval": ["--BOOTSTRAP=50", "--VALIDATE=6", "--EXAMPLES=1",
+                      "--METHODS=base+prompt,dpo-steer,grpo-steer"]}
 ORDER = [("01_make_streams", ()), ("02_phase1_train", ()), ("03_collect_tasks", ()), ("04_train_reward", ()),
-         ("05_phase2_train", ()), ("05_phase2_train", ("--ALGORITHM=grpo", "--ENVIRONMENT=place")), ("06_eval", ())]
+         ("05_phase2_train", ()), ("05_phase2_train", ("--ALGORITHM=grpo", "--ENVIRONMENT=place")),
+         ("06_eval", ())]
 
 
 def stage(name, run, *argv):
@@ -72,12 +74,13 @@ def test_streams_and_tasks(chain):
 def test_phase1(chain):
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names(chain / "phase1" / "adapter")
     head, *rows = (chain / "phase1" / "log.csv").read_text().split()
-    columns = ("step reward reward_std format length quality rich flat malformed truncated gated response thinking "
-               "memory kl clipped grad_norm tokens_per_s rollout_s update_s gb").split()
+    columns = ("step reward reward_std format length quality rich flat malformed truncated gated response "
+               "thinking memory kl clipped grad_norm tokens_per_s rollout_s update_s gb").split()
     assert head.split(",") == columns and len(rows) == 2
     assert all(math.isfinite(float(x)) for row in rows for x in row.split(","))
-    explained = (common.ROOT / "02_phase1_train.py").read_text().split("# log.csv, a row a step:")[1].split("\n\n")[0]
-    assert not [c for c in columns[1:] if not re.search(rf"\b{c}\b", explained)]     # the script explains each
+    explained = (common.ROOT / "02_phase1_train.py").read_text().split(
+        "# log.csv, a row a step:")[1].split("\n\n")[0]
+    assert not [c for c in columns[1:] if not re.search(rf"\b{c}\b", explained)]  # the script explains each
 
 
 def test_tasks_and_cache(chain):
@@ -98,18 +101,22 @@ def test_tasks_and_cache(chain):
     written = {(m["stream"], m["clip"]): m["memory"] for m in memories}
     assert len(cache) == 20 and not (chain / "tasks" / "cache.part").exists()
     for row in cache:
-        assert row["history"] == [written[row["stream"], t] for t in range(max(0, row["clip"] - 4), row["clip"])]
+        assert row["history"] == [written[row["stream"], t]
+                                  for t in range(max(0, row["clip"] - 4), row["clip"])]
         assert len(row["samples"]) == 8
         for s in row["samples"]:
-            assert {"ids", "text", "memory", "thinking_tokens", "memory_tokens", "format", "quality"} <= set(s)
+            assert {"ids", "text", "memory", "thinking_tokens", "memory_tokens", "format",
+                    "quality"} <= set(s)
             assert s["format"] == (0 if s["memory"] else -1.5) and s["quality"] in (0.5, -0.5, 0.0)
             assert s["memory"] == common.parse_response(s["text"])[0]
 
 
 def test_reward(chain):
     folder = chain / "reward"
-    cache = {(r["stream"], r["clip"]): r["samples"] for r in common.read_jsonl(chain / "tasks" / "cache.jsonl")}
-    preferences, pairs, trl = (common.read_jsonl(folder / f"{n}.jsonl") for n in ("preferences", "pairs", "pairs_trl"))
+    cache = {(r["stream"], r["clip"]): r["samples"]
+             for r in common.read_jsonl(chain / "tasks" / "cache.jsonl")}
+    preferences, pairs, trl = (common.read_jsonl(folder / f"{n}.jsonl")
+                               for n in ("preferences", "pairs", "pairs_trl"))
     assert preferences and 0 < len(pairs) == len(trl)
     for p in preferences + pairs:
         winner, loser = (cache[p["stream"], p["clip"]][p[k]] for k in ("winner", "loser"))
@@ -120,7 +127,8 @@ def test_reward(chain):
         assert winner["quality"] >= loser["quality"] and winner["quality"] > 0 and p["path"] >= 1
         assert set(row) == {"prompt", "chosen", "rejected"}
         assert (row["chosen"], row["rejected"]) == (winner["text"], loser["text"])
-    assert len({(p["environment"], p["stream"], p["clip"]) for p in pairs}) == len(pairs)    # one per context at most
+    assert len({(p["environment"], p["stream"], p["clip"])
+                for p in pairs}) == len(pairs)                                   # one per context at most
     assert {"adapter_config.json", "adapter_model.safetensors", "head.safetensors"} <= names(folder / "model")
     assert 0 <= common.read_json(folder / "report.json")["pair_accuracy"]["mean"] <= 1
 
@@ -128,9 +136,11 @@ def test_reward(chain):
 def test_phase2(chain):
     from safetensors.torch import load_file
     paired = {p["environment"] for p in common.read_jsonl(chain / "reward" / "pairs.jsonl")}
-    made = {p.parent.parent.name for p in (chain / "phase2" / "dpo-steer").glob("*/adapter/steer.safetensors")}
+    made = {p.parent.parent.name
+            for p in (chain / "phase2" / "dpo-steer").glob("*/adapter/steer.safetensors")}
     assert made == paired and paired
-    for folder in [chain / "phase2" / "dpo-steer" / e for e in made] + [chain / "phase2" / "grpo-steer" / "place"]:
+    for folder in ([chain / "phase2" / "dpo-steer" / e for e in made]
+                   + [chain / "phase2" / "grpo-steer" / "place"]):
         (key, vector), = load_file(str(folder / "adapter" / "steer.safetensors")).items()
         assert key == "model.language_model.layers.2.adapter.steer" and vector.shape == (128,)
         assert 0 < vector.norm() < 10 and (folder / "log.csv").exists()
@@ -154,7 +164,7 @@ def test_eval(chain):
         assert re.search(rf"^\| .*{method}", table, re.MULTILINE), method
     page = (chain / "eval" / "report.html").read_text()
     assert page.lstrip().lower().startswith("<!doctype html") and "data:image/" in page
-    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page)                # one file that opens offline
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page)            # one file that opens offline
     assert (chain / "eval" / "memories.jsonl").exists()
 
 
@@ -190,11 +200,12 @@ def test_show_prints_one_group_in_full_and_stops(chain, capsys):
     assert same_files(before, contents(chain))
 
 
-@pytest.mark.parametrize("argv", [("--ADAPTER=lora",), ("--ADAPTER=all",), ("--ADAPTER=lora", "--ALGORITHM=grpo"),
-                                  ("--SCALE_TO_NORM=0.3",), ("--ALGORITHM=grpo", "--RATIO=grpo", "--KL=0.1", "--GATE=0")],
-                         ids=" ".join)
+@pytest.mark.parametrize("argv", [
+    ("--ADAPTER=lora",), ("--ADAPTER=all",), ("--ADAPTER=lora", "--ALGORITHM=grpo"),
+    ("--SCALE_TO_NORM=0.3",), ("--ALGORITHM=grpo", "--RATIO=grpo", "--KL=0.1", "--GATE=0")], ids=" ".join)
 def test_variants_of_phase2_in_a_fork(chain, tmp_path, argv):
-    """A fork that repeats only what it changes: everything else is read from the chain, which stays as it is."""
+    """A fork that repeats only what it changes: everything else is read from the
+    chain, which stays as it is."""
     before = contents(chain)
     stage("05_phase2_train", tmp_path, f"--FROM={chain}", "--ENVIRONMENT=place", "--DPO_STEPS=1", *argv)
     files, = [{p.name: p for p in f.iterdir()} for f in tmp_path.glob("phase2/*/place/adapter")]
@@ -202,7 +213,8 @@ def test_variants_of_phase2_in_a_fork(chain, tmp_path, argv):
     tensors = load_file(str(next(p for n, p in files.items() if n.endswith(".safetensors"))))
     assert all(torch.isfinite(x).all() for x in tensors.values())
     if "--ADAPTER=lora" in argv:
-        assert "adapter_config.json" in files and any(x.abs().max() > 0 for n, x in tensors.items() if "lora_B" in n)
+        assert ("adapter_config.json" in files
+                and any(x.abs().max() > 0 for n, x in tensors.items() if "lora_B" in n))
     elif "--ADAPTER=all" in argv:
         assert set(files) == {"weights.safetensors"} and len(tensors) > 30
     elif argv[0].startswith("--SCALE"):
@@ -211,8 +223,8 @@ def test_variants_of_phase2_in_a_fork(chain, tmp_path, argv):
 
 
 def test_all_parameters_in_phase1_and_an_adapter_on_top(chain, tmp_path):
-    stage("02_phase1_train", tmp_path, f"--FROM={chain}", "--TRAIN=all", "--STEPS=1", "--RATIO=grpo", "--GATE=0",
-          "--RICHNESS=0")
+    stage("02_phase1_train", tmp_path, f"--FROM={chain}", "--TRAIN=all", "--STEPS=1", "--RATIO=grpo",
+          "--GATE=0", "--RICHNESS=0")
     assert [p.name for p in (tmp_path / "phase1" / "adapter").iterdir()] == ["weights.safetensors"]
     stage("05_phase2_train", tmp_path, f"--FROM={chain}", "--ENVIRONMENT=place", "--DPO_STEPS=1")
     assert (tmp_path / "phase2" / "dpo-steer" / "place" / "adapter" / "steer.safetensors").exists()
