@@ -8,8 +8,8 @@ import contextlib, csv, difflib, importlib, json, math, re, signal, sys, time
 from collections import namedtuple
 from types import SimpleNamespace
 
-from loading import (FILES, RANK, ROOT, WORLD, add_gradients, flash, gather, load_model, read_json, read_jsonl,
-                     write_json, write_jsonl, write_text, written_aside)
+from loading import (FILES, RANK, ROOT, WORLD, add_gradients, flash, gather, load_model, once, read_json,
+                     read_jsonl, write_json, write_jsonl, write_text, written_aside)
 
 try:                                   # --help must work before anything is installed
     import numpy as np
@@ -40,7 +40,7 @@ ROLLOUT_CONTEXTS = both(48, 0)          # contexts decoded side by side; 0: as m
 CPU_THREADS = 2                         # more hurt a small model, and results stay the same from machine to machine
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
 # ----------------------------------------------------------------
-FIXED = ("PROMPT", "ASK_TO_THINK", "TASK_PROMPT", "DECODE_SECONDS")      # edited in their file, not by --NAME=value
+FIXED = ("PROMPT", "ASK_TO_THINK", "TASK_PROMPT", "DECODE_SECONDS", "RANK", "WORLD")  # not by --NAME=value
 HARMLESS = ("RUN", "SHOW", "ENVIRONMENT", "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")  # free on resuming
 # ================================================================ settings and files
 def settings(module, argv=None):
@@ -81,7 +81,7 @@ def start(S, stage):
     out = ROOT / "runs" / S.RUN / stage                             # an absolute RUN stays as it is
     out.mkdir(parents=True, exist_ok=True)
     now, file = {n: v for n, v in vars(S).items() if n not in HARMLESS}, out / "settings.json"
-    begun = file.exists() and len(list(out.iterdir())) > 1          # a try that made nothing binds nobody
+    begun = once(lambda: file.exists() and len(list(out.iterdir())) > 1)    # a try that made nothing binds nobody
     saved = read_json(file) if begun else now
     changed = [f"  {n}: {saved.get(n)!r} in the run, {now.get(n)!r} now\n" for n in sorted(saved | now)
                if saved.get(n) != now.get(n)]
@@ -558,7 +558,7 @@ class Training:
         asked = []
         old = {s: signal.signal(s, lambda s, _: asked.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(range(self.first, self.S.STEPS), self.desc, initial=self.first, total=self.S.STEPS,
-                        disable=RANK > 0 or self.first >= self.S.STEPS)
+                        disable=self.first >= self.S.STEPS)
         try:
             for step in self.bar:
                 yield step

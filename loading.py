@@ -8,7 +8,7 @@ by expert, unpacks the experts that were hit, multiplies, and forgets the unpack
 them again. Router, norms, embeddings and head stay as they are. The arithmetic is the library's (`dequantize_4bit`,
 `grouped_mm`): outputs and LoRA gradients are bit-equal to unpacking everything.
 """
-import contextlib, functools, json, os, pathlib, re
+import contextlib, functools, json, os, pathlib, re, sys
 
 try:
     import torch
@@ -19,6 +19,8 @@ ROOT = pathlib.Path(__file__).resolve().parent
 FILES = {"lora": "adapter_model.safetensors", "steer": "steer.safetensors", "all": "weights.safetensors"}
 BLOCK = 64                       # values that share a scale, as in bitsandbytes; an expert's size is a multiple of it
 RANK, WORLD = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))       # set by torchrun
+if RANK:                                                            # rank 0 alone speaks
+    sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
 
 
 # ---------------------------------------------------------------- files
@@ -71,15 +73,12 @@ def read_jsonl(path, torn=False):
 
 # ---------------------------------------------------------------- several ranks (torchrun)
 def join():
-    """Joins the process group where torchrun started several ranks; the others than 0 stop printing."""
-    import sys
+    """Joins the process group where torchrun started several ranks."""
     dist = torch.distributed
     if WORLD > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if RANK:
-            sys.stdout = open(os.devnull, "w")
 
 
 def gather(mine):

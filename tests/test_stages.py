@@ -1,8 +1,13 @@
 """The six stages chained at toy size in a temporary folder, in-process: what they publish, that a second run
 changes nothing, the teaching views, and the variants of Phase One and Two."""
+import csv
 import importlib
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -245,3 +250,37 @@ def test_without_tasks_the_memories_are_made_and_that_is_all(chain, tmp_path, ca
 def test_another_layer_than_the_model_has_stops(chain, tmp_path):
     with pytest.raises(SystemExit, match="LAYER=22: this model has the layers 0 to 3"):
         stage("05_phase2_train", tmp_path, f"--FROM={chain}", "--LAYER=22")
+
+
+# ================================================================ several GPUs: each stage on two ranks
+RANKS = """
+import importlib, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_stages
+for name, argv in test_stages.ORDER[2:]:
+    test_stages.stage(name, {run!r}, *argv)
+"""
+
+
+def test_two_ranks_publish_what_one_process_does(chain, tmp_path):
+    """03 to 06 by torchrun on a copy of 01's and 02's output: the same memories and cache, and every stage's files."""
+    for name in ("streams", "phase1"):
+        shutil.copytree(chain / name, tmp_path / name)
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(root=str(common.ROOT), tests=str(common.ROOT / "tests"), run=str(tmp_path)))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                           str(script)], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    script.unlink()
+    one, two = contents(chain), contents(tmp_path)
+    assert {n.partition(".part")[0] for n in two} == {n for n in one if n.startswith(
+        ("streams", "phase1", "tasks", "reward", "phase2", "eval"))}
+    for name in ("tasks/memories.jsonl", "tasks/cache.jsonl", "tasks/recent.json", "reward/pairs.jsonl"):
+        assert two[name] == one[name], name
+    figures = lambda run: [{k: float(v) for k, v in r.items() if k != "seconds"} for r in csv.DictReader(
+        (run / "phase2" / "dpo-steer" / "place" / "log.csv").read_text().splitlines())]
+    for a, b in zip(figures(chain), figures(tmp_path), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    assert common.read_json(tmp_path / "reward/report.json")["yield"] == common.read_json(
+        chain / "reward/report.json")["yield"]
