@@ -203,8 +203,8 @@ def reason(error, file):
 # ---- clips, speech, tasks ----------------------------------------------------------------------------------
 
 def cut_clips(file, first, end, cues, S, offset=None):
-    """Clip rows of one file, from `first` to `end` in s of the stream. offset: where `first` lies in the file,
-    in s; None: at `first` there too (streams of several files have their own clock).
+    """Clip rows of one file, from `first` to `end` in s of the stream. offset: where `first` lies in the
+    file, in s; None: at `first` there too (streams of several files have their own clock).
 
     >>> from types import SimpleNamespace
     >>> S = SimpleNamespace(CLIP_SECONDS=10, SHORTEST=2)
@@ -391,15 +391,15 @@ def read_frames(file, times, size=None):
 
 
 def frame_times(clip, n):
-    """Seconds in the clip's file at which its frames are taken; a shorter last clip gets fewer, two at least."""
+    """Seconds in the clip's file of its frames; a shorter last clip gets fewer, two at least."""
     length = clip["end"] - clip["start"]
     n = max(2, round(n * min(1, length / 10)))
     return [clip["offset"] + (i + 0.5) * length / n for i in range(n)]
 
 
 def clip_frames(clip, n):
-    """Frames (n, H, W, 3) uint8 of a clip, and their seconds in it. Grey frames, said so, where it can't be read: the
-    check tried some frames of every clip, and this one is broken elsewhere."""
+    """Frames (n, H, W, 3) uint8 of a clip, and their seconds in it. Grey frames, said so, where it can't be
+    read: the check tried some frames of every clip, and this one is broken elsewhere."""
     at = frame_times(clip, n)
     try:
         frames = read_frames(clip["file"], at)

@@ -1,8 +1,8 @@
 """What the six stages share and nobody needs to edit to try an idea. Three ideas carry the file:
-  1. A group is one row. G answers to one prompt share the prompt's keys and values, in sampling as in training:
+  1. A group is one row. G answers to one prompt share its keys and values, in sampling as in training:
      every cached or packed token has an owner, and a query sees the prompt and its own answer (`visible`).
   2. Vision runs once per clip. The tower is frozen: a clip's features serve rollout, log-probs and training.
-  3. The noise of a sample depends on (seed, step, context, sample) alone: a resumed run repeats itself exactly.
+  3. A sample's noise depends on (seed, step, context, sample) alone: a resumed run repeats itself exactly.
 """
 import contextlib, csv, difflib, importlib, json, math, re, signal, sys, time
 from collections import namedtuple
@@ -18,18 +18,17 @@ try:                                   # --help must work before anything is ins
 except ImportError:
     np = torch = F = None
 
-both = namedtuple("both", "tiny full")  # a constant with two values: the embedded world's | a full-size model's
-
-# ---------------------------------------------------------------- shared constants, --NAME=value in every script
+both = namedtuple("both", "tiny full")  # two values of a constant: the embedded world's | a full-size model's
+# ---------------------------------------------------------------- constants of all scripts: --NAME=value
 RUN = "tiny"                            # results go to runs/RUN/STAGE
 FROM = ""                               # another run, read where RUN lacks a stage (forks, ablations)
-MODEL = "tiny"                          # "tiny": tiny/base; else a hub name (Qwen/Qwen3-VL-30B-A3B-Thinking) or folder
+MODEL = "tiny"                 # "tiny": tiny/base; else a hub name (Qwen/Qwen3-VL-30B-A3B-Thinking) or folder
 SEED = 0                                # every random choice derives from it
 JUDGE = "tiny"                          # who judges and reads: "tiny" is the embedded world's exact one
 K = 5                                   # clips per context: the newest and the 4 before it (paper, section 1)
 FRAMES_PER_CLIP = both(4, 20)           # 20 a clip is 2 fps, the model's native rate
-FRAME_PIXELS = both(96 * 96, 448 * 448)  # pixels of a frame at most; 32 x 32 of them and 2 frames make one token
-MEMORY_TOKENS = both(17, 150)           # budget of one memory (paper, section 2); 17: three of a clip's eight facts
+FRAME_PIXELS = both(96 * 96, 448 * 448)  # of a frame at most; 32 x 32 pixels of 2 frames make one token
+MEMORY_TOKENS = both(17, 150)     # budget of one memory (paper, section 2); 17: three of a clip's eight facts
 THINK_TOKENS = both(16, 1200)           # L of r_len (paper, section 2)
 MAX_NEW_TOKENS = both(72, 2800)         # thinking up to 2L, then the memory
 BITS = both(16, 4)                      # of the weights: 4 packs linears and experts as NF4 while they load
@@ -37,14 +36,14 @@ VISION_BITS = both(16, 16)              # 4: the vision tower's linears too, 0.8
 DOUBLE_QUANT = 0                        # 1: the scales of packed weights in 8 bits, 1.3 GiB less
 FEATURE_CLIPS = both(4000, 100)         # clips whose vision features are kept: about 30 MB each at full size
 ROLLOUT_CONTEXTS = both(48, 0)          # contexts decoded side by side; 0: as many as the card's memory holds
-CPU_THREADS = 2                         # more hurt a small model, and results stay the same from machine to machine
+CPU_THREADS = 2                   # more hurt a small model, and results stay the same from machine to machine
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
 # ----------------------------------------------------------------
 FIXED = ("PROMPT", "ASK_TO_THINK", "TASK_PROMPT", "DECODE_SECONDS", "RANK", "WORLD")  # not by --NAME=value
-HARMLESS = ("RUN", "SHOW", "ENVIRONMENT", "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")  # free on resuming
+HARMLESS = ("RUN", "SHOW", "ENVIRONMENT", "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")  # may change
 # ================================================================ settings and files
 def settings(module, argv=None):
-    """Namespace of the UPPER_CASE constants of common.py and of a script (module: its `globals()`): `--NAME=value`
+    """Namespace of UPPER_CASE constants of common.py and a script (module: its `globals()`): `--NAME=value`
     is applied, each `both` resolved by MODEL. SystemExit (nearest name, expected type) on a bad argument."""
     names = {n: v for n, v in (globals() | module).items()
              if n.isupper() and isinstance(v, (str, int, float, both)) and n not in FIXED}
@@ -70,24 +69,25 @@ def settings(module, argv=None):
             raise SystemExit(f"--{name}={text}: expected {kind.__name__}, like {usual!r}") from None
         twin = names[name].tiny if isinstance(names[name], both) and kind is float else None
         if full and twin == value and usual and not 0.1 < value / usual < 10:
-            raise SystemExit(f"--{name}={text} is the embedded world's value; for {S['MODEL']} start from {usual}")
+            raise SystemExit(f"--{name}={text} is the embedded world's value; "
+                             f"for {S['MODEL']} start from {usual}")
         S[name] = value
     return SimpleNamespace(**S)
 
 def start(S, stage):
-    """Folder runs/RUN/stage, after comparing S with the settings saved there. Raises SystemExit on a difference."""
+    """Folder runs/RUN/stage, after comparing S with the settings saved there. SystemExit on a difference."""
     if torch is None:
         raise SystemExit("torch and numpy are missing: ./run.sh setup (or pip install -r requirements.txt)")
     out = ROOT / "runs" / S.RUN / stage                             # an absolute RUN stays as it is
     out.mkdir(parents=True, exist_ok=True)
     now, file = {n: v for n, v in vars(S).items() if n not in HARMLESS}, out / "settings.json"
-    begun = once(lambda: file.exists() and len(list(out.iterdir())) > 1)    # a try that made nothing binds nobody
+    begun = once(lambda: file.exists() and len(list(out.iterdir())) > 1)  # a try that made nothing binds none
     saved = read_json(file) if begun else now
     changed = [f"  {n}: {saved.get(n)!r} in the run, {now.get(n)!r} now\n" for n in sorted(saved | now)
                if saved.get(n) != now.get(n)]
     if changed:
-        raise SystemExit(f"{out} was made with other settings:\n{''.join(changed)}Take a new name and read the "
-                         f"earlier stages from this run: --RUN=NEWNAME --FROM={S.RUN}")
+        raise SystemExit(f"{out} was made with other settings:\n{''.join(changed)}Take a new name and read "
+                         f"the earlier stages from this run: --RUN=NEWNAME --FROM={S.RUN}")
     print(f"---- {stage} -> {out}\n" + "  ".join(f"{n}={v}" for n, v in now.items()))
     if not getattr(S, "SHOW", 0):
         write_json(file, now)
@@ -98,7 +98,7 @@ def need(S, name):
     paths = [ROOT / "runs" / run / name for run in (S.RUN, S.FROM) if run]
     if found := [p for p in paths if p.exists()]:
         return found[0]
-    maker = next(ROOT.glob(f"0?_*{name.split('/')[0]}*.py")).name   # a stage's folder is a part of its script's name
+    maker = next(ROOT.glob(f"0?_*{name.split('/')[0]}*.py")).name   # a script's name holds its stage's folder
     raise SystemExit(f"{' or '.join(map(str, paths))} is missing. Make it first: "
                      f"python {maker} --RUN={S.RUN}, or name a run that has it: --FROM=OTHERRUN")
 
@@ -116,25 +116,24 @@ def clock(seconds):                                                 # stream tim
     return f"{int(seconds) // 3600:02}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 def slug(name):                                                     # an environment's name as a folder's
     return re.sub(r"[^\w+.-]+", "_", name)
-
 # ================================================================ memory format
 class Context(namedtuple("Context", "stream clips history questions")):
     """The last k clips (rows of streams.jsonl), memories of all but the newest, and questions."""
     clip = property(lambda self: self.clips[-1]["clip"])
 Sample = namedtuple("Sample", "ids text memory thinking_tokens memory_tokens truncated")
-Sample.__doc__ = "One answer. ids: its tokens, end token included; memory: None when malformed; *_tokens: counts."
+Sample.__doc__ = ("One answer. ids: its tokens, end token included; memory: None when malformed; "
+                  "*_tokens: counts.")
 
 def make_context(stream, t, memories, questions=(), k=5):
     """Context of clip t: `memories[i]` is the memory of clip i ("" or missing where none was kept)."""
     first = max(0, t - k + 1)
     memories = memories if isinstance(memories, dict) else dict(enumerate(memories))
-    return Context(stream["stream"], stream["clips"][first:t + 1], [memories.get(i, "") for i in range(first, t)],
-                   list(questions))
+    return Context(stream["stream"], stream["clips"][first:t + 1],
+                   [memories.get(i, "") for i in range(first, t)], list(questions))
 
 def parse_response(text):
-    """(memory, thinking) of a response; memory is None unless it is exactly one `</think>` and then one JSON object
-    with the single key `description`, not empty (paper, section 2, r_fmt).
-
+    """(memory, thinking) of a response; memory is None unless it is exactly one `</think>` and then one JSON
+    object with the single key `description`, not empty (paper, section 2, r_fmt).
     >>> parse_response('a cup\\n</think>\\n\\n{"description": "<face_3> waves."}')
     ('<face_3> waves.', 'a cup')
     >>> parse_response('no end {"description": "x"}')[0], parse_response('</think>{"description": ""}')[0]
@@ -142,16 +141,16 @@ def parse_response(text):
     """
     thinking, _, rest = text.partition("</think>")
     try:
-        pairs = json.loads(rest, object_pairs_hook=tuple)          # a tuple of pairs, so that a repeated key shows
+        pairs = json.loads(rest, object_pairs_hook=tuple)     # a tuple of pairs, so that a repeated key shows
         (key, memory), = pairs
-        ok = isinstance(pairs, tuple) and key == "description" and "</think>" not in rest and memory.strip().encode()
+        ok = (isinstance(pairs, tuple) and key == "description" and "</think>" not in rest
+              and memory.strip().encode())
     except (AttributeError, RecursionError, TypeError, ValueError):
         ok = False
     return memory.strip() if ok else None, thinking.strip()
-
 # ================================================================ frames to patches
 def frame_size(height, width, pixels):
-    """(height, width) in multiples of 32, at most `pixels` in area, the aspect ratio kept as well as that allows."""
+    """(height, width) in multiples of 32, at most `pixels`, the aspect ratio kept as well as that allows."""
     h, w = max(1, round(height / 32)) * 32, max(1, round(width / 32)) * 32
     if h * w > pixels:
         scale = math.sqrt(height * width / pixels)
@@ -159,44 +158,44 @@ def frame_size(height, width, pixels):
     return h, w
 
 def frames_to_patches(frames, pixels):
-    """Frames (n, H, W, 3) uint8 to what the vision tower reads (as Qwen3VLVideoProcessor, which needs torchvision).
-    An odd n repeats the last frame. Returns patches (n/2 * h * w, 3 * 2 * 16 * 16) in merge order, normalised to
-    [-1, 1], and the grid (n/2, h, w) in patches of 16 pixels."""
+    """Frames (n, H, W, 3) uint8 to what the vision tower reads (as Qwen3VLVideoProcessor, which needs
+    torchvision). An odd n repeats the last frame. Returns patches (n/2 * h * w, 3 * 2 * 16 * 16) in merge
+    order, normalised to [-1, 1], and the grid (n/2, h, w) in patches of 16 pixels."""
     x = torch.as_tensor(frames).permute(0, 3, 1, 2)                                   # (n, 3, H, W) uint8
     size = frame_size(*x.shape[2:], pixels)
-    if size != tuple(x.shape[2:]):                                                    # of uint8, as the library
+    if size != tuple(x.shape[2:]):                                                  # of uint8, as the library
         x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
     x = torch.cat([x, x[-1:]]) if len(x) % 2 else x
     t, h, w = len(x) // 2, size[0] // 16, size[1] // 16
     x = (x.float() / 127.5 - 1).view(t, 2, 3, h // 2, 2, 16, w // 2, 2, 16)
-    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)     # (t, h/2, w/2, 2, 2, 3, 2, 16, 16): a token's 4 are neighbours
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)   # (t, h/2, w/2, 2, 2, 3, 2, 16, 16): a token's 4 are neighbours
     return x.reshape(t * h * w, -1), (t, h, w)
-
 # ================================================================ the policy: one frozen model, its adapters
 Prompt = namedtuple("Prompt", "ids embeds positions visual deep")
-# ids (P,); embeds (P, d) with vision filled in; positions (3, P); visual (P,) bool; deep: per deepstack layer (V, d)
+# ids (P,); embeds (P, d) with vision in; positions (3, P); visual (P,) bool; deep: (V, d) a deepstack layer
 WRITERS = {"base": ["base"], "phase1": ["base", "phase1"], "phase2": ["base", "phase1", "phase2"],
            "reward": ["base", "reward"]}                             # and what each builds on
 
 class Policy:
-    """Qwen3-VL with what can be switched on it. `use(writer)` chooses who writes: "base", "phase1" (with what 02
-    trained), "phase2" (with 05's adapter on top); or "reward", 04's LoRA, which reads. lm: its decoder; hidden: d;
-    end: id of the end token; banned: ids never sampled (a <|video_pad|> would crash the next pass), masked in
-    log-probs alike; closing: ids that may end a JSON object; side: contexts, and samples of one, that fit the card."""
+    """Qwen3-VL and what can be switched on it. `use(writer)` chooses who writes: "base", "phase1" (with what
+    02 trained), "phase2" (and 05's adapter); or "reward", 04's LoRA, which reads. lm: its decoder; hidden: d;
+    end: id of the end token; banned: ids never sampled (<|video_pad|> would crash the next pass), masked in
+    log-probs too; closing: ids that may end a JSON object; side: contexts, and samples of one, that fit."""
     def __init__(self, model, tokenizer, contexts, samples, S):
         self.model, self.lm, self.head = model, model.model.language_model, model.lm_head
         self.tokenizer, self.S, self.device, self.side = tokenizer, S, model.device, (contexts, samples)
         self.hidden, self.layers = self.lm.config.hidden_size, len(self.lm.layers)
         self.who, self.trainable, self.features, self.flash = "base", [], {}, flash(model)
-        self.kind, self.lora, self.whole = {}, {}, {}    # per writer: "lora" ..; name of its PEFT adapter; its weights
+        self.kind, self.lora, self.whole = {}, {}, {}   # per writer: "lora" ..; its PEFT name; its weights
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        special = {i for i, t in tokenizer.added_tokens_decoder.items() if re.fullmatch(r"<\|.*\|>", t.content)}
+        special = {i for i, t in tokenizer.added_tokens_decoder.items()
+                   if re.fullmatch(r"<\|.*\|>", t.content)}
         self.banned = torch.tensor(sorted(special - {self.end}), device=self.device)
         self.closing = {i for token, i in tokenizer.get_vocab().items() if "}" in token}
 
     def add(self, writer, kind, folder=None):
-        """Adds to a writer: "lora" (on the language model's attention), "steer" (the paper's adapter: a vector (d,) on
-        a decoder layer's output, h <- h + a) or "all" (new values for the whole decoder; vision, embeddings and head
+        """Adds to a writer: "lora" (on the language model's attention), "steer" (as in the paper: a vector
+        (d,) on a decoder layer's output, h <- h + a) or "all" (a whole new decoder; vision, embeddings, head
         stay frozen). New, then without effect, or what `save` wrote to `folder` -> its parameters."""
         from safetensors.torch import load_file
         saved = load_file(str(folder / FILES[kind]), str(self.device)) if folder and kind != "lora" else {}
@@ -206,23 +205,25 @@ class Policy:
             if folder:
                 self.model.load_adapter(str(folder), adapter_name=name)
             else:
-                self.model.add_adapter(LoraConfig(r=self.S.LORA_RANK, lora_alpha=2 * self.S.LORA_RANK,
-                                                  target_modules=r".*language_model.*self_attn\.[qkvo]_proj"), name)
+                self.model.add_adapter(LoraConfig(
+                    r=self.S.LORA_RANK, lora_alpha=2 * self.S.LORA_RANK,
+                    target_modules=r".*language_model.*self_attn\.[qkvo]_proj"), name)
             params = [p for n, p in self.model.named_parameters() if f".{name}." in n]
-            torch.nn.ParameterList(params).float()    # in bf16 the updates of a low learning rate would round to nothing
+            torch.nn.ParameterList(params).float()           # in bf16 small updates would round to nothing
         elif kind == "steer":
             (key, vector), = saved.items() or [(f"layers.{self.S.LAYER}.", torch.zeros(self.hidden))]
             self.layer = int(key.split("layers.")[1].split(".")[0])
             if not 0 <= self.layer < self.layers:
-                raise SystemExit(f"LAYER={self.layer}: this model has the layers 0 to {self.layers - 1}; near "
-                                 f"{round(self.layers * 22 / 48)} is the paper's depth (22 of 48)")
+                raise SystemExit(f"LAYER={self.layer}: this model has the layers 0 to {self.layers - 1}; "
+                                 f"near {round(self.layers * 22 / 48)} is the paper's depth (22 of 48)")
             self.steer = torch.nn.Parameter(vector.to(self.device))
             self.hook = self.lm.layers[self.layer].register_forward_hook(lambda _, args, out: (
                 out + self.steer.to(out.dtype) if self.who == "phase2" else None))
             params = [self.steer]
         else:
             if self.model.dtype != torch.float32 or self.S.BITS == 4:
-                raise SystemExit('training all parameters needs a model in fp32: use TRAIN="lora" or ADAPTER="steer"')
+                raise SystemExit("training all parameters needs a model in fp32: "
+                                 'use TRAIN="lora" or ADAPTER="steer"')
             params = list(self._decoder().values())
             self.whole.setdefault("base", {n: p.data for n, p in self._decoder().items()})
             self.whole[writer] = saved or {n: p.data.clone() for n, p in self._decoder().items()}
@@ -253,7 +254,7 @@ class Policy:
         torch.nn.ParameterList(params).requires_grad_(True)
 
     def attend(self, mask):
-        """Before a pass: flash-attn takes no mask, SDPA any. The library checkpoints layers in training mode alone."""
+        """Before a pass: flash-attn takes no mask, SDPA any. Only training mode checkpoints the layers."""
         self.lm.config._attn_implementation = "flash_attention_2" if mask is None and self.flash else "sdpa"
         self.lm.train(torch.is_grad_enabled() and self.S.MODEL != "tiny")
 
@@ -279,7 +280,7 @@ class Policy:
         """Prompts of contexts; vision features come from a cache, as the tower is frozen."""
         key = lambda clip: (clip["file"], clip["offset"], clip["end"] - clip["start"])
         new = list({key(c): c for x in contexts for c in x.clips if key(c) not in self.features}.items())
-        size = max(1, 256 // self.S.FRAMES_PER_CLIP)                              # many small clips in one pass
+        size = max(1, 256 // self.S.FRAMES_PER_CLIP)                            # many small clips in one pass
         for i in range(0, len(new), size):
             self._see(dict(new[i:i + size]))
         prompts = [self._prompt(x, [self.features[key(c)] for c in x.clips]) for x in contexts]
@@ -295,7 +296,7 @@ class Policy:
             at += at[-1:] * (len(at) % 2)
             times.append([(a + b) / 2 for a, b in zip(at[::2], at[1::2])])            # one per pair of frames
             patches, grids = patches + [p], grids + [grid]
-        visual, sizes = self.model.model.visual, [t * h * w // 4 for t, h, w in grids]     # tokens of each clip
+        visual, sizes = self.model.model.visual, [t * h * w // 4 for t, h, w in grids]   # tokens of each clip
         with torch.no_grad():
             out = visual(torch.cat(patches).to(self.device, visual.dtype), return_dict=True,
                          grid_thw=torch.tensor(grids, device=self.device))
@@ -315,15 +316,14 @@ class Policy:
         embeds = self.lm.embed_tokens(ids).detach().clone()                           # (P, d)
         embeds[visual] = pooled.to(embeds.dtype)
         return Prompt(ids, embeds, positions, visual, deep)
-
 # ================================================================ rollout and log-probs: a group is one row
 def visible(owner_q, owner_k):
-    """Who sees whom: the prompt (owner 0) is seen by all, an answer (owner 1..G) by itself, padding (-1) by padding.
-    owner_q (B, Q), owner_k (B, T) -> bool (B, 1, Q, T)."""
+    """Who sees whom: the prompt (owner 0) is seen by all, an answer (owner 1..G) by itself, padding (-1) by
+    padding. owner_q (B, Q), owner_k (B, T) -> bool (B, 1, Q, T)."""
     return ((owner_k[:, None] == 0) | (owner_k[:, None] == owner_q[:, :, None]))[:, None]
 
 def pick(logits, u, temperature=1.0, top_p=1.0, top_k=0):
-    """Tokens by the inverse CDF: one uniform number a token decides, so noise is independent of batch and order.
+    """Tokens by the inverse CDF: one uniform number a token, so that noise is independent of batch and order.
     logits (..., V), u (...) in [0, 1) -> (...) ids. top_k acts before top_p, as in transformers' generate."""
     p = (logits.float() / temperature).softmax(-1)                                    # (..., V)
     if 0 < top_k < p.shape[-1]:
@@ -335,26 +335,27 @@ def pick(logits, u, temperature=1.0, top_p=1.0, top_k=0):
     return (cdf <= u[..., None] * cdf[..., -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
 
 def rollout(policy, contexts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
-    """n samples per context -> list of lists of Sample, by the writer that is switched on. keys: a tuple of ints
-    >= 0 per context; sample j draws its noise from (*key, j) alone. Each prompt is prefilled once and its cache is
-    never copied: the n samples are columns of one row, and a finished one leaves the row."""
+    """n samples per context -> list of lists of Sample, by the writer that is switched on. keys: a tuple of
+    ints >= 0 per context; sample j draws its noise from (*key, j) alone. Each prompt is prefilled once and
+    its cache is never copied: the n samples are columns of one row, and a finished one leaves the row."""
     size, limit, answers = policy.side[0], policy.S.MAX_NEW_TOKENS, []
     for i in range(0, len(contexts), size):
-        noise = np.stack([[np.random.default_rng([*k, j]).random(limit) for j in range(n)] for k in keys[i:i + size]])
+        noise = np.stack([[np.random.default_rng([*k, j]).random(limit) for j in range(n)]
+                          for k in keys[i:i + size]])
         noise = torch.tensor(noise, device=policy.device)                             # (B, n, T)
         with torch.no_grad():
             answers += _decode(policy, policy.prepare(contexts[i:i + size]), noise, temperature, top_p, top_k)
     return [[as_sample(policy, ids) for ids in group] for group in answers]
 
 def _decode(policy, prompts, noise, temperature, top_p, top_k):
-    """noise (B, n, T) -> B lists of n lists of ids. Where n samples don't fit beside one prompt, they are columns of
-    the row in turns, and the cache is cut back to the prompt in between."""
+    """noise (B, n, T) -> B lists of n lists of ids. Where n samples don't fit beside one prompt, they are
+    columns of the row in turns, and the cache is cut back to the prompt in between."""
     from transformers import DynamicCache
     (B, n, _), device = noise.shape, policy.device
     pad = lambda rows, value=0: torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side="left")
     owner = pad([p.ids * 0 for p in prompts], -1)                                     # (B, P)
     causal = torch.ones(owner.shape[1], owner.shape[1], dtype=torch.bool, device=device).tril()
-    mask = visible(owner, owner) & causal if (owner < 0).any() else None              # None: plain causal, fast
+    mask = visible(owner, owner) & causal if (owner < 0).any() else None            # None: plain causal, fast
     cache = DynamicCache(config=policy.lm.config)
     policy.attend(mask)
     hidden = policy.lm(inputs_embeds=pad([p.embeds for p in prompts]), attention_mask=mask,       # (B, P, d)
@@ -362,30 +363,29 @@ def _decode(policy, prompts, noise, temperature, top_p, top_k):
                        visual_pos_masks=pad([p.visual for p in prompts]),                         # (B, P)
                        deepstack_visual_embeds=[torch.cat(x) for x in zip(*(p.deep for p in prompts))],
                        past_key_values=cache, use_cache=True).last_hidden_state
-    after = torch.stack([p.positions.max() + 1 for p in prompts])                     # (B,) of the first tokens
+    after = torch.stack([p.positions.max() + 1 for p in prompts])                   # (B,) of the first tokens
     answers, width = [[] for _ in prompts], policy.side[1] if B == 1 else n
     for i in range(0, n, width):
         u = noise[:, i:i + width]
-        for mine, new in zip(answers, _columns(policy, cache, hidden[:, -1:].expand(-1, u.shape[1], -1), owner, after,
-                                               u, (temperature, top_p, top_k))):
+        for mine, new in zip(answers, _columns(policy, cache, hidden[:, -1:].expand(-1, u.shape[1], -1),
+                                               owner, after, u, (temperature, top_p, top_k))):
             mine += new
         if i + width < n:
             cache.crop(owner.shape[1] - cache.get_seq_length())
     return answers
 
 def _columns(policy, cache, hidden, owner, after, noise, how):
-    """Decodes from a prefilled cache. hidden (B, n, d) of the last prompt token, owner (B, P), after (B,), noise
-    (B, n, T) -> B lists of n lists of ids. An answer ends with its end token, or with whatever other token follows
-    the end of its JSON object, as that can only be malformed."""
+    """`_decode` on a filled cache: hidden (B, n, d) of the last prompt token, owner (B, P), after (B,). An
+    answer ends with its end token, or any other after its JSON object, as that is malformed anyway."""
     (B, n, limit), device = noise.shape, policy.device
     answers, rows, closed = [[[] for _ in range(n)] for _ in range(B)], list(range(B)), set()
-    who = torch.arange(n, device=device).expand(B, n)                                 # (R, W) sample, -1 = none
+    who = torch.arange(n, device=device).expand(B, n)                               # (R, W) sample, -1 = none
     policy.attend(owner)
     for step in range(limit):
         logits = policy.head(hidden)                                                  # (R, W, V)
         logits[..., policy.banned] = -torch.inf
         u = noise[rows, :, step].gather(1, who.clamp(min=0))                          # (R, W)
-        alive = []                                                                    # a row's (sample, token)s
+        alive = []                                                                  # a row's (sample, token)s
         for row, names, ids in zip(rows, who.tolist(), pick(logits, u, *how).tolist()):
             for j, token in (drawn := [x for x in zip(names, ids) if x[0] >= 0]):
                 answers[row][j].append(token)
@@ -399,7 +399,8 @@ def _columns(policy, cache, hidden, owner, after, noise, how):
         if len(keep) < len(rows):                                                     # finished prompts leave
             index = torch.tensor(keep, device=device)
             cache.batch_select_indices(index)
-            rows, alive, owner, after = [rows[r] for r in keep], [alive[r] for r in keep], owner[index], after[index]
+            rows, alive, owner, after = (
+                [rows[r] for r in keep], [alive[r] for r in keep], owner[index], after[index])
         padded = [a + [(-1, policy.end)] * (width - len(a)) for a in alive]
         who, ids = torch.tensor(padded, device=device).unbind(-1)                     # (R, W) each
         label = torch.where(who < 0, -1, who + 1)
@@ -416,38 +417,35 @@ def as_sample(policy, ids):
 
 def logprobs(policy, context, answers):
     """Log-probs of each answer's tokens given the context, all packed into one row [prompt | a1 | ... | aG].
-    answers: lists of ids. Returns a list of (T_i,) fp32 tensors, with gradient where it is enabled. The head runs
-    one answer at a time under checkpointing: (T, V) logits exist for one answer only."""
+    answers: lists of ids. Returns a list of (T_i,) fp32 tensors, with gradient where it is enabled. The head
+    runs one answer at a time under checkpointing: (T, V) logits exist for one answer only."""
     from torch.utils.checkpoint import checkpoint
     prompt, = policy.prepare([context])
     P, ids = len(prompt.ids), [torch.tensor(a, device=policy.device) for a in answers]
-    owner = torch.cat([prompt.ids * 0] + [torch.full_like(a, j + 1) for j, a in enumerate(ids)])[None]   # (1, T)
+    owner = torch.cat([prompt.ids * 0] + [torch.full_like(a, j + 1) for j, a in enumerate(ids)])[None]
     own = [prompt.positions.max() + 1 + torch.arange(len(a), device=policy.device) for a in ids]
-    positions = torch.cat([prompt.positions] + [x.expand(3, -1) for x in own], 1)     # (3, T)
-    embeds = torch.cat([prompt.embeds, policy.lm.embed_tokens(torch.cat(ids)).to(prompt.embeds.dtype)])  # (T, d)
-    policy.attend(owner)
+    positions = torch.cat([prompt.positions] + [x.expand(3, -1) for x in own], 1)
+    embeds = torch.cat([prompt.embeds, policy.lm.embed_tokens(torch.cat(ids)).to(prompt.embeds.dtype)])
+    policy.attend(owner)                       # owner (1, T), positions (3, T), embeds and hidden (T, d)
     causal = torch.ones(len(embeds), len(embeds), dtype=torch.bool, device=policy.device).tril()
     hidden = policy.lm(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
                        attention_mask=visible(owner, owner) & causal, deepstack_visual_embeds=prompt.deep,
-                       visual_pos_masks=F.pad(prompt.visual[None], (0, len(embeds) - P))).last_hidden_state[0]  # (T, d)
-
-    def of_answer(rows, a):                                                           # rows (T_i, d), a (T_i,)
+                       visual_pos_masks=F.pad(prompt.visual[None], (0, len(embeds) - P))).last_hidden_state[0]
+    def of_answer(rows, a):                                                          # rows (T_i, d), a (T_i,)
         logits = policy.head(rows).float().index_fill(1, policy.banned, -torch.inf)   # (T_i, V)
         return logits.gather(1, a[:, None])[:, 0] - logits.logsumexp(1)               # (T_i,)
-
-    first, own = hidden[P - 1:P], hidden[P:].split([len(a) for a in ids])  # the prompt's last predicts every first
-    return [checkpoint(of_answer, torch.cat([first, x[:-1]]), a, use_reentrant=False) for x, a in zip(own, ids)]
-
+    first, own = hidden[P - 1:P], hidden[P:].split([len(a) for a in ids])   # row P - 1 predicts every first
+    return [checkpoint(of_answer, torch.cat([first, x[:-1]]), a, use_reentrant=False)
+            for x, a in zip(own, ids)]
 # ================================================================ group-relative policy optimisation
 def group_advantages(rewards, gate=None):
-    """A_i = (r_i - mean r) / std r over the whole group, and which samples count (the NSR gate; paper, section 2).
-    gate: the reward that decides whether a sample below the mean may be pushed down: only if its gate is negative.
-    None: no gate. A group with a population std under 1e-6 gets zeros.
-
+    """A_i = (r_i - mean r) / std r over the whole group, and which samples count (the NSR gate; paper,
+    section 2). gate: the reward that decides whether a sample below the mean may be pushed down: only if its
+    gate is negative. None: no gate. A group with a population std under 1e-6 gets zeros.
     >>> A, counts = group_advantages([0.5, 0.5, -0.5, 0.3], gate=[0.5, 0.5, -0.5, 0.3])
     >>> [round(a, 2) for a in A], counts
     ([0.73, 0.73, -1.7, 0.24], [True, True, True, True])
-    >>> group_advantages([0.5, 0.4], gate=[0.5, 0.4])[1]       # the lower one is still a good memory: not pushed down
+    >>> group_advantages([0.5, 0.4], gate=[0.5, 0.4])[1]  # the lower is still a good memory: not pushed down
     [True, False]
     """
     mean = sum(rewards) / len(rewards)
@@ -456,9 +454,9 @@ def group_advantages(rewards, gate=None):
     return advantages, [a >= 0 or gate is None or g < 0 for a, g in zip(advantages, gate or rewards)]
 
 def policy_loss(logp, old, advantages, counts, ratio="gspo", clip=(0.2, 0.28)):
-    """Clipped loss of one group: -mean over i of min(s_i A_i, clip(s_i, 1 - low, 1 + high) A_i) (paper, section 2).
-    logp, old: lists of (T_i,); ratio "gspo": s_i = exp(mean_t(logp - old)) per sequence, "grpo": per token, then the
-    mean over tokens. A sample that does not count has zero loss and stays in the divisor -> (loss, clipped share)."""
+    """Clipped loss of one group: -mean_i min(s_i A_i, clip(s_i, 1 - low, 1 + high) A_i) (paper, section 2).
+    logp, old: lists of (T_i,); ratio "gspo": s_i = exp(mean_t(logp - old)) per sequence, "grpo": per token,
+    then the mean. A sample that doesn't count adds zero, yet is in the divisor -> (loss, clipped share)."""
     total, clipped, low, high = 0.0, 0.0, 1 - clip[0], 1 + clip[1]
     for new, was, A, counted in zip(logp, old, advantages, counts):
         if A and counted:
@@ -473,10 +471,10 @@ def kl_to(logp, reference):
     return sum((g.exp() - g - 1).mean() for g in gap) / len(gap)
 
 def grpo(policy, S, out, params, batch, reward, log_row, reference):
-    """The loop of 02 (and of 05 on-policy): rollout, reward, advantage, update, log, save; resumes from `out`.
-    batch: `next(step)` -> contexts, `update(step, samples)`, and `state` (anything JSON). reward(contexts, samples)
-    -> per group {"total": [..], "gate": [..], "terms": {name: [..]}} with None where a judge failed. log_row: 02's.
-    reference: the writer that KL refers to. With SHOW the first group is returned instead."""
+    """The loop of 02 (and of 05 on-policy): rollout, reward, advantage, update, log, save; resumes from
+    `out`. batch: `next(step)` -> contexts, `update(step, samples)`, and `state` (any JSON). reward(contexts,
+    samples) -> per group {"total": [..], "gate": [..], "terms": {name: [..]}}, None where a judge failed.
+    log_row: 02's. reference: the writer that KL refers to. With SHOW the first group is returned."""
     if S.RATIO not in ("gspo", "grpo"):
         raise SystemExit(f'RATIO={S.RATIO}: take "gspo" (a ratio per sequence) or "grpo" (per token)')
     policy.train_only(params)
@@ -484,7 +482,7 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
     for step in run:
         # ---- rollout
         began, contexts = time.time(), batch.next(step)
-        mine = range(RANK, len(contexts), WORLD)                                      # of several GPUs, this one's
+        mine = range(RANK, len(contexts), WORLD)                                 # of several GPUs, this one's
         samples = rollout(policy, [contexts[i] for i in mine], S.GROUP, [(S.SEED, step, i) for i in mine])
         rolled = time.time()
         # ---- reward and advantage
@@ -508,7 +506,7 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
                     g["reference"] = logprobs(policy, g["context"], g["ids"])
         sums, clip = dict(kl=0.0, clipped=0.0, grad_norm=0.0), (S.CLIP_LOW, S.CLIP_HIGH)
         for i in range(0, len(used), max(1, size)):
-            for g in [g for g, here in used[i:i + size] if here]:                     # memory holds one packed row
+            for g in [g for g, here in used[i:i + size] if here]:                # memory holds one packed row
                 logp = logprobs(policy, g["context"], g["ids"])
                 old = g.get("old") or [x.detach() for x in logp]
                 loss, clipped = policy_loss(logp, old, g["advantages"], g["counts"], S.RATIO, clip)
@@ -522,7 +520,8 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
         row = log_row(step, samples, scores, groups, sums, rolled - began, time.time() - rolled)
         run.log(row, "reward", "malformed")
         if step % S.PRINT_EVERY == 0:
-            rated = [(t, s.text) for t, s in zip(scores[0]["total"], samples[0]) if t is not None] or [(0, "")]
+            rated = [(t, s.text) for t, s in zip(scores[0]["total"], samples[0])
+                     if t is not None] or [(0, "")]
             run.bar.write("  ".join(f"{k} {v:.3g}" for k, v in row.items()) +
                           "\n  best {:+.2f}: {!r}\n  worst {:+.2f}: {!r}".format(*max(rated), *min(rated)))
 
@@ -533,13 +532,13 @@ def _group(context, samples, score, gate):
         return None
     gates = [score["gate"][i] for i in kept] if gate else None
     advantages, counts = group_advantages([score["total"][i] for i in kept], gates)
-    return dict(context=context, ids=[samples[i].ids for i in kept], advantages=advantages, counts=counts, kept=kept)
-
+    return dict(context=context, ids=[samples[i].ids for i in kept], advantages=advantages, counts=counts,
+                kept=kept)
 # ================================================================ keeping a run alive
 class Training:
-    """The steps of a run that are still to do, for every loop of 02, 04 and 05: `for step in run:`, ending in
-    run.log(row). Resumes from out/checkpoint.pt; saves every SAVE_EVERY steps, at the end, and after the step in
-    hand on Ctrl-C or SIGTERM. Noise derives from (seed, step), so no RNG state is kept. batch: its `state` is."""
+    """The steps of a run still to do, for 02, 04 and 05: `for step in run:`, ending in run.log(row). Resumes
+    from out/checkpoint.pt; saves every SAVE_EVERY steps, at the end, and after the step in hand on Ctrl-C or
+    SIGTERM. Noise derives from (seed, step), so no RNG state is kept. batch: its `state` is."""
     def __init__(self, S, out, params, batch=None, desc=None):
         self.S, self.out, self.params, self.batch = S, out, params, batch or SimpleNamespace(state=None)
         self.optimizer, self.rows = torch.optim.AdamW(params, lr=S.LR, weight_decay=0.0), []
@@ -575,12 +574,13 @@ class Training:
                 signal.signal(s, handler)
 
     def update(self, lr=None):
-        """One optimizer step on the gradients, clipped -> their norm before. SystemExit where it isn't finite."""
+        """One optimizer step on the clipped gradients -> their norm before. SystemExit where not finite."""
         add_gradients(self.params)
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.S.GRAD_CLIP).item()
         if not math.isfinite(norm):
-            raise SystemExit(f"step {len(self.rows)}: the gradient norm is {norm}; this update was not made. Start "
-                             f"again with a lower LR (now {self.S.LR}): --RUN=NEWNAME --FROM={self.S.RUN} --LR=...")
+            raise SystemExit(f"step {len(self.rows)}: the gradient norm is {norm}; this update was not made. "
+                             f"Start again with a lower LR (now {self.S.LR}): "
+                             f"--RUN=NEWNAME --FROM={self.S.RUN} --LR=...")
         self.optimizer.param_groups[0]["lr"] = lr or self.S.LR
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -596,5 +596,5 @@ class Training:
             w.writerows(self.rows)
 
 def load_policy(S):
-    """The frozen model of S.MODEL with its tokenizer, ready to take adapters. SystemExit where it can't be used."""
+    """S.MODEL, frozen, with its tokenizer, ready to take adapters. SystemExit where it can't be used."""
     return Policy(*load_model(S), S)

@@ -1,12 +1,12 @@
 """Between disk, cards and the stages: 4-bit weights that are 4-bit, what fits the card, several ranks, files.
 
-The trick of the 4-bit experts. Qwen3-VL-30B-A3B keeps 93 % of its weights in two 3-D tensors a layer, (E, out, in),
-one slice per expert. Plain 4-bit loading replaces `nn.Linear` alone and leaves them in bf16: 56 of 58 GiB. Here each
-expert becomes one row of NF4 codes (two values a byte) and one of scales (one per block of 64 values), made while the
-file streams in, so that only one such tensor at a time is ever whole. A forward pass sorts the (token, expert) pairs
-by expert, unpacks the experts that were hit, multiplies, and forgets the unpacked weights; the backward pass unpacks
-them again. Router, norms, embeddings and head stay as they are. The arithmetic is the library's (`dequantize_4bit`,
-`grouped_mm`): outputs and LoRA gradients are bit-equal to unpacking everything.
+The trick of the 4-bit experts. Qwen3-VL-30B-A3B keeps 93 % of its weights in two 3-D tensors a layer,
+(E, out, in), one slice per expert. Plain 4-bit loading replaces `nn.Linear` alone and leaves them in bf16: 56
+of 58 GiB. Here each expert becomes one row of NF4 codes (two values a byte) and one of scales (one per block
+of 64 values), made while the file streams in, so only one such tensor at a time is ever whole. A forward pass
+sorts (token, expert) pairs by expert, unpacks the experts hit, multiplies, and forgets the unpacked weights;
+the backward pass unpacks them again. Router, norms, embeddings and head stay as they are. The arithmetic is
+the library's (`dequantize_4bit`, `grouped_mm`): outputs and LoRA gradients are bit-equal to unpacking all.
 """
 import contextlib, functools, json, os, pathlib, re, sys
 
@@ -17,7 +17,7 @@ except ImportError:              # the scripts' --help works before anything is 
 
 ROOT = pathlib.Path(__file__).resolve().parent
 FILES = {"lora": "adapter_model.safetensors", "steer": "steer.safetensors", "all": "weights.safetensors"}
-BLOCK = 64                       # values that share a scale, as in bitsandbytes; an expert's size is a multiple of it
+BLOCK = 64               # values that share a scale, as in bitsandbytes; an expert's size is a multiple of it
 RANK, WORLD = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))       # set by torchrun
 if RANK:                                                            # rank 0 alone speaks
     sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
@@ -26,8 +26,8 @@ if RANK:                                                            # rank 0 alo
 # ---------------------------------------------------------------- files
 @contextlib.contextmanager
 def written_aside(path):
-    """Yields a temporary path that replaces `path` when the block ends well: readers never see half a file. Rank 0
-    alone writes."""
+    """Yields a temporary path that replaces `path` when the block ends well: readers never see half a file.
+    Rank 0 alone writes."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.aside{RANK or ''}")
@@ -112,18 +112,19 @@ def add_gradients(params):
 
 # ---------------------------------------------------------------- packed experts
 def pack(weight, double=False):
-    """(E, out, in) floats -> codes (E, out * in / 2) uint8, and scales (E, out * in / 64): fp32, or with `double` a
-    tuple of 8-bit scales, one fp32 scale per 256 of them, and their mean. Raises ValueError where a block would reach
-    over two experts."""
+    """(E, out, in) floats -> codes (E, out * in / 2) uint8, and scales (E, out * in / 64): fp32, or with
+    `double` a tuple of 8-bit scales, one fp32 scale per 256 of them, and their mean. Raises ValueError where
+    a block would reach over two experts."""
     from bitsandbytes.functional import quantize_4bit, quantize_blockwise
     E, n = len(weight), weight[0].numel()
     if n % (BLOCK * BLOCK if double else BLOCK):
-        raise ValueError(f"an expert of {n} values can't be cut into blocks of {BLOCK}" + f" x {BLOCK}" * double)
+        raise ValueError(f"an expert of {n} values can't be cut into blocks of {BLOCK}" +
+                         f" x {BLOCK}" * double)
     codes, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
     codes, scales = codes.view(E, n // 2), state.absmax.view(E, n // BLOCK)
     if double:
         mean = scales.mean()
-        size = next(b for b in (256, 128, 64) if scales.shape[1] % b == 0)            # 256 but for tiny experts
+        size = next(b for b in (256, 128, 64) if scales.shape[1] % b == 0)          # 256 but for tiny experts
         small, state = quantize_blockwise(scales - mean, blocksize=size)
         scales = (small, state.absmax.view(E, -1), mean)
     return codes, scales
@@ -138,8 +139,8 @@ def unpack(codes, scales, hit, shape, dtype):
                                       blocksize=small.shape[1] // large.shape[1]) + mean
     else:
         absmax = scales[hit]
-    return dequantize_4bit(codes[hit].view(-1, 1), QuantState(absmax.flatten(), (len(hit), *shape), dtype=dtype,
-                                                              blocksize=BLOCK, quant_type="nf4"))
+    return dequantize_4bit(codes[hit].view(-1, 1), QuantState(
+        absmax.flatten(), (len(hit), *shape), dtype=dtype, blocksize=BLOCK, quant_type="nf4"))
 
 
 @functools.cache
@@ -151,8 +152,8 @@ def _eight_bits(device):
 def _packed_linear():
     """The autograd function, made late as torch may be missing (--help)."""
     class PackedLinear(torch.autograd.Function):
-        """y = x W_e^T for rows x (S, in) sorted by expert; ends (H,): where each hit expert's rows end. Gradient for x
-        alone: the weights are frozen, and are unpacked again instead of kept."""
+        """y = x W_e^T for rows x (S, in) sorted by expert; ends (H,): where each hit expert's rows end.
+        Gradient for x alone: the weights are frozen, and are unpacked again instead of kept."""
         @staticmethod
         def forward(ctx, x, codes, scales, hit, ends, shape):
             ctx.packed = codes, scales, hit, ends, shape
@@ -180,7 +181,7 @@ def packed_experts(module, hidden, chosen, weights):
     out = out * weights.flatten()[order, None]
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return out[back].view(-1, k, d).sum(1).to(hidden.dtype)                           # the sum in the library's order
+    return out[back].view(-1, k, d).sum(1).to(hidden.dtype)                   # the sum in the library's order
 
 
 @functools.cache
@@ -228,33 +229,36 @@ def is_expert(name):
 
 # ---------------------------------------------------------------- what fits the card
 def weight_bytes(model, S):
-    """{kind: [values, bytes]} of a model's weights under BITS, VISION_BITS and DOUBLE_QUANT; `model` may be on the meta
-    device. Kinds: experts, linears, vision linears, embeddings and head, the rest."""
+    """{kind: [values, bytes]} of a model's weights under BITS, VISION_BITS and DOUBLE_QUANT; `model` may be
+    on the meta device. Kinds: experts, linears, vision linears, embeddings and head, the rest."""
     packed = 1 / 2 + (1 / BLOCK + 4 / BLOCK / 256 if S.DOUBLE_QUANT else 4 / BLOCK)      # bytes a value
-    plain = 2 if torch.cuda.is_available() or S.BITS == 4 else 4                         # bf16, or fp32 on a CPU
+    plain = 2 if torch.cuda.is_available() or S.BITS == 4 else 4                      # bf16, or fp32 on a CPU
     table = {}
     for name, p in model.named_parameters():
-        linear = isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Linear) and name.endswith("weight")
+        linear = (isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Linear)
+                  and name.endswith("weight"))
         vision = ".visual." in name
-        kind = ("experts" if is_expert(name) else "embeddings and head" if re.search("embed_tokens|lm_head", name) else
+        kind = ("experts" if is_expert(name) else
+                "embeddings and head" if re.search("embed_tokens|lm_head", name) else
                 "the rest" if not linear else "vision linears" if vision else "linears")
-        four = S.BITS == 4 and kind in ("experts", "linears") or S.VISION_BITS == 4 and kind == "vision linears"
+        four = (S.BITS == 4 and kind in ("experts", "linears")
+                or S.VISION_BITS == 4 and kind == "vision linears")
         row = table.setdefault(kind, [0, 0])
         row[0], row[1] = row[0] + p.numel(), row[1] + int(p.numel() * (packed if four else plain))
     return table
 
 
 def plan(model, S):
-    """Byte plan {item: bytes} of weights and of the widest moments of rollout and training for S's batch, and the
-    number of contexts to roll out side by side. Estimates, but for the weights and the cache."""
+    """Byte plan {item: bytes} of weights and of the widest moments of rollout and training for S's batch, and
+    the number of contexts to roll out side by side. Estimates, but for the weights and the cache."""
     text, gpu = model.config.get_text_config(), torch.cuda.is_available()
     plain, G = 2 if gpu or S.BITS == 4 else 4, getattr(S, "GROUP", 1)
     d, layers, width = text.hidden_size, text.num_hidden_layers, getattr(text, "moe_intermediate_size", 0)
-    kv = 2 * layers * text.num_key_value_heads * text.head_dim * plain                # bytes of a cached token
+    kv = 2 * layers * text.num_key_value_heads * text.head_dim * plain               # bytes of a cached token
     prompt, new = prompt_tokens(S), S.MAX_NEW_TOKENS
-    row = prompt + G * (S.THINK_TOKENS + S.MEMORY_TOKENS)                             # a packed row of usual answers
+    row = prompt + G * (S.THINK_TOKENS + S.MEMORY_TOKENS)                      # a packed row of usual answers
     k = getattr(text, "num_experts_per_tok", 1)
-    pair = (2 * d + 3 * (width or text.intermediate_size)) * plain                    # a (token, expert) pair's values
+    pair = (2 * d + 3 * (width or text.intermediate_size)) * plain           # a (token, expert) pair's values
     unpacked = 2 * width * d * getattr(text, "num_experts", 0) * plain if S.BITS == 4 else 0
     rank = S.LORA_RANK * sum(m.in_features + m.out_features for n, m in model.named_modules()
                              if re.fullmatch(r".*language_model.*self_attn\.[qkvo]_proj", n))
@@ -273,45 +277,48 @@ def plan(model, S):
 
 
 def prompt_tokens(S):
-    """Tokens of a full prompt: K clips of frame pairs, each with its time, and the memories before the newest."""
+    """Tokens of a full prompt: K clips of frame pairs, each with its time, and memories before the newest."""
     pairs = -(-S.FRAMES_PER_CLIP // 2)
     return S.K * (pairs * (S.FRAME_PIXELS // 1024 + 9) + 20) + (S.K - 1) * S.MEMORY_TOKENS + 120
 
 
 def check_plan(model, S, card):
-    """Prints the byte plan and returns how many contexts to roll out side by side, and how many samples of one at a
-    time. card: bytes of the GPU's memory. Raises SystemExit where a step can't fit, with the constants to change."""
+    """Prints the byte plan and returns how many contexts to roll out side by side, and how many samples of
+    one at a time. card: bytes of GPU memory. SystemExit, with constants to change, where a step can't fit."""
     items, weights, (prompt, row, kv) = plan(model, S)
     gib = lambda x: f"{x / 2**30:.2f} GiB"
     print(f"byte plan: prompts of {prompt} tokens ({S.K} clips x {S.FRAMES_PER_CLIP} frames of at most "
           f"{S.FRAME_PIXELS} pixels), packed rows of {row}")
     for name, size in items.items():
         print(f"  {name:38} {gib(size):>12}")
-    base = weights + sum(items[n] for n in ("adapter, its gradient and optimizer", "one layer's experts, unpacked",
-                                            "vision features kept"))
+    base = weights + sum(items[n] for n in (
+        "adapter, its gradient and optimizer", "one layer's experts, unpacked", "vision features kept"))
     train = base + sum(size for name, size in items.items() if name.startswith("training"))
-    G, free = getattr(S, "GROUP", 1), 0.92 * card - base                              # 8 % for fragments and buffers
+    G, free = getattr(S, "GROUP", 1), 0.92 * card - base                       # 8 % for fragments and buffers
     context, prefill = items["rollout: cache of a context"], items["rollout: prefill of a context"]
     samples = max(0, min(G, int((free - prefill - kv * prompt) // (kv * S.MAX_NEW_TOKENS))))
     if samples == 0 or train > 0.92 * card:
         raise SystemExit(
             f"MODEL={S.MODEL} does not fit: a card of {gib(card)}, weights {gib(weights)}, a training step "
-            f"{gib(train)}. Change one of BITS=4, VISION_BITS=4, DOUBLE_QUANT=1 (now {S.BITS}, {S.VISION_BITS}, "
-            f"{S.DOUBLE_QUANT}), FRAME_PIXELS={S.FRAME_PIXELS}, FRAMES_PER_CLIP={S.FRAMES_PER_CLIP}, K={S.K}, "
-            f"FEATURE_CLIPS={S.FEATURE_CLIPS}, MAX_NEW_TOKENS={S.MAX_NEW_TOKENS}")
+            f"{gib(train)}. Change one of BITS=4, VISION_BITS=4, DOUBLE_QUANT=1 (now {S.BITS}, "
+            f"{S.VISION_BITS}, {S.DOUBLE_QUANT}), FRAME_PIXELS={S.FRAME_PIXELS}, "
+            f"FRAMES_PER_CLIP={S.FRAMES_PER_CLIP}, K={S.K}, FEATURE_CLIPS={S.FEATURE_CLIPS}, "
+            f"MAX_NEW_TOKENS={S.MAX_NEW_TOKENS}")
     contexts = S.ROLLOUT_CONTEXTS or max(1, int((free - prefill) // context))
-    print(f"  in all: {gib(train)} in a training step of {gib(card)}; {contexts} contexts rolled out side by side")
+    print(f"  in all: {gib(train)} in a training step of {gib(card)}; "
+          f"{contexts} contexts rolled out side by side")
     if samples < G:
-        print(f"*** {samples} of {G} samples fit beside one prompt: a group is rolled out in parts, from one prefill ***")
+        print(f"*** {samples} of {G} samples fit beside one prompt: "
+              "a group is rolled out in parts, from one prefill ***")
     return contexts, samples
 
 
 # ---------------------------------------------------------------- loading
 def load_model(S):
-    """(model, tokenizer, contexts side by side, samples side by side) of S.MODEL, frozen. Prints the byte plan before
-    and what is used after. Raises SystemExit where the model can't be had or doesn't fit."""
+    """(model, tokenizer, contexts side by side, samples side by side) of S.MODEL, frozen. Prints the byte
+    plan before and what is used after. Raises SystemExit where the model can't be had or doesn't fit."""
     import transformers
-    transformers.logging.set_verbosity_error()   # else a second adapter is reported as missing from the first's file
+    transformers.logging.set_verbosity_error()   # else a second adapter is said to be missing from a file
     torch.set_num_threads(S.CPU_THREADS)
     torch.manual_seed(S.SEED)                    # PEFT draws a new LoRA's A from the global generator
     join()
@@ -319,14 +326,16 @@ def load_model(S):
     if S.MODEL == "tiny":
         transformers.logging.disable_progress_bar()
     dtype, device = (torch.bfloat16, f"cuda:{torch.cuda.current_device()}") if gpu else (torch.float32, "cpu")
-    options, side = dict(dtype=dtype, attn_implementation="sdpa", device_map=device), (S.ROLLOUT_CONTEXTS or 1, 10**6)
+    options, side = (dict(dtype=dtype, attn_implementation="sdpa", device_map=device),
+                     (S.ROLLOUT_CONTEXTS or 1, 10**6))
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if S.BITS == 4:
             skip = ["lm_head"] + ["model.visual"] * (S.VISION_BITS != 4)
             options["quantization_config"] = quantization()(
-                bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=bool(S.DOUBLE_QUANT), llm_int8_skip_modules=skip)
+                bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=bool(S.DOUBLE_QUANT),
+                llm_int8_skip_modules=skip)
         if hasattr(config.get_text_config(), "num_experts"):
             options["experts_implementation"] = "nf4" if S.BITS == 4 else "grouped_mm"
         if gpu:
@@ -336,7 +345,7 @@ def load_model(S):
         model = transformers.AutoModelForImageTextToText.from_pretrained(name, **options).eval()
     except (OSError, ValueError, ImportError) as e:
         raise SystemExit(f"MODEL={S.MODEL} can't be loaded: {e}") from None
-    for module in model.modules():               # a bf16 kernel that packs anew: neither exact nor for training
+    for module in model.modules():             # a bf16 kernel that packs anew: neither exact nor for training
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if S.MODEL != "tiny":
@@ -344,8 +353,8 @@ def load_model(S):
     add_steering(model, name)
     text = model.config.get_text_config()
     if S.MODEL == "tiny" and text.hidden_size > 512:
-        raise SystemExit(f"tiny/base holds a model {text.hidden_size} wide, but MODEL=tiny takes the embedded world's "
-                         "constants. Name the model by --MODEL=FOLDER instead")
+        raise SystemExit(f"tiny/base holds a model {text.hidden_size} wide, but MODEL=tiny takes the "
+                         "embedded world's constants. Name the model by --MODEL=FOLDER instead")
     used = sum(x.nbytes for x in [*model.parameters(), *scales_of(model)]) / 2**30
     print(f"model {name}: {used:.3f} GiB of weights" + f" in NF4 and {dtype}" * (S.BITS == 4) +
           f", {text.num_hidden_layers} layers {text.hidden_size} wide, on {device}" +
@@ -371,14 +380,14 @@ def scales_of(model):
 
 
 def flash(model):
-    """Whether flash-attn can take passes without a mask: it is installed, on a GPU, and the model is in 16 bits."""
+    """Whether flash-attn can take passes without a mask: it is installed, on a GPU, the model in 16 bits."""
     from transformers.utils import is_flash_attn_2_available
     return model.device.type == "cuda" and model.dtype != torch.float32 and is_flash_attn_2_available()
 
 
 def add_steering(model, name):
-    """A Phase Two checkpoint of the authors holds `...layers.N.adapter.steer`: the vector that it adds to layer N's
-    output is put in place for good, under whatever is trained on top."""
+    """A Phase Two checkpoint of the authors holds `...layers.N.adapter.steer`: the vector that it adds to
+    layer N's output is put in place for good, under whatever is trained on top."""
     from safetensors import safe_open
     from transformers.utils import cached_file
     get = lambda file: cached_file(name, file, _raise_exceptions_for_missing_entries=False)
@@ -415,8 +424,8 @@ def save_adapter(policy, writer, folder):
 
 
 def load_adapter(policy, writer, folder):
-    """Reads what `save_adapter` wrote, in the place of what `writer` had before, and switches it on. SystemExit
-    where the folder holds no adapter."""
+    """Reads what `save_adapter` wrote, in the place of what `writer` had before, and switches it on.
+    SystemExit where the folder holds no adapter."""
     kind = next((k for k, file in FILES.items() if (folder / file).exists()), None)
     if kind is None:
         raise SystemExit(f"{folder} holds none of {', '.join(FILES.values())}")

@@ -1,5 +1,5 @@
-"""What the 30B model needs, shown on the tiny one and on the meta device: 4-bit experts, the byte plan, rollouts in parts,
-checkpointed layers, flat memory, and several ranks that equal one process."""
+"""What the 30B model needs, shown on the tiny one and on the meta device: 4-bit experts, the byte plan,
+rollouts in parts, checkpointed layers, flat memory, and several ranks that equal one process."""
 import os
 import pathlib
 import resource
@@ -14,12 +14,15 @@ import common                                                               # no
 import loading                                                              # noqa: E402
 
 TINY = common.ROOT / "tiny" / "base"
-SMALL = ["--FRAMES_PER_CLIP=4", "--FRAME_PIXELS=9216", "--MAX_NEW_TOKENS=32", "--CPU_THREADS=1", "--ROLLOUT_CONTEXTS=4"]
+SMALL = ["--FRAMES_PER_CLIP=4", "--FRAME_PIXELS=9216", "--MAX_NEW_TOKENS=32", "--CPU_THREADS=1",
+         "--ROLLOUT_CONTEXTS=4"]
 # Qwen/Qwen3-VL-30B-A3B: what its config.json says, as far as bytes depend on it
-TEXT = dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32,
-            num_key_value_heads=4, head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
-            decoder_sparse_step=1, mlp_only_layers=[], max_position_embeddings=262144, tie_word_embeddings=False,
-            rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True))
+TEXT = dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+            num_attention_heads=32, num_key_value_heads=4, head_dim=128, moe_intermediate_size=768,
+            num_experts=128, num_experts_per_tok=8, decoder_sparse_step=1, mlp_only_layers=[],
+            max_position_embeddings=262144, tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20],
+                                 mrope_interleaved=True))
 VISION = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, in_channels=3, patch_size=16,
               spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=2048, num_position_embeddings=2304,
               deepstack_visual_indexes=[8, 16, 24])
@@ -46,7 +49,7 @@ def four_bit(request):
 
 
 def dequantised(policy):
-    """The same model with every packed weight unpacked by the library at once, and experts as plain matmuls."""
+    """The same model with every packed weight unpacked by the library at once, experts as plain matmuls."""
     import bitsandbytes
     from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
     from transformers import AutoModelForImageTextToText
@@ -62,7 +65,8 @@ def dequantised(policy):
             if isinstance(scales, tuple):
                 small, large, mean = scales
                 scales = mean + torch.stack([dequantize_blockwise(
-                    s, absmax=a, code=loading._eight_bits(s.device), blocksize=len(s) // len(a)) for s, a in zip(small, large)])
+                    s, absmax=a, code=loading._eight_bits(s.device), blocksize=len(s) // len(a))
+                    for s, a in zip(small, large)])
             value = torch.stack([dequantize_4bit(c[:, None], QuantState(
                 s.contiguous(), p.shape[1:], dtype=torch.float32, blocksize=64, quant_type="nf4"))
                 for c, s in zip(getattr(module, kind).data, scales)])
@@ -108,14 +112,15 @@ def test_only_experts_and_linears_are_packed(four_bit):
     linear = {n for n, k in kinds.items() if issubclass(k, torch.nn.Linear)}
     four = {n for n, k in kinds.items() if issubclass(k, bitsandbytes.nn.Linear4bit)}
     assert {n for n in linear if "language_model" in n} == four and four
-    assert all(p.is_floating_point() for n, p in model.named_parameters() if "embed" in n or "gate.weight" in n
-               or "norm" in n or "lm_head" in n or "visual" in n)
+    assert all(p.is_floating_point() for n, p in model.named_parameters()
+               if "embed" in n or "gate.weight" in n or "norm" in n or "lm_head" in n or "visual" in n)
 
 
 def test_the_packed_model_is_near_the_whole_one(four_bit, policy, contexts):
     ids = [policy.tokenizer('plan: place\n</think>\n\n{"description": "now, in the kitchen."}')["input_ids"]]
     with torch.no_grad():
-        gap = (common.logprobs(four_bit, contexts[1], ids)[0] - common.logprobs(policy, contexts[1], ids)[0]).abs()
+        gap = (common.logprobs(four_bit, contexts[1], ids)[0]
+               - common.logprobs(policy, contexts[1], ids)[0]).abs()
     assert 0 < gap.mean() < 1.0
 
 
@@ -146,7 +151,8 @@ def test_an_expert_that_blocks_cannot_tile_is_refused():
 
 
 # ================================================================ bytes
-@pytest.mark.parametrize("argv, gib", [(["--VISION_BITS=4"], 17.1), ([], 17.9), (["--VISION_BITS=4", "--DOUBLE_QUANT=1"], 15.8)])
+@pytest.mark.parametrize("argv, gib", [
+    (["--VISION_BITS=4"], 17.1), ([], 17.9), (["--VISION_BITS=4", "--DOUBLE_QUANT=1"], 15.8)])
 def test_bytes_of_the_30b(sketch, argv, gib):
     table = loading.weight_bytes(sketch, settings("--MODEL=x", *argv))
     assert table["experts"][0] == 48 * 128 * 3 * 768 * 2048
@@ -161,10 +167,12 @@ def test_the_plan_is_printed_and_refuses_before_loading(sketch, capsys):
     contexts, samples = loading.check_plan(sketch, S, 80 * 2**30)
     said = capsys.readouterr().out
     assert contexts >= 1 and samples == 8 and "experts" in said and "GiB" in said and "prompts of" in said
-    with pytest.raises(SystemExit, match=r"does not fit: a card of 16.00 GiB, weights 17.\d+ GiB.*FRAME_PIXELS"):
+    with pytest.raises(SystemExit,
+                       match=r"does not fit: a card of 16.00 GiB, weights 17.\d+ GiB.*FRAME_PIXELS"):
         loading.check_plan(sketch, S, 16 * 2**30)
     items, weights, _ = loading.plan(sketch, S)
-    assert items["rollout: cache of a context"] == 96 * 1024 * (loading.prompt_tokens(S) + 8 * S.MAX_NEW_TOKENS)
+    assert items["rollout: cache of a context"] == 96 * 1024 * (
+        loading.prompt_tokens(S) + 8 * S.MAX_NEW_TOKENS)
     more, _ = loading.check_plan(sketch, settings("--MODEL=x", "--FRAME_PIXELS=50176"), 80 * 2**30)
     assert more > contexts                                              # shorter prompts, more of them
 
@@ -182,7 +190,7 @@ def test_a_group_in_parts_draws_the_same_tokens(policy, contexts):
 
 
 def test_an_answer_stops_at_the_end_of_its_json(policy, contexts):
-    """With the end token out of reach, an answer that closes its object gets one more token, and is malformed."""
+    """With the end token out of reach, an answer that closes its object gets one more, and is malformed."""
     groups = common.rollout(policy, contexts, 8, [(6, i) for i in range(4)])
     closed = [s for g in groups for s in g if s.memory]
     assert closed and all(s.ids[-1] == policy.end for s in closed)
@@ -194,7 +202,8 @@ def test_an_answer_stops_at_the_end_of_its_json(policy, contexts):
     tails = [s for g in again for s in g if common.parse_response(policy.tokenizer.decode(s.ids[:-1]))[0]]
     assert tails and all(s.memory is None and not s.truncated for s in tails)
     for s in (s for g in again for s in g):
-        assert not any(common.parse_response(policy.tokenizer.decode(s.ids[:n]))[0] for n in range(1, len(s.ids) - 1))
+        assert not any(common.parse_response(policy.tokenizer.decode(s.ids[:n]))[0]
+                       for n in range(1, len(s.ids) - 1))
 
 
 def test_logits_exist_for_one_answer_only(policy, contexts):
@@ -206,21 +215,22 @@ def test_logits_exist_for_one_answer_only(policy, contexts):
         return x
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         logp = common.logprobs(policy, contexts[2], answers)
-    wide = [s for s in seen if s and s[-1] == policy.head.weight.shape[0] and len(s) > 1 and s[0] != policy.hidden]
+    wide = [s for s in seen if s and s[-1] == policy.head.weight.shape[0] and len(s) > 1
+            and s[0] != policy.hidden]
     assert not wide                                                     # the head runs again in backward
     sum(x.sum() for x in logp).backward()
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """The tiny weights under a folder's name: all of the code paths of a full-size model, and the authors' key."""
+    """The tiny weights under a folder's name: all code paths of a full-size model, and the authors' key."""
     from safetensors.torch import load_file, save_file
     folder = tmp_path_factory.mktemp("model") / "base"
     shutil.copytree(TINY, folder)
     state = load_file(str(folder / "model.safetensors"))
     vector = torch.linspace(-0.2, 0.2, 128)
-    save_file(state | {"model.language_model.layers.1.adapter.steer": vector}, str(folder / "model.safetensors"),
-              metadata={"format": "pt"})
+    save_file(state | {"model.language_model.layers.1.adapter.steer": vector},
+              str(folder / "model.safetensors"), metadata={"format": "pt"})
     return folder, vector
 
 
@@ -233,7 +243,8 @@ def test_a_checkpoint_with_a_steering_vector_is_steered(full, policy, contexts, 
     mine, = policy.add("phase2", "steer")
     with torch.no_grad():
         mine.copy_(vector)
-        assert torch.equal(common.logprobs(policy, contexts[1], ids)[0], common.logprobs(other, contexts[1], ids)[0])
+        assert torch.equal(common.logprobs(policy, contexts[1], ids)[0],
+                           common.logprobs(other, contexts[1], ids)[0])
 
 
 def test_checkpointed_layers_change_no_gradient(full, policy, contexts):
@@ -253,7 +264,8 @@ def test_checkpointed_layers_change_no_gradient(full, policy, contexts):
         grads[steps] = [p.grad for p in params], sum(kept)
         other.drop("phase2")
         other.drop("phase1")
-    assert all(torch.allclose(a, b, atol=1e-6) and a.abs().max() > 0 for a, b in zip(grads[True][0], grads[False][0]))
+    assert all(torch.allclose(a, b, atol=1e-6) and a.abs().max() > 0
+               for a, b in zip(grads[True][0], grads[False][0]))
     assert grads[True][1] < 0.5 * grads[False][1]                       # and far less is kept
 
 
@@ -270,7 +282,7 @@ def test_attention_is_chosen_per_pass(policy, contexts, monkeypatch):
     assert chosen == ["flash_attention_2", "sdpa"]                      # an unpadded prefill, then decoding
     common.rollout(policy, contexts, 2, [(0, i) for i in range(4)])
     common.logprobs(policy, contexts[0], [[9, 10]])
-    assert chosen[2:] == ["sdpa"] * 3                                   # padding, decoding and a packed row have masks
+    assert chosen[2:] == ["sdpa"] * 3                          # padding, decoding and a packed row have masks
 
 
 # ================================================================ memory stays flat
@@ -295,8 +307,10 @@ import torch, common, loading
 from loading import RANK, WORLD, gather
 from pathlib import Path
 phase1 = importlib.import_module("02_phase1_train")
-S = common.settings(vars(phase1), ["--RUN={run}", "--STEPS=3", "--GROUP=4", "--CONTEXTS=5", "--MINI_BATCH=2", "--KL=0.1",
-    "--OFF_POLICY_STEPS=2", "--N_MIN=1", "--LR=1e-2", "--MAX_NEW_TOKENS=24", "--CPU_THREADS=1", "--PRINT_EVERY=99"])
+S = common.settings(vars(phase1), ["--RUN={run}", "--STEPS=3", "--GROUP=4", "--CONTEXTS=5", \
+"--MINI_BATCH=2", "--KL=0.1",
+    "--OFF_POLICY_STEPS=2", "--N_MIN=1", "--LR=1e-2", "--MAX_NEW_TOKENS=24", \
+"--CPU_THREADS=1", "--PRINT_EVERY=99"])
 policy, streams, out = common.load_policy(S), common.load_streams(S, "train"), Path({out!r})
 out.mkdir(exist_ok=True)
 batch = phase1.RollingBatch(S, streams, {{}})
@@ -314,7 +328,8 @@ def reward(contexts, samples):
 params = policy.add("phase1", "lora")
 common.grpo(policy, S, out, params, batch, reward, phase1.log_row, reference="base")
 if RANK == 0:
-    torch.save(dict(params=[p.detach() for p in params], drawn=[[s.ids for s in g] for g in drawn]), out / "end.pt")
+    torch.save(dict(params=[p.detach() for p in params], drawn=[[s.ids for s in g] for g in drawn]), \
+out / "end.pt")
 """
 
 
@@ -323,7 +338,8 @@ def test_two_ranks_equal_one_process(toy, tmp_path):
     script, ends = tmp_path / "ranks.py", {}
     for ranks in (1, 2):
         out = tmp_path / f"{ranks}"
-        script.write_text(RANKS.format(root=str(common.ROOT), tests=str(common.ROOT / "tests"), run=toy, out=str(out)))
+        script.write_text(RANKS.format(root=str(common.ROOT), tests=str(common.ROOT / "tests"), run=toy,
+                                       out=str(out)))
         command = [sys.executable, str(script)] if ranks == 1 else [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)

@@ -263,13 +263,14 @@ for name, argv in test_stages.ORDER[2:]:
 
 
 def test_two_ranks_publish_what_one_process_does(chain, tmp_path):
-    """03 to 06 by torchrun on a copy of 01's and 02's output: the same memories and cache, and every stage's files."""
+    """03 to 06 by torchrun on a copy of 01's and 02's output: the same memories, cache and file names."""
     for name in ("streams", "phase1"):
         shutil.copytree(chain / name, tmp_path / name)
     script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(root=str(common.ROOT), tests=str(common.ROOT / "tests"), run=str(tmp_path)))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                           str(script)], capture_output=True, text=True, timeout=300,
+    script.write_text(RANKS.format(root=str(common.ROOT), tests=str(common.ROOT / "tests"),
+                                   run=str(tmp_path)))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node=2", str(script)], capture_output=True, text=True, timeout=300,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     script.unlink()
