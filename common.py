@@ -354,8 +354,7 @@ def _decode(policy, prompts, noise, temperature, top_p, top_k):
     (B, n, _), device = noise.shape, policy.device
     pad = lambda rows, value=0: torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side="left")
     owner = pad([p.ids * 0 for p in prompts], -1)                                     # (B, P)
-    causal = torch.ones(owner.shape[1], owner.shape[1], dtype=torch.bool, device=device).tril()
-    mask = visible(owner, owner) & causal if (owner < 0).any() else None            # None: plain causal, fast
+    mask = visible(owner, owner).tril() if (owner < 0).any() else None              # None: plain causal, fast
     cache = DynamicCache(config=policy.lm.config)
     policy.attend(mask)
     hidden = policy.lm(inputs_embeds=pad([p.embeds for p in prompts]), attention_mask=mask,       # (B, P, d)
@@ -427,9 +426,10 @@ def logprobs(policy, context, answers):
     positions = torch.cat([prompt.positions] + [x.expand(3, -1) for x in own], 1)
     embeds = torch.cat([prompt.embeds, policy.lm.embed_tokens(torch.cat(ids)).to(prompt.embeds.dtype)])
     policy.attend(owner)                       # owner (1, T), positions (3, T), embeds and hidden (T, d)
-    causal = torch.ones(len(embeds), len(embeds), dtype=torch.bool, device=policy.device).tril()
+    # as numbers: of booleans, SDPA would make and keep such a (T, T) in every layer
+    mask = torch.where(visible(owner, owner).tril(), 0.0, -torch.inf).to(embeds.dtype)
     hidden = policy.lm(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
-                       attention_mask=visible(owner, owner) & causal, deepstack_visual_embeds=prompt.deep,
+                       attention_mask=mask, deepstack_visual_embeds=prompt.deep,
                        visual_pos_masks=F.pad(prompt.visual[None], (0, len(embeds) - P))).last_hidden_state[0]
     def of_answer(rows, a):                                                          # rows (T_i, d), a (T_i,)
         logits = policy.head(rows).float().index_fill(1, policy.banned, -torch.inf)   # (T_i, V)
