@@ -427,7 +427,7 @@ def logprobs(policy, context, answers):
     embeds = torch.cat([prompt.embeds, policy.lm.embed_tokens(torch.cat(ids)).to(prompt.embeds.dtype)])
     policy.attend(owner)                       # owner (1, T), positions (3, T), embeds and hidden (T, d)
     # as numbers: of booleans, SDPA would make and keep such a (T, T) in every layer
-    mask = torch.where(visible(owner, owner).tril(), 0.0, -torch.inf).to(embeds.dtype)
+    mask = torch.where(visible(owner, owner).tril(), embeds.new_zeros(()), -torch.inf)
     hidden = policy.lm(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
                        attention_mask=mask, deepstack_visual_embeds=prompt.deep,
                        visual_pos_masks=F.pad(prompt.visual[None], (0, len(embeds) - P))).last_hidden_state[0]

@@ -228,11 +228,10 @@ def is_expert(name):
 
 
 # ---------------------------------------------------------------- what fits the card
-def weight_bytes(model, S):
-    """{kind: [values, bytes]} of a model's weights under BITS, VISION_BITS and DOUBLE_QUANT; `model` may be
+def weight_bytes(model, S, plain=2):
+    """{kind: [values, bytes]} of a model's weights under BITS, VISION_BITS and DOUBLE_QUANT, others at `plain`; `model` may be
     on the meta device. Kinds: experts, linears, vision linears, embeddings and head, the rest."""
     packed = 1 / 2 + (1 / BLOCK + 4 / BLOCK / 256 if S.DOUBLE_QUANT else 4 / BLOCK)      # bytes a value
-    plain = 2 if torch.cuda.is_available() or S.BITS == 4 else 4                      # bf16, or fp32 on a CPU
     table = {}
     for name, p in model.named_parameters():
         linear = (isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Linear)
@@ -248,11 +247,11 @@ def weight_bytes(model, S):
     return table
 
 
-def plan(model, S):
-    """Byte plan {item: bytes} of weights and of the widest moments of rollout and training for S's batch, and
-    the number of contexts to roll out side by side. Estimates, but for the weights and the cache."""
-    text, gpu = model.config.get_text_config(), torch.cuda.is_available()
-    plain, G = 2 if gpu or S.BITS == 4 else 4, getattr(S, "GROUP", 1)
+def plan(model, S, plain=2):
+    """Byte plan of the weights and of the widest moments of rollout and training, for S's batch: {item: bytes},
+    the weights' sum, and (prompt, tokens of a packed row, cache bytes of a token). plain: bytes of a value that
+    is not packed. Weights and cache are exact, the rest estimates."""
+    text, G = model.config.get_text_config(), getattr(S, "GROUP", 1)
     d, layers, width = text.hidden_size, text.num_hidden_layers, getattr(text, "moe_intermediate_size", 0)
     kv = 2 * layers * text.num_key_value_heads * text.head_dim * plain               # bytes of a cached token
     prompt, new = prompt_tokens(S), S.MAX_NEW_TOKENS
@@ -262,7 +261,7 @@ def plan(model, S):
     unpacked = 2 * width * d * getattr(text, "num_experts", 0) * plain if S.BITS == 4 else 0
     rank = S.LORA_RANK * sum(m.in_features + m.out_features for n, m in model.named_modules()
                              if re.fullmatch(r".*language_model.*self_attn\.[qkvo]_proj", n))
-    items = {f"weights: {kind}": size for kind, (_, size) in weight_bytes(model, S).items()}
+    items = {f"weights: {kind}": size for kind, (_, size) in weight_bytes(model, S, plain).items()}
     weights = sum(items.values())
     items |= {"adapter, its gradient and optimizer": 16 * rank,
               "one layer's experts, unpacked": unpacked,
@@ -282,10 +281,14 @@ def prompt_tokens(S):
     return S.K * (pairs * (S.FRAME_PIXELS // 1024 + 9) + 20) + (S.K - 1) * S.MEMORY_TOKENS + 120
 
 
-def check_plan(model, S, card):
+def check_plan(model, S, card, plain=2):
     """Prints the byte plan and returns how many contexts to roll out side by side, and how many samples of
-    one at a time. card: bytes of GPU memory. SystemExit, with constants to change, where a step can't fit."""
-    items, weights, (prompt, row, kv) = plan(model, S)
+    one at a time. card: bytes of memory. SystemExit, with the constants to change, where that can't fit."""
+    items, weights, (prompt, row, kv) = plan(model, S, plain)
+    longest, text = prompt + S.MAX_NEW_TOKENS, model.config.get_text_config()
+    if longest > text.max_position_embeddings:
+        raise SystemExit(f"a prompt of {prompt} tokens and {S.MAX_NEW_TOKENS} new ones exceed the model's "
+                         f"{text.max_position_embeddings}: lower FRAME_PIXELS, FRAMES_PER_CLIP or K; nothing is cut")
     gib = lambda x: f"{x / 2**30:.2f} GiB"
     print(f"byte plan: prompts of {prompt} tokens ({S.K} clips x {S.FRAMES_PER_CLIP} frames of at most "
           f"{S.FRAME_PIXELS} pixels), packed rows of {row}")
@@ -293,19 +296,19 @@ def check_plan(model, S, card):
         print(f"  {name:38} {gib(size):>12}")
     base = weights + sum(items[n] for n in (
         "adapter, its gradient and optimizer", "one layer's experts, unpacked", "vision features kept"))
-    train = base + sum(size for name, size in items.items() if name.startswith("training"))
+    train = base + sum(size for name, size in items.items() if name.startswith("training") and hasattr(S, "LR"))
     G, free = getattr(S, "GROUP", 1), 0.92 * card - base                       # 8 % for fragments and buffers
     context, prefill = items["rollout: cache of a context"], items["rollout: prefill of a context"]
     samples = max(0, min(G, int((free - prefill - kv * prompt) // (kv * S.MAX_NEW_TOKENS))))
     if samples == 0 or train > 0.92 * card:
         raise SystemExit(
-            f"MODEL={S.MODEL} does not fit: a card of {gib(card)}, weights {gib(weights)}, a training step "
+            f"MODEL={S.MODEL} does not fit: a card of {gib(card)}, weights {gib(weights)}, a step "
             f"{gib(train)}. Change one of BITS=4, VISION_BITS=4, DOUBLE_QUANT=1 (now {S.BITS}, "
             f"{S.VISION_BITS}, {S.DOUBLE_QUANT}), FRAME_PIXELS={S.FRAME_PIXELS}, "
             f"FRAMES_PER_CLIP={S.FRAMES_PER_CLIP}, K={S.K}, FEATURE_CLIPS={S.FEATURE_CLIPS}, "
-            f"MAX_NEW_TOKENS={S.MAX_NEW_TOKENS}")
+            f"THINK_TOKENS={S.THINK_TOKENS}, MAX_NEW_TOKENS={S.MAX_NEW_TOKENS}")
     contexts = S.ROLLOUT_CONTEXTS or max(1, int((free - prefill) // context))
-    print(f"  in all: {gib(train)} in a training step of {gib(card)}; "
+    print(f"  in all: {gib(train)} in a step, of {gib(card)}; "
           f"{contexts} contexts rolled out side by side")
     if samples < G:
         print(f"*** {samples} of {G} samples fit beside one prompt: "
@@ -338,10 +341,12 @@ def load_model(S):
                 llm_int8_skip_modules=skip)
         if hasattr(config.get_text_config(), "num_experts"):
             options["experts_implementation"] = "nf4" if S.BITS == 4 else "grouped_mm"
-        if gpu:
+        if S.MODEL != "tiny":
             with torch.device("meta"):
                 sketch = transformers.AutoModelForImageTextToText.from_config(config)
-            side = check_plan(sketch, S, torch.cuda.get_device_properties(device).total_memory)
+            card = torch.cuda.get_device_properties(device).total_memory if gpu else (
+                os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+            side = check_plan(sketch, S, card, 2 if gpu else 4)
         model = transformers.AutoModelForImageTextToText.from_pretrained(name, **options).eval()
     except (OSError, ValueError, ImportError) as e:
         raise SystemExit(f"MODEL={S.MODEL} can't be loaded: {e}") from None
