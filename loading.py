@@ -8,8 +8,11 @@ sorts (token, expert) pairs by expert, unpacks the experts hit, multiplies, and 
 the backward pass unpacks them again. Router, norms, embeddings and head stay as they are. The arithmetic is
 the library's (`dequantize_4bit`, `grouped_mm`): outputs and LoRA gradients are bit-equal to unpacking all.
 """
-import contextlib, functools, json, os, pathlib, re, sys
+import contextlib, functools, json, logging, os, pathlib, re, sys
 
+RANK, WORLD = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))       # set by torchrun
+if RANK:                         # rank 0 alone speaks; set before torch imports tqdm
+    sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
 try:
     import torch
 except ImportError:              # the scripts' --help works before anything is installed
@@ -18,9 +21,6 @@ except ImportError:              # the scripts' --help works before anything is 
 ROOT = pathlib.Path(__file__).resolve().parent
 FILES = {"lora": "adapter_model.safetensors", "steer": "steer.safetensors", "all": "weights.safetensors"}
 BLOCK = 64               # values that share a scale, as in bitsandbytes; an expert's size is a multiple of it
-RANK, WORLD = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))       # set by torchrun
-if RANK:                                                            # rank 0 alone speaks
-    sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
 
 
 # ---------------------------------------------------------------- files
@@ -322,6 +322,7 @@ def load_model(S):
     plan before and what is used after. Raises SystemExit where the model can't be had or doesn't fit."""
     import transformers
     transformers.logging.set_verbosity_error()   # else a second adapter is said to be missing from a file
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)      # it misses a CPU kernel that is not used
     torch.set_num_threads(S.CPU_THREADS)
     torch.manual_seed(S.SEED)                    # PEFT draws a new LoRA's A from the global generator
     join()

@@ -25,7 +25,7 @@ esac
 
 # Two processes of one thread each do a stage's work in half the time, as they would on two GPUs; two threads
 # of one process are no faster, as the model is tiny. One process works too: .venv/bin/python 02_phase1_train.py
-stage() { echo; .venv/bin/torchrun --standalone --nproc-per-node=2 "$@" --CPU_THREADS=1; }
+stage() { echo; OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node=2 "$@" --CPU_THREADS=1; }
 
 began=$SECONDS
 .venv/bin/python 01_make_streams.py "$@"
