@@ -361,9 +361,10 @@ def load_model(S):
     if S.MODEL == "tiny" and text.hidden_size > 512:
         raise SystemExit(f"tiny/base holds a model {text.hidden_size} wide, but MODEL=tiny takes the "
                          "embedded world's constants. Name the model by --MODEL=FOLDER instead")
-    used = sum(x.nbytes for x in [*model.parameters(), *scales_of(model)]) / 2**30
-    print(f"model {name}: {used:.3f} GiB of weights" + f" in NF4 and {dtype}" * (S.BITS == 4) +
-          f", {text.num_hidden_layers} layers {text.hidden_size} wide, on {device}" +
+    count = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
+    used = sum(x.nbytes for x in [*model.parameters(), *scales_of(model)])
+    print(f"model {name}: {count / 1e6:.1f} M parameters, {used / 2**30:.3f} GiB in " + "NF4 and " * (S.BITS == 4) +
+          f"{dtype}, {text.num_hidden_layers} layers {text.hidden_size} wide, on {device}" +
           (f"; allocated {torch.cuda.memory_allocated() / 2**30:.3f} GiB" if gpu else ""))
     print(f"attention: torch SDPA where a pass needs a mask (packed rows, decoding, padded prompts); "
           f"{'flash-attn' if flash(model) else 'SDPA too'} in unpadded prefills")

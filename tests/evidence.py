@@ -332,8 +332,8 @@ def main():
             mains[seed].result()
             work(seed, key, *args)
             write_evidence(key)
-        late = [pool.submit(after, ablation, s, v) for s in FEW for v in ABLATIONS]
-        late += [pool.submit(after, side_run, s) for s in FEW]
+        late = [pool.submit(after, side_run, s) for s in FEW]
+        late += [pool.submit(after, ablation, s, v) for s in FEW for v in ABLATIONS]
         failed = [f.exception() for f in [*mains.values(), *late] if f.exception()]
     write_evidence(key)
     say(f"done, {len(failed)} failures" + "".join(f"\n  {e}" for e in failed))
