@@ -66,6 +66,22 @@ PROMPT = """You keep the memory of an endless video. Below are its latest clips 
 wrote for them. Write the memory of the last clip in one or two sentences: what it shows or says, true, \
 connected to the memory before, nothing that it already states. Call people by their IDs, like <face_3>. \
 Answer with {"description": "..."}."""
+FAITHFUL = """These frames are the newest clip of a video; heard in it: {heard}
+The memory before it: {previous}
+Its new memory: {memory}
+Is all that the new memory says supported by the frames or by what is heard, and does it connect to the \
+memory before? Answer with {{"verdict": true}} or {{"verdict": false}}."""
+CLEAN = """The memory before: {previous}
+The new memory: {memory}
+Is the new memory free of all this: anything that the memory before already states; boxes or coordinates; \
+talk of "subtitles" or "this video"; a speaker's label within quotation marks? Answer with \
+{{"verdict": true}} or {{"verdict": false}}."""
+RICHEST = """These frames are the newest clip of a video; heard in it: {heard}
+The memory before it: {previous}
+Candidates for its new memory:
+{memories}
+Rank them by how much true information each holds that is neither repeated nor in the memory before. \
+Answer with {{"best_first": [...]}}, all numbers from the richest to the poorest."""
 # for templates that open no thinking part
 ASK_TO_THINK = " First think, then write </think>, then the answer."
 TASK_PROMPT = "\nThese questions were asked lately; similar ones will come, so remember what they need:\n"
@@ -249,7 +265,8 @@ def main(argv=None):
         raise SystemExit(f'TRAIN={S.TRAIN}: take "lora" or "all"')
     if any((out / "adapter").glob("*.safetensors")) and not S.SHOW:
         return print(f"finished before: {out}; next: python 03_collect_tasks.py --RUN={S.RUN}")
-    streams, judge, policy = load_streams(S, "train"), load_judge(S), load_policy(S)
+    streams, policy = load_streams(S, "train"), load_policy(S)
+    judge = load_judge(S, lambda: policy)
     batch = RollingBatch(S, streams, histories(S, policy, streams, out))
     params = policy.add("phase1", S.TRAIN)
     print(f"{sum(p.numel() for p in params) / 1e6:.2f} M trainable parameters; {S.STEPS} steps of "

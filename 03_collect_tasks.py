@@ -26,6 +26,24 @@ RECENT = 10                     # questions kept per environment: the first 5 de
                                 # the rest validate 04
 GROUP = 8                       # N, memories cached per context (paper, section 2), sampled at temperature 1
 # ----------------------------------------------------------------
+ANSWER = """These notes are all that is known of a video:
+{entries}
+
+{question}
+{options}
+Reason from the notes alone, then answer with {{"answer": "LETTER"}}, or with \
+{{"answer": "insufficient"}} where they don't tell."""
+OPEN = """These notes are all that is known of a video:
+{entries}
+
+{question}
+Reason from the notes alone, then answer in a few words, {{"answer": "..."}}, or with \
+{{"answer": "insufficient"}} where they don't tell."""
+GRADE = """Question: {question}
+Right answer: {answer}
+Given answer: {reply}
+Does the given answer mean the same as the right one? Answer with {{"verdict": true}} or \
+{{"verdict": false}}."""
 
 
 def announce(S, policy, contexts, groups, calls, passes=3, sampled=True):
@@ -89,6 +107,18 @@ def answer(judge, tasks, memories):
         for t in tasks]))
 
 
+def right(judge, tasks, replies):
+    """Whether each reply is right: the letter of a multiple choice, an open answer by the judge's grade. None
+    where the reader or the judge failed."""
+    texts = [i for i, t in enumerate(tasks) if not t["options"] and replies[i] not in (None, "insufficient")]
+    grades = once(lambda: judge.ask("grade", [
+        {"question": tasks[i]["question"], "answer": tasks[i]["answer"], "reply": replies[i]} for i in texts
+    ]) if texts else [])
+    graded = dict(zip(texts, grades))
+    return [None if reply is None else graded.get(i, reply == task["answer"])
+            for i, (task, reply) in enumerate(zip(tasks, replies))]
+
+
 def first_questions(tasks, n):
     """{environment: its first n tasks}, in the order of the file, which is the
     order in which they are asked."""
@@ -141,7 +171,7 @@ def main(argv=None):
     streams = load_streams(S, "deploy")
     tasks = [t for t in read_jsonl(need(S, "streams/tasks.jsonl"))
              if t["stream"] in {s["stream"] for s in streams}]
-    adapter, judge = need(S, "phase1/adapter"), load_judge(S) if tasks else None
+    adapter, judge = need(S, "phase1/adapter"), load_judge(S, lambda: policy) if tasks else None
     policy = load_policy(S)
     load_adapter(policy, "phase1", adapter)
 
@@ -163,8 +193,9 @@ def main(argv=None):
 
     recent = first_questions(spread(tasks), S.RECENT)
     for environment, asked in recent.items():
-        for task, reply in zip(asked, answer(judge, asked, memories)):
-            task |= {"reply": reply, "correct": None if reply is None else reply == task["answer"]}
+        replies = answer(judge, asked, memories)
+        for task, reply, correct in zip(asked, replies, right(judge, asked, replies)):
+            task |= {"reply": reply if correct is not None else None, "correct": correct}
         print(f"  {environment:24} {sum(bool(t['correct']) for t in asked[:5])} of the first "
               f"{len(asked[:5])} answered, e.g. {asked[0]['question']!r} -> {asked[0]['reply']}")
     write_json(out / "recent.json", recent)

@@ -31,13 +31,15 @@ ROWS = both(8, 1)                # contexts per forward pass, bounded by memory;
 SAVE_EVERY = 50                  # steps between checkpoints
 # ---------------------------------------------------------------- the method
 RECENT = 5                       # questions that define an environment (paper: 5-10); the next 5 validate R
-HISTORY = 1                      # earlier memories that R reads; held out after 150 steps:
-                                 # 0.93 with all 4, 0.99 with 1
+HISTORY = 1                      # earlier memories that R reads; held out: 0.93 with all 4, 0.99 with 1
 HELD_OUT = 0.25                  # share of the cached streams on which R never trains
 CHUNK = 64                       # contexts per call of the judge: no more than this is lost with a call
-BOOTSTRAP = 1000                 # resamples of the held-out streams for a 95 % interval
-GRAD_CLIP = 1.0
+BOOTSTRAP, GRAD_CLIP = 1000, 1.0  # resamples of the held-out streams for a 95 % interval; norm at most
 # ----------------------------------------------------------------
+PREFER = """These questions were asked lately, and similar ones will come:
+{questions}
+Find out what they are after. Which of two notes, {first!r} (first) or {second!r} (second), helps more to
+answer such questions? Answer with {{"better": "first"}}, {{"better": "second"}} or {{"better": "tie"}}."""
 # log.csv, a row a step: loss; accuracy (on the step's preferences); grad_norm (before clipping); lr; seconds.
 
 # ================================================================ preferences: a graph per context
@@ -289,7 +291,8 @@ def main(argv=None):
     print(f"cost: {calls} judge calls in both orders on {len(cache)} contexts x {len(asked)} environments, "
           f"and on {len(held)} of {len(streams)} streams once more with held-out questions")
     # ---- preferences
-    judge = load_judge(S)
+    policy = load_policy(S)
+    judge = load_judge(S, lambda: policy)
     groups, pairs, yields = preferences(S, judge, cache, asked, out / "verdicts")
     tests, _, _ = preferences(S, judge, unseen, later, out / "verdicts", "-later")
     write_jsonl(out / "pairs.jsonl", pairs)
@@ -302,7 +305,6 @@ def main(argv=None):
               *(f"{y[k]} {k}, " for k in ("judged", "failed", "tied", "contradicted", "cyclic", "kept")),
               f"{y['with_pair'] / y['contexts']:.2%} of contexts have a pair (paper: 29.17 %)")
     # ---- reward model
-    policy = load_policy(S)
     write_jsonl(out / "pairs_trl.jsonl", trl_rows(S, cache, pairs, policy.tokenizer))
     learn = [g for g in groups if g["stream"] not in held]
     if not learn or not tests:

@@ -192,7 +192,8 @@ def main(argv=None):
     out = start(S, f"phase2/{S.ALGORITHM}-{S.ADAPTER}" + (f"-{S.NAME}" if S.NAME else ""))
     S.LR, S.STEPS = rates[S.ADAPTER], S.DPO_STEPS if S.ALGORITHM == "dpo" else S.GRPO_STEPS
     print(f"learning rate of {S.ADAPTER}: {S.LR:g}")
-    recent, streams, judge = read_json(need(S, "tasks/recent.json")), load_streams(S, "deploy"), load_judge(S)
+    recent, streams = read_json(need(S, "tasks/recent.json")), load_streams(S, "deploy")
+    judge = load_judge(S, lambda: policy)
     if S.ENVIRONMENT and S.ENVIRONMENT not in recent:
         raise SystemExit(f"ENVIRONMENT={S.ENVIRONMENT}: tasks/recent.json holds {', '.join(recent)}")
     todo = [e for e in recent if e == (S.ENVIRONMENT or e)

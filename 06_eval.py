@@ -1,9 +1,8 @@
 """Stage 6: watch the test streams with every policy, answer from its memories alone, write the report.
 
-A policy watches each test stream once, clip by clip, with its own memories as history. The reader then
-answers the questions of *every* environment from those memories, so the cross-task transfer matrix costs no
-second watching. Only "+ task prompt" watches once per environment, since its prompt holds that environment's
-recent questions. Every policy is also validated in the same contexts as Phase One: win / tie / loss, quality.
+A policy watches each test stream once, clip by clip, with its own memories as history. The reader answers the
+questions of *every* environment from them, so the cross-task transfer matrix costs no second watching. Only
+"+ task prompt" watches once per environment. All are validated in Phase One's contexts: win / tie / loss.
 
 Differences from the paper: 95 % intervals, by a bootstrap over streams (questions about one stream share its
 memories, so the stream is the independent unit); the questions after the update (scope "after") stand apart
@@ -15,7 +14,6 @@ In:   streams/*.jsonl  phase1/adapter  tasks/recent.json  phase2/*/*/adapter (wh
 Out:  eval/results.json, results.md, report.html (one file, opens offline), memories.jsonl
 """
 import hashlib, importlib, json, random
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -169,16 +167,17 @@ class Writer:
     def __init__(self, S, phase1):
         self.S, self.phase1, self.policy, self.folder = S, phase1, None, None
 
-    @contextmanager
-    def using(self, job):
+    def load(self):
         if self.policy is None:
             self.policy = common.load_policy(self.S)
             loading.load_adapter(self.policy, "phase1", self.phase1)
+        return self.policy
+
+    def using(self, job):
         if job.folder and job.folder != self.folder:
-            loading.load_adapter(self.policy, "phase2", job.folder)
+            loading.load_adapter(self.load(), "phase2", job.folder)
             self.folder = job.folder
-        with self.policy.using(job.writer):
-            yield self.policy
+        return self.load().using(job.writer)
 
 
 def fingerprint(*things):
@@ -218,11 +217,12 @@ def watch(writer, job, streams, questions, S, part):
 def answer(judge, tasks, memories):
     """Rows {task, stream, environment, reply, correct}; the reader gets what was written before the task."""
     entries = {s: [row for row in memories if row["stream"] == s] for s in {t["stream"] for t in tasks}}
-    replies = importlib.import_module("03_collect_tasks").answer(judge, tasks, entries)
+    stage3 = importlib.import_module("03_collect_tasks")
+    replies = stage3.answer(judge, tasks, entries)
     if 2 * (lost := replies.count(None)) > len(replies):
         raise SystemExit(f"the judge failed on {lost} of {len(replies)} questions: mend it and run again")
-    return [{"task": t["task"], "stream": t["stream"], "environment": t["environment"], "reply": reply,
-             "correct": reply == t["answer"]} for t, reply in zip(tasks, replies)]
+    return [{k: t[k] for k in ("task", "stream", "environment")} | {"reply": None if good is None else reply,
+             "correct": good} for t, reply, good in zip(tasks, replies, stage3.right(judge, tasks, replies))]
 
 
 def compare(judge, questions, pairs):
@@ -272,7 +272,7 @@ def main(argv=None):
     out = common.start(S, "eval")
     from tqdm import tqdm
     from results import report
-    streams, judge = common.load_streams(S, "test")[:S.STREAMS or None], load_judge(S)
+    streams, judge = common.load_streams(S, "test")[:S.STREAMS or None], load_judge(S, lambda: writer.load())
     recent, phase1 = common.read_json(common.need(S, "tasks/recent.json")), common.need(S, "phase1/adapter")
     questions = {e: [t["question"] for t in rows[:S.RECENT]] for e, rows in recent.items()}
     ids, tasks = [s["stream"] for s in streams], common.read_jsonl(common.need(S, "streams/tasks.jsonl"))

@@ -46,7 +46,7 @@ def settings(module, argv=None):
     """Namespace of UPPER_CASE constants of common.py and a script (module: its `globals()`): `--NAME=value`
     is applied, each `both` resolved by MODEL. SystemExit (nearest name, expected type) on a bad argument."""
     names = {n: v for n, v in (globals() | module).items()
-             if n.isupper() and isinstance(v, (str, int, float, both)) and n not in FIXED}
+             if n.isupper() and isinstance(v, (str, int, float, both)) and n not in FIXED and len(str(v)) < 90}
     argv, given = sys.argv[1:] if argv is None else argv, {}
     if {"-h", "--help"} & set(argv):
         print(module["__doc__"] + "\nConstants (--NAME=value; two values: embedded world | full-size model):")
@@ -120,6 +120,7 @@ def slug(name):                                                     # an environ
 class Context(namedtuple("Context", "stream clips history questions")):
     """The last k clips (rows of streams.jsonl), memories of all but the newest, and questions."""
     clip = property(lambda self: self.clips[-1]["clip"])
+    prompt = lambda self, *how: importlib.import_module("02_phase1_train").build_prompt(self, *how)
 Sample = namedtuple("Sample", "ids text memory thinking_tokens memory_tokens truncated")
 Sample.__doc__ = ("One answer. ids: its tokens, end token included; memory: None when malformed; "
                   "*_tokens: counts.")
@@ -136,8 +137,6 @@ def parse_response(text):
     object with the single key `description`, not empty (paper, section 2, r_fmt).
     >>> parse_response('a cup\\n</think>\\n\\n{"description": "<face_3> waves."}')
     ('<face_3> waves.', 'a cup')
-    >>> parse_response('no end {"description": "x"}')[0], parse_response('</think>{"description": ""}')[0]
-    (None, None)
     """
     thinking, _, rest = text.partition("</think>")
     try:
@@ -306,14 +305,15 @@ class Policy:
 
     def _prompt(self, context, features):
         video = [[(t, h * w // 4) for t in times] for (_, h, w), times, _ in features]
-        text = importlib.import_module("02_phase1_train").build_prompt(context, video, self.tokenizer)
+        text = context.prompt(video, self.tokenizer)
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         visual = ids == self.model.config.video_token_id
-        grid = torch.tensor([g for g, _, _ in features])
+        grid = torch.tensor([g for g, _, _ in features]) if features else None
         positions, _ = self.model.model.get_rope_index(ids[None], visual[None].int() * 2, video_grid_thw=grid)
-        pooled, *deep = [torch.cat(x) for x in zip(*(f for _, _, f in features))]     # (V, d) each
         ids, positions, visual = (x.to(self.device) for x in (ids, positions[:, 0], visual))
         embeds = self.lm.embed_tokens(ids).detach().clone()                           # (P, d)
+        none = [embeds[:0]] * (1 + len(self.model.config.vision_config.deepstack_visual_indexes))
+        pooled, *deep = [torch.cat(x) for x in zip(none, *(f for _, _, f in features))]    # (V, d) each
         embeds[visual] = pooled.to(embeds.dtype)
         return Prompt(ids, embeds, positions, visual, deep)
 # ================================================================ rollout and log-probs: a group is one row
