@@ -122,11 +122,11 @@ def test_the_reader_gets_nothing_from_after_the_question():
             return ["A" for _ in items]
     memories = [{"stream": "s", "clip": i, "start": 10.0 * i, "end": 10.0 * i + 10, "memory": m}
                 for i, m in enumerate(["one", "", "three", "four"])]
-    task = {"task": "t", "stream": "s", "environment": "e", "time": 30.0, "question": "?", "options": [],
-            "answer": "A"}
+    task = {"task": "t", "stream": "s", "environment": "e", "time": 30.0, "question": "?",
+            "options": ["A. x"], "answer": "A"}
     assert stage.answer(Reader(), [task], memories)[0]["correct"]
     told = [[0.0, 10.0, "one"], [10.0, 20.0, ""], [20.0, 30.0, "three"]]
-    assert seen == [{"entries": told, "question": "?", "options": []}]
+    assert seen == [{"entries": told, "question": "?", "options": ["A. x"]}]
 
 
 def test_kept_results_depend_on_their_key(tmp_path):
