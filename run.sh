@@ -25,7 +25,12 @@ esac
 
 # Two processes of one thread each do a stage's work in half the time, as they would on two GPUs; two threads
 # of one process are no faster, as the model is tiny. One process works too: .venv/bin/python 02_phase1_train.py
-stage() { echo; OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node=2 "$@" --CPU_THREADS=1; }
+stage() {
+  local from=$SECONDS
+  echo
+  OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node=2 "$@" --CPU_THREADS=1
+  echo "$1 took $((SECONDS - from)) s"
+}
 
 began=$SECONDS
 .venv/bin/python 01_make_streams.py "$@"
