@@ -23,8 +23,8 @@ case "${1:-}" in
   test) shift; exec .venv/bin/python -m pytest tests -q "$@" ;;
 esac
 
-# Two processes of one thread each do a stage's work in half the time, as they would on two GPUs; two threads
-# of one process are no faster, as the model is tiny. One process works too: .venv/bin/python 02_phase1_train.py
+# Two processes of one thread each share a stage's work, as they would on two GPUs, and are faster than two threads
+# of one, as the model is tiny. One process does the same: .venv/bin/python 02_phase1_train.py
 stage() {
   local from=$SECONDS
   echo
