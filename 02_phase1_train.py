@@ -6,18 +6,20 @@ r = r_fmt + r_len + r_qual + r_rich, the group's mean and spread turn rewards in
 moves towards the better ones. `rewards` below is the reward, `RollingBatch` the curriculum; the loop is
 `common.grpo`, its gate `common.group_advantages`, its loss `common.policy_loss`.
 
-Differs from the paper: LoRA over a frozen base instead of all parameters; a `KL` to the base may be
-switched on (the paper has none: 0); r_qual asks the judges only where the rules hold; groups without
-variance leave the mini-batches.
+Differs from the paper: LoRA over a frozen base instead of all parameters; a `KL` to the base, on in the
+embedded world (the paper has none: 0); r_qual asks the judges only where the rules hold; groups without
+variance leave, and the rest is split evenly, into at most CONTEXTS / MINI_BATCH updates; a sample whose judge
+failed leaves its group before mean and spread are taken.
 `python 02_phase1_train.py --SHOW=1` prints the first group of step 0 in full, its rewards and
 advantages, and stops.
 
 Ctrl-C finishes the step and saves; the same command goes on from checkpoint.pt, and a finished run says so
-and stops. A changed constant needs a run of its own: --RUN=NEWNAME --FROM=OLDRUN.
+and stops. A changed constant needs a run of its own: --RUN=NEWNAME --FROM=OLDRUN, which trains from step 0.
 
 Run: python 02_phase1_train.py [--NAME=value ...]
-In:  streams/streams.jsonl, captions.jsonl (01)
-Out: phase1/adapter (PEFT folder; weights.safetensors with TRAIN="all"), log.csv, checkpoint.pt
+In:  streams/streams.jsonl (01) and its videos; captions.jsonl (01 for the embedded world, else yours, if any);
+     what the judge needs
+Out: phase1/adapter (PEFT folder; weights.safetensors with TRAIN="all"), log.csv, checkpoint.pt, settings.json
 """
 import importlib
 import math
@@ -38,8 +40,8 @@ OFF_POLICY_STEPS = both(40, 60)  # history by the stronger writer (paper: 60 ste
 STEPS = both(60, 100)            # ... then, up to here, by the policy itself (paper: 40 steps)
 CONTEXTS = both(24, 32)          # contexts per rollout (paper: 32)
 MINI_BATCH = both(6, 8)          # contexts per optimizer step (paper: 8, so four updates per rollout)
-N_MIN, N_MAX = both(3, 11), both(9, 22)   # clips of a stream: extend below N_MIN, resample above N_MAX
-                                          # (released run: 11, 22)
+N_MIN = both(3, 11)              # clips of a stream: always extended below (released run: 11) ...
+N_MAX = both(9, 22)              # ... always resampled above (released run: 22)
 RESAMPLE = 0.13                  # chance to resample in between (released run)
 PRINT_EVERY = both(10, 1)        # steps between log lines with the best and the worst sample
 SAVE_EVERY = both(10, 5)         # steps between checkpoints
@@ -47,20 +49,22 @@ SAVE_EVERY = both(10, 5)         # steps between checkpoints
 GROUP = 8                        # G, samples per context (paper, section 2)
 RATIO = "gspo"                   # "gspo": one ratio per sequence; "grpo": one per token
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # clip-higher (released run)
-GATE = 1                         # NSR gate: a sample below its group's mean is pushed down only if its
-                                 # reward is negative; 0: no gate
+GATE = 1                         # NSR gate: a sample below its group's mean is pushed down only if its reward
+                                 # is negative; else its loss is 0, but it stays in mean, spread and divisor.
+                                 # 0: no gate
 FORMAT = -1.5                    # r_fmt of a malformed response, and its whole reward
 RICHNESS = 0.05                  # weight of r_rich; 0 is the paper's ablation: memories shrink
 TRAIN = "lora"                   # "lora": attention of the language model;
-                                 # "all": all of its parameters, needs fp32
+                                 # "all": all of its parameters, in fp32, so on a CPU alone (LR: the paper's)
 GRAD_CLIP = 1.0                  # norm of the gradient at most
 SHOW = 0                         # 1: print one group in full and stop
 # ----------------------------------------------------------------
-# log.csv, a row a step: reward, reward_std (over all samples); format, length, quality, rich (means of the
-# terms, a malformed sample counting 0 but for format); flat (share of groups without variance: no gradient);
-# malformed, truncated, gated (shares of samples); response, thinking, memory (tokens per response, thinking
-# part, memory); kl (to the base, per token), clipped (share of ratios), grad_norm (before clipping);
-# tokens_per_s (sampled), rollout_s, update_s (seconds), gb (peak memory).
+# log.csv, a row a step: reward, reward_std (over samples that were judged); format, length, quality, rich
+# (means of the terms, a malformed sample counting 0 but for format); flat (share of groups without a
+# gradient: no variance, or no judge); malformed, truncated, gated (shares of samples); response, thinking,
+# memory (tokens per response, thinking part, well-formed memory); kl (to the reference, per token; 0 where
+# KL is), clipped (share of ratios), grad_norm (before clipping, the step's largest); tokens_per_s (sampled),
+# rollout_s, update_s (seconds, without the judge's), gb (peak memory of rank 0).
 
 PROMPT = """You keep the memory of an endless video. Below are its latest clips with the memories that you \
 wrote for them. Write the memory of the last clip in one or two sentences: what it shows or says, true, \
@@ -265,8 +269,8 @@ def main(argv=None):
         raise SystemExit(f'TRAIN={S.TRAIN}: take "lora" or "all"')
     if any((out / "adapter").glob("*.safetensors")) and not S.SHOW:
         return print(f"finished before: {out}; next: python 03_collect_tasks.py --RUN={S.RUN}")
-    streams, policy = load_streams(S, "train"), load_policy(S)
-    judge = load_judge(S, lambda: policy)
+    streams, judge = load_streams(S, "train"), load_judge(S, lambda: policy)
+    policy = load_policy(S)
     batch = RollingBatch(S, streams, histories(S, policy, streams, out))
     params = policy.add("phase1", S.TRAIN)
     print(f"{sum(p.numel() for p in params) / 1e6:.2f} M trainable parameters; {S.STEPS} steps of "

@@ -3,7 +3,7 @@ asks its first questions, which are answered from memory alone; and one rollout 
 all environments share.
 
 The questions are all that Phase Two learns from (no answers are used); the cache is sampled once, so
-that a new environment costs no rollout (paper, section 2). Nobody has to ask: without tasks the script
+that a new environment costs no rollout (paper, section 3). Nobody has to ask: without tasks the script
 ends with the memories.
 
 Run: python 03_collect_tasks.py [--NAME=value ...]
@@ -24,7 +24,8 @@ CHUNK = both(24, 4)             # contexts sampled between two writes of the cac
 # ---------------------------------------------------------------- the method
 RECENT = 10                     # questions kept per environment: the first 5 define Phase Two,
                                 # the rest validate 04
-GROUP = 8                       # N, memories cached per context (paper, section 2), sampled at temperature 1
+GROUP = 8                       # N, memories cached per context (paper, section 3), sampled at temperature 1
+PROBE = 100                     # tokens that an answer may have in the rollout which tells the cost of a run
 # ----------------------------------------------------------------
 ANSWER = """These notes are all that is known of a video:
 {entries}
@@ -51,16 +52,22 @@ def announce(S, policy, contexts, groups, calls, passes=3, sampled=True):
 
     contexts: a typical batch; groups: how many are to come; calls: judge calls a group; passes: per group,
     a forward pass counts 1, one with its backward 3; sampled: False where the answers are cached, two a
-    group (05 with dpo).
+    group (05 with dpo). The rollout stops after PROBE tokens; longer answers are taken to use their budget.
     """
-    contexts = contexts[:policy.side[0]]
+    contexts, limit = contexts[:policy.side[0]], policy.S.MAX_NEW_TOKENS
     prompts, began = policy.prepare(contexts), time.time()           # vision runs here, before the clock
-    samples = rollout(policy, contexts, S.GROUP, [(S.SEED, 999_999, i) for i in range(len(contexts))])
+    answers, length, per_token = [[policy.end] * (S.THINK_TOKENS + S.MEMORY_TOKENS)] * 2, 0, 0
+    if sampled:
+        policy.S.MAX_NEW_TOKENS = min(limit, PROBE)
+        samples = rollout(policy, contexts, S.GROUP, [(S.SEED, 999_999, i) for i in range(len(contexts))])
+        policy.S.MAX_NEW_TOKENS = limit
+        answers, drawn = [s.ids for s in samples[0]], [len(s.ids) for g in samples for s in g]    # tokens
+        usual = S.THINK_TOKENS + S.MEMORY_TOKENS if max(drawn) == PROBE < limit else sum(drawn) / len(drawn)
+        length, per_token = S.GROUP * usual, (time.time() - began) / sum(drawn)
     rolled = time.time()
     with torch.no_grad():
-        logprobs(policy, contexts[0], [s.ids for s in samples[0]][:None if sampled else 2])
-    seconds = sampled * (rolled - began) / len(prompts) + passes * (time.time() - rolled)
-    length = sum(len(s.ids) for g in samples for s in g) / len(samples)
+        logprobs(policy, contexts[0], answers)
+    seconds = length * per_token + passes * (time.time() - rolled)
     what = (f"{groups} groups of {S.GROUP} = {groups * S.GROUP} rollouts, about {length:.0f} tokens sampled "
             "a group") if sampled else f"{groups} pairs, nothing sampled"
     print(f"cost: {what}, {len(prompts[0].ids)} prompt tokens, {groups * calls} judge calls, about "

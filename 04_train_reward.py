@@ -44,7 +44,7 @@ answer such questions? Answer with {{"better": "first"}}, {{"better": "second"}}
 
 # ================================================================ preferences: a graph per context
 def consistent(edges):
-    """The edges (loser, winner) outside every strongly connected component (paper, section 2, item 3).
+    """The edges (loser, winner) outside every strongly connected component (paper, section 3, item 3).
     >>> consistent([(0, 1), (1, 2), (2, 0), (2, 3)])       # 0 < 1 < 2 < 0 is a contradiction; 2 < 3 stands
     [(2, 3)]
     """
@@ -67,7 +67,7 @@ def longest_paths(edges):
     return dict(sorted(longest.items()))
 
 def choose_pair(edges, quality, length):
-    """(winner, loser, path) of a context's one pair, or None (paper, section 2, item 4).
+    """(winner, loser, path) of a context's one pair, or None (paper, section 3, item 4).
     quality: 0.5 or -0.5 per sample; length: its memory's tokens. quality(x) >= quality(y) and not both low
     mean that the winner is good. Ranked by the longest path; then equal quality (ours; relevance stays
     first); then the smaller difference in length; then the index.

@@ -1,5 +1,5 @@
 """Phase Two: what to memorize. The Phase One policy stays frozen; for each environment a small adapter learns
-from its recent questions which facts to write (paper, section 2). No answers are used, and by the paper's
+from its recent questions which facts to write (paper, section 3). No answers are used, and by the paper's
 path nothing is sampled.
 
 Reads as 02 with two differences: what is trained is `ADAPTER` ("steer": one vector of the hidden size added
@@ -12,7 +12,7 @@ the group), and its gate looks at the first three alone, since R has no natural 
 `python 05_phase2_train.py --SHOW=1` prints one pair (or group) in full and stops.
 
 Run: python 05_phase2_train.py [--NAME=value ...]
-In:  streams/, phase1/adapter (02), tasks/recent.json, cache.jsonl (03), reward/pairs.jsonl, model (04)
+In:  streams/ (01), phase1/adapter (02), tasks/recent.json, cache.jsonl (03), reward/pairs.jsonl, model (04)
 Out: phase2/ALGORITHM-ADAPTER[-NAME]/ENVIRONMENT/adapter, log.csv, checkpoint.pt
 """
 import importlib
@@ -31,24 +31,25 @@ LORA_LR = both(5e-4, 5e-5)       # ... of a LoRA instead
 ALL_LR = both(5e-5, 5e-6)        # ... of all parameters
 LAYER = both(2, 22)              # decoder layer after which the vector is added, from 0 (paper: 22 of 48)
 BETA = both(0.5, 0.1)            # of DPO (paper: 0.1)
-DPO_STEPS = both(40, 40)         # dpo: updates (paper: 10 to 40)
+DPO_STEPS = 40                   # dpo: updates (paper: 10 to 40)
 PAIRS = both(16, 64)             # pairs per update (paper: 64)
 CONTEXTS = both(16, 32)          # grpo: contexts per rollout
 MINI_BATCH = both(4, 8)          # grpo: contexts per optimizer step
 GRPO_STEPS = both(10, 40)        # grpo: rollouts
-KL = both(0.0, 0.0)              # grpo: weight of the KL to the Phase One policy
-N_MIN, N_MAX = both(3, 11), both(9, 22)   # grpo: clips of a stream, as in 02
-PRINT_EVERY = both(10, 1)        # steps between log lines
+KL = 0.0                         # grpo: weight of the KL to the Phase One policy
+N_MIN = both(3, 11)              # grpo: clips of a stream, as in 02
+N_MAX = both(9, 22)
+PRINT_EVERY = both(10, 1)        # grpo: steps between log lines
 SAVE_EVERY = both(20, 5)         # steps between checkpoints
 # ---------------------------------------------------------------- the method
 ENVIRONMENT = ""                 # one environment by name; "": all of them, one adapter each
 ALGORITHM = "dpo"                # "dpo": on cached pairs (paper); "grpo": on-policy against the reward model
 ADAPTER = "steer"                # "steer": one vector; "lora": on attention;
-                                 # "all": all parameters of the language model
+                                 # "all": all parameters of the language model, on a CPU alone
 NAME = ""                        # suffix of the output folder, to keep variants of one run side by side
 SCALE_TO_NORM = 0.0              # > 0: the trained vector is scaled to this norm. The paper's short cut:
-                                 # --DPO_STEPS=10 and 0.8 x the `norm` in the last row of a 40-step log.csv
-                                 # (0.3 of 0.37 at d = 2048)
+                                 # --NAME=short --DPO_STEPS=10 and 0.8 x the `norm` in the last row of a
+                                 # 40-step log.csv (0.3 of 0.37 at d = 2048)
 RECENT = 5                       # questions that define the environment (paper: 5 to 10)
 RELEVANCE = 0.5                  # grpo: weight of R (in units of its spread within a context)
                                  # beside the quality's +-0.5
@@ -65,8 +66,8 @@ SHOW = 0                         # 1: print one pair or group in full and stop
 # log.csv of dpo, a row a step: loss; accuracy (share of pairs whose winner gained more than its loser over
 # the reference); margin (mean of beta times that difference); norm (of the vector, or of all trained
 # values); grad_norm; seconds.
-# Of grpo: 02's columns, with relevance (centred, so 0 on average) and R (the reward model's own
-# value, not in the sum).
+# Of grpo: 02's columns, kl to the Phase One policy, with relevance (centred, so 0 on average) and R (the
+# reward model's value in units of its spread, not in the sum).
 
 
 def dpo_loss(winner, loser, ref_winner, ref_loser, beta):
@@ -193,7 +194,7 @@ def main(argv=None):
     S.LR, S.STEPS = rates[S.ADAPTER], S.DPO_STEPS if S.ALGORITHM == "dpo" else S.GRPO_STEPS
     print(f"learning rate of {S.ADAPTER}: {S.LR:g}")
     recent, streams = read_json(need(S, "tasks/recent.json")), load_streams(S, "deploy")
-    judge = load_judge(S, lambda: policy)
+    judge = load_judge(S, lambda: policy) if S.ALGORITHM == "grpo" else None           # pairs are judged
     if S.ENVIRONMENT and S.ENVIRONMENT not in recent:
         raise SystemExit(f"ENVIRONMENT={S.ENVIRONMENT}: tasks/recent.json holds {', '.join(recent)}")
     todo = [e for e in recent if e == (S.ENVIRONMENT or e)
@@ -209,7 +210,8 @@ def main(argv=None):
     contexts = [make_context(s, len(s["clips"]) // 2, {}, k=S.K) for s in streams]
     groups = len(todo) * S.STEPS * (S.PAIRS if S.ALGORITHM == "dpo" else S.CONTEXTS)
     importlib.import_module("03_collect_tasks").announce(
-        S, policy, contexts, groups, 0 if S.ALGORITHM == "dpo" else 2 * S.GROUP, 3, S.ALGORITHM != "dpo")
+        S, policy, contexts, groups, 0 if S.ALGORITHM == "dpo" else 2 * S.GROUP,
+        3 if S.ALGORITHM == "dpo" else 5 if S.KL else 4, S.ALGORITHM != "dpo")
     for environment in todo:
         (out / slug(environment)).mkdir(exist_ok=True)
         questions = [t["question"] for t in recent[environment][:S.RECENT]]

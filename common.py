@@ -195,7 +195,7 @@ class Policy:
     def add(self, writer, kind, folder=None):
         """Adds to a writer: "lora" (on the language model's attention), "steer" (as in the paper: a vector
         (d,) on a decoder layer's output, h <- h + a) or "all" (a whole new decoder; vision, embeddings, head
-        stay frozen). New, then without effect, or what `save` wrote to `folder` -> its parameters."""
+        stay frozen). New, then without effect, or what `save_adapter` wrote to `folder` -> its parameters."""
         from safetensors.torch import load_file
         saved = load_file(str(folder / FILES[kind]), str(self.device)) if folder and kind != "lora" else {}
         if kind == "lora":
@@ -487,7 +487,7 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
         rolled = time.time()
         # ---- reward and advantage
         scores = gather(reward([contexts[i] for i in mine], samples))
-        samples = gather(samples)
+        samples, judged = gather(samples), time.time()
         groups = [_group(c, s, r, S.GATE) for c, s, r in zip(contexts, samples, scores)]
         if S.SHOW:
             return contexts[0], samples[0], scores[0], groups[0]
@@ -517,7 +517,7 @@ def grpo(policy, S, out, params, batch, reward, log_row, reference):
         sums |= {k: sum(gather([sums[k]])) for k in ("kl", "clipped")}
         batch.update(step, samples)
         # ---- log and save
-        row = log_row(step, samples, scores, groups, sums, rolled - began, time.time() - rolled)
+        row = log_row(step, samples, scores, groups, sums, rolled - began, time.time() - judged)
         run.log(row, "reward", "malformed")
         if step % S.PRINT_EVERY == 0:
             rated = [(t, s.text) for t, s in zip(scores[0]["total"], samples[0])
@@ -579,8 +579,8 @@ class Training:
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.S.GRAD_CLIP).item()
         if not math.isfinite(norm):
             raise SystemExit(f"step {len(self.rows)}: the gradient norm is {norm}; this update was not made. "
-                             f"Start again with a lower LR (now {self.S.LR}): "
-                             f"--RUN=NEWNAME --FROM={self.S.RUN} --LR=...")
+                             f"Start again with a lower learning rate (now {self.S.LR:g}), as another run: "
+                             f"--RUN=NEWNAME --FROM={self.S.RUN}")
         self.optimizer.param_groups[0]["lr"] = lr or self.S.LR
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -2,8 +2,8 @@
 
 A judge has one method, `ask(kind, items) -> list`, with None for a verdict that failed. Kinds and items:
   "faithful"  {context, memory}             -> bool: it is seen or heard in the newest clip, and it connects
-  "clean"     {previous, memory}            -> bool: it repeats nothing that the memory before it states
-  "rank"      {context, memories}           -> ranks, 1 = richest; ties share the mean rank
+  "clean"     {previous, memory}            -> bool: nothing of the memory before, no boxes, no labels
+  "rank"      {context, memories}           -> ranks, 1 = richest; ties, if any, share the mean
   "prefer"    {questions, first, second}    -> "first" | "second" | "tie", by what the questions are after
   "answer"    {entries, question, options}  -> a letter, or without options a text; or "insufficient".
                                                entries: [start, end, memory] in s, all the reader gets to see
@@ -33,9 +33,11 @@ PLACE = {"faithful": ("02_phase1_train", "FAITHFUL"), "clean": ("02_phase1_train
 
 
 def load_judge(S, policy=None):
-    """The judge and reader of S.JUDGE; policy: a function that gives the policy, for "local". SystemExit for an
-    unknown one, or where the package or the key of an endpoint is missing."""
+    """The judge and reader of S.JUDGE; policy: a function that gives the policy, for "local". SystemExit for
+    an unknown one, or where the package or the key of an endpoint is missing."""
     if S.JUDGE == "tiny":
+        if not (need(S, "streams/streams.jsonl").parent / "truth.jsonl").exists():
+            raise SystemExit('JUDGE="tiny" judges the embedded world alone: take "local" or "openai:MODEL"')
         return importlib.import_module("tiny.world").Judge(read_jsonl(need(S, "streams/truth.jsonl")))
     if S.JUDGE == "local":
         return TextJudge(Local(policy))
@@ -104,7 +106,7 @@ def parse(kind, reply, item):
 
 
 class TextJudge:
-    """A judge by prompts and replies. send(list of what `fill` makes, attempt) -> texts, None for a failure."""
+    """A judge by prompts and replies. send(what `fill` makes, in a list, attempt) -> texts, None if failed."""
     def __init__(self, send):
         self.send = send
 
@@ -188,7 +190,8 @@ class Endpoint:
             self.used["kept"] += 1
             return read_json(file)["reply"]
         try:
-            answer = self.client.chat.completions.create(model=self.model, messages=messages, temperature=0)
+            answer = self.client.chat.completions.create(model=self.model, messages=messages,
+                                                         temperature=min(attempt, 1))
             reply = answer.choices[0].message.content or ""
         except (self.failures, IndexError, AttributeError, TypeError) as error:
             self.used["failed"] += 1

@@ -229,7 +229,7 @@ def is_expert(name):
 
 # ---------------------------------------------------------------- what fits the card
 def weight_bytes(model, S, plain=2):
-    """{kind: [values, bytes]} of a model's weights under BITS, VISION_BITS and DOUBLE_QUANT, others at `plain`; `model` may be
+    """{kind: [values, bytes]} of a model's weights under BITS, VISION_BITS and DOUBLE_QUANT; `model` may be
     on the meta device. Kinds: experts, linears, vision linears, embeddings and head, the rest."""
     packed = 1 / 2 + (1 / BLOCK + 4 / BLOCK / 256 if S.DOUBLE_QUANT else 4 / BLOCK)      # bytes a value
     table = {}
@@ -248,9 +248,9 @@ def weight_bytes(model, S, plain=2):
 
 
 def plan(model, S, plain=2):
-    """Byte plan of the weights and of the widest moments of rollout and training, for S's batch: {item: bytes},
-    the weights' sum, and (prompt, tokens of a packed row, cache bytes of a token). plain: bytes of a value that
-    is not packed. Weights and cache are exact, the rest estimates."""
+    """Byte plan of the weights and of the widest moments of rollout and training, for S's batch: {item:
+    bytes}, the weights' sum, and (prompt, tokens of a packed row, cache bytes of a token). plain: bytes of a
+    value that is not packed. Weights and cache are exact, the rest estimates."""
     text, G = model.config.get_text_config(), getattr(S, "GROUP", 1)
     d, layers, width = text.hidden_size, text.num_hidden_layers, getattr(text, "moe_intermediate_size", 0)
     kv = 2 * layers * text.num_key_value_heads * text.head_dim * plain               # bytes of a cached token

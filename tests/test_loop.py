@@ -364,7 +364,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(policy, streams, tmp_path
         loss, clipped = real(logp, *args)
         return loss * float("inf"), clipped
     monkeypatch.setattr(common, "policy_loss", broken)
-    with pytest.raises(SystemExit, match="gradient norm is (nan|inf).*lower LR"):
+    with pytest.raises(SystemExit, match="gradient norm is (nan|inf).*lower learning rate"):
         loop(policy, tmp_path, streams, argv=["--STEPS=1"])
     assert before and all(torch.equal(a, b) for a, b in zip(before, policy.trainable))
     assert not (tmp_path / "checkpoint.pt").exists()
