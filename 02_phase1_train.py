@@ -44,7 +44,7 @@ N_MIN = both(3, 11)              # clips of a stream: always extended below (rel
 N_MAX = both(9, 22)              # ... always resampled above (released run: 22)
 RESAMPLE = 0.13                  # chance to resample in between (released run)
 PRINT_EVERY = both(10, 1)        # steps between log lines with the best and the worst sample
-SAVE_EVERY = both(10, 5)         # steps between checkpoints
+SAVE_EVERY = both(10, 1)         # steps between checkpoints (torchrun waits 30 s for a step, then kills)
 # ---------------------------------------------------------------- the method
 GROUP = 8                        # G, samples per context (paper, section 2)
 RATIO = "gspo"                   # "gspo": one ratio per sequence; "grpo": one per token

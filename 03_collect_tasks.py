@@ -84,7 +84,7 @@ def watch(policy, S, streams, questions=(), desc="watch", path=None):
     """
     from tqdm import tqdm
     kept = {s["stream"]: [] for s in streams}
-    for row in read_jsonl(path, torn=True) if path and path.exists() else ():
+    for row in once(lambda: read_jsonl(path, torn=True) if path and path.exists() else []):
         kept[row["stream"]].append(row)
     for t in tqdm(range(max(len(s["clips"]) for s in streams)), desc=desc, leave=False):
         now = [(i, s) for i, s in enumerate(streams) if len(kept[s["stream"]]) == t < len(s["clips"])]
@@ -151,7 +151,7 @@ def fill_cache(S, out, policy, judge, streams, memories):
     """GROUP samples of every context, with their format and quality rewards, appended chunk by chunk."""
     from tqdm import tqdm
     phase1, part = importlib.import_module("02_phase1_train"), out / "cache.part"
-    done = read_jsonl(part, torn=True) if part.exists() else []
+    done = once(lambda: read_jsonl(part, torn=True) if part.exists() else [])
     todo = [(s, t) for s in streams for t in range(len(s["clips"]))]
     contexts = [make_context(s, t, [m["memory"] for m in memories[s["stream"]]], k=S.K) for s, t in todo]
     for i in tqdm(range(len(done), len(todo), S.CHUNK), desc="rollout cache", initial=len(done) // S.CHUNK):

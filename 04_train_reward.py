@@ -184,10 +184,10 @@ class RewardModel:
         starts = [[0] + [len(row[0])] * (len(row) - 1) for row in rows]  # memories follow the shared part
         place = pad([[range(at, at + len(m)) for at, m in zip(*x)]
                      for x in zip(starts, rows)], 0)                                              # (B, T)
+        self.policy.attend(owner)
         hidden = self.policy.lm(input_ids=ids, position_ids=place.expand(3, -1, -1), use_cache=False,
                                 attention_mask=visible(owner, owner).tril()).last_hidden_state  # (B, T, d)
-        last = (owner > 0) & (owner != F.pad(owner[:, 1:], (0, 1), value=-1))                     # (B, T)
-        self.read += ids.numel()
+        self.read, last = self.read + ids.numel(), (owner > 0) & (owner != F.pad(owner[:, 1:], (0, 1), value=-1))                     # (B, T)
         return (hidden[last].float() @ self.head).split([len(row) - 1 for row in rows])           # (M,) each
 
     def measure(self, groups, questions):

@@ -40,7 +40,7 @@ KL = 0.0                         # grpo: weight of the KL to the Phase One polic
 N_MIN = both(3, 11)              # grpo: clips of a stream, as in 02
 N_MAX = both(9, 22)
 PRINT_EVERY = both(10, 1)        # grpo: steps between log lines
-SAVE_EVERY = both(20, 5)         # steps between checkpoints
+SAVE_EVERY = both(20, 1)         # steps between checkpoints
 # ---------------------------------------------------------------- the method
 ENVIRONMENT = ""                 # one environment by name; "": all of them, one adapter each
 ALGORITHM = "dpo"                # "dpo": on cached pairs (paper); "grpo": on-policy against the reward model

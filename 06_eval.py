@@ -193,10 +193,9 @@ def fingerprint(*things):
 def kept(path, key, make):
     """Rows of `make(part)`, stored with their key; read back where the file has this key: a run goes on.
     part: where `make` may keep unfinished work; its name holds the key, so no other run takes it up."""
-    if loading.once(path.exists):                                        # else ranks may disagree
-        head, *rows = common.read_jsonl(path)
-        if head == {"fingerprint": key}:
-            return rows
+    head, *rows = loading.once(lambda: common.read_jsonl(path) if path.exists() else [None])
+    if head == {"fingerprint": key}:
+        return rows
     part = path.with_suffix(f".{key[:12]}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = make(part)

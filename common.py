@@ -34,7 +34,7 @@ MAX_NEW_TOKENS = both(72, 2800)         # thinking up to 2L, then the memory
 BITS = both(16, 4)                      # of the weights: 4 packs linears and experts as NF4 while they load
 VISION_BITS = both(16, 16)              # 4: the vision tower's linears too, 0.8 GiB less
 DOUBLE_QUANT = 0                        # 1: the scales of packed weights in 8 bits, 1.3 GiB less
-FEATURE_CLIPS = both(4000, 100)         # clips whose vision features are kept: about 30 MB each at full size
+FEATURE_CLIPS = both(4000, 200)         # clips whose vision features are kept: about 30 MB each at full size
 ROLLOUT_CONTEXTS = both(48, 0)          # contexts decoded side by side; 0: as many as the card's memory holds
 CPU_THREADS = 2                   # more hurt a small model, and results stay the same from machine to machine
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
@@ -197,18 +197,17 @@ class Policy:
         (d,) on a decoder layer's output, h <- h + a) or "all" (a whole new decoder; vision, embeddings, head
         stay frozen). New, then without effect, or what `save_adapter` wrote to `folder` -> its parameters."""
         from safetensors.torch import load_file
-        saved = load_file(str(folder / FILES[kind]), str(self.device)) if folder and kind != "lora" else {}
+        saved = load_file(str(folder / FILES[kind]), str(self.device)) if folder else {}
         if kind == "lora":
-            from peft import LoraConfig
+            from peft import LoraConfig, set_peft_model_state_dict
             self.lora[writer] = name = f"{writer}_{time.time_ns()}"               # a name that was never used
-            if folder:
-                self.model.load_adapter(str(folder), adapter_name=name)
-            else:
-                self.model.add_adapter(LoraConfig(
-                    r=self.S.LORA_RANK, lora_alpha=2 * self.S.LORA_RANK,
-                    target_modules=r".*language_model.*self_attn\.[qkvo]_proj"), name)
+            self.model.add_adapter(LoraConfig.from_pretrained(str(folder)) if folder else LoraConfig(
+                r=self.S.LORA_RANK, lora_alpha=2 * self.S.LORA_RANK,
+                target_modules=r".*language_model.*self_attn\.[qkvo]_proj"), name)
             params = [p for n, p in self.model.named_parameters() if f".{name}." in n]
-            torch.nn.ParameterList(params).float()           # in bf16 small updates would round to nothing
+            torch.nn.ParameterList(params).float()   # in bf16 the updates of a low rate would round to nothing
+            state = {k.removeprefix("base_model.model."): v for k, v in saved.items()}
+            set_peft_model_state_dict(self.model, state, name) if folder else None
         elif kind == "steer":
             (key, vector), = saved.items() or [(f"layers.{self.S.LAYER}.", torch.zeros(self.hidden))]
             self.layer = int(key.split("layers.")[1].split(".")[0])

@@ -8,7 +8,7 @@ sorts (token, expert) pairs by expert, unpacks the experts hit, multiplies, and 
 the backward pass unpacks them again. Router, norms, embeddings and head stay as they are. The arithmetic is
 the library's (`dequantize_4bit`, `grouped_mm`): outputs and LoRA gradients are bit-equal to unpacking all.
 """
-import contextlib, functools, json, logging, os, pathlib, re, sys
+import contextlib, datetime, functools, json, logging, os, pathlib, re, sys
 
 RANK, WORLD = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))       # set by torchrun
 if RANK:                         # rank 0 alone speaks; set before torch imports tqdm
@@ -78,7 +78,8 @@ def join():
     if WORLD > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=datetime.timedelta(days=7))      # a judge may keep rank 0 for long
 
 
 def gather(mine):
@@ -255,23 +256,25 @@ def plan(model, S, plain=2):
     d, layers, width = text.hidden_size, text.num_hidden_layers, getattr(text, "moe_intermediate_size", 0)
     kv = 2 * layers * text.num_key_value_heads * text.head_dim * plain               # bytes of a cached token
     prompt, new = prompt_tokens(S), S.MAX_NEW_TOKENS
-    row = prompt + G * (S.THINK_TOKENS + S.MEMORY_TOKENS)                      # a packed row of usual answers
+    row, tokens = prompt + G * new, prompt + G * new                                 # packed; cached by a context
     k = getattr(text, "num_experts_per_tok", 1)
     pair = (2 * d + 3 * (width or text.intermediate_size)) * plain           # a (token, expert) pair's values
     unpacked = 2 * width * d * getattr(text, "num_experts", 0) * plain if S.BITS == 4 else 0
     rank = S.LORA_RANK * sum(m.in_features + m.out_features for n, m in model.named_modules()
                              if re.fullmatch(r".*language_model.*self_attn\.[qkvo]_proj", n))
+    repeated = kv * tokens // layers * (text.num_attention_heads // text.num_key_value_heads + 1)
     items = {f"weights: {kind}": size for kind, (_, size) in weight_bytes(model, S, plain).items()}
     weights = sum(items.values())
     items |= {"adapter, its gradient and optimizer": 16 * rank,
               "one layer's experts, unpacked": unpacked,
               "vision features kept": S.FEATURE_CLIPS * prompt // S.K * d * 4 * plain,
-              "rollout: cache of a context": kv * (prompt + G * new),
-              "rollout: prefill of a context": prompt * (k * pair + 8 * d * plain),
+              "rollout: cache of a context": kv * tokens,
+              "rollout: a layer's keys and values, repeated": repeated,
+              "rollout: prefill of a context": prompt * (k * pair + 15 * d * plain) + 5 * prompt * prompt,
               "training: a row's checkpoints": layers * row * d * plain,
               "training: a layer's activations": row * (2 * k * pair + 16 * d * plain),
-              "training: mask of a row": 3 * row * row,
-              "training: logits of an answer": (S.THINK_TOKENS + S.MEMORY_TOKENS) * text.vocab_size * 12}
+              "training: mask of a row": 4 * row * row,
+              "training: logits of an answer": new * text.vocab_size * 20}
     return items, weights, (prompt, row, kv)
 
 
@@ -298,8 +301,9 @@ def check_plan(model, S, card, plain=2):
         "adapter, its gradient and optimizer", "one layer's experts, unpacked", "vision features kept"))
     train = base + sum(size for name, size in items.items() if name.startswith("training") and hasattr(S, "LR"))
     G, free = getattr(S, "GROUP", 1), 0.92 * card - base                       # 8 % for fragments and buffers
-    context, prefill = items["rollout: cache of a context"], items["rollout: prefill of a context"]
-    samples = max(0, min(G, int((free - prefill - kv * prompt) // (kv * S.MAX_NEW_TOKENS))))
+    prefill = items["rollout: prefill of a context"]
+    context = sum(size for name, size in items.items() if name.startswith("rollout"))     # all at its widest
+    samples = max(0, min(G, int((free - prefill - kv * prompt) // (1.2 * kv * S.MAX_NEW_TOKENS))))
     if samples == 0 or train > 0.92 * card:
         raise SystemExit(
             f"MODEL={S.MODEL} does not fit: a card of {gib(card)}, weights {gib(weights)}, a step "
@@ -307,9 +311,12 @@ def check_plan(model, S, card, plain=2):
             f"{S.VISION_BITS}, {S.DOUBLE_QUANT}), FRAME_PIXELS={S.FRAME_PIXELS}, "
             f"FRAMES_PER_CLIP={S.FRAMES_PER_CLIP}, K={S.K}, FEATURE_CLIPS={S.FEATURE_CLIPS}, "
             f"THINK_TOKENS={S.THINK_TOKENS}, MAX_NEW_TOKENS={S.MAX_NEW_TOKENS}")
-    contexts = S.ROLLOUT_CONTEXTS or max(1, int((free - prefill) // context))
+    contexts = S.ROLLOUT_CONTEXTS or max(1, int(free // context))
     print(f"  in all: {gib(train)} in a step, of {gib(card)}; "
           f"{contexts} contexts rolled out side by side")
+    if S.FEATURE_CLIPS < getattr(S, "CONTEXTS", 0) * S.K:
+        print(f"*** FEATURE_CLIPS={S.FEATURE_CLIPS} is less than the {S.CONTEXTS} x {S.K} clips of a step: "
+              "vision runs more than once a clip ***")
     if samples < G:
         print(f"*** {samples} of {G} samples fit beside one prompt: "
               "a group is rolled out in parts, from one prefill ***")

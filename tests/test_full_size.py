@@ -150,6 +150,27 @@ def test_an_expert_that_blocks_cannot_tile_is_refused():
         loading.pack(torch.randn(2, 9, 10))
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_lora_on_a_16_bit_model_comes_back_in_full(bits, tmp_path):
+    """It trains and is kept in fp32: reading it must not round it to the model's type."""
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+    pytest.importorskip("bitsandbytes")
+    options = {} if bits == 16 else dict(experts_implementation="nf4", quantization_config=loading.quantization()(
+        bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head", "model.visual"]))
+    model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.bfloat16, attn_implementation="sdpa", **options)
+    other = common.Policy(model.eval(), AutoTokenizer.from_pretrained(TINY), 1, 1, settings(f"--BITS={bits}"))
+    params = other.add("phase1", "lora")
+    for p in params:
+        torch.nn.init.normal_(p, std=0.05)
+    kept = [p.detach().clone() for p in params]
+    loading.save_adapter(other, "phase1", tmp_path)
+    loading.load_adapter(other, "phase1", tmp_path)
+    again = [p for n, p in other.model.named_parameters() if f".{other.lora['phase1']}." in n]
+    assert len(again) == len(kept) and all(
+        p.dtype == torch.float32 and torch.equal(p, q) and not torch.equal(p, p.bfloat16().float())
+        for p, q in zip(again, kept))
+
+
 # ================================================================ bytes
 @pytest.mark.parametrize("argv, gib", [
     (["--VISION_BITS=4"], 17.1), ([], 17.9), (["--VISION_BITS=4", "--DOUBLE_QUANT=1"], 15.8)])
@@ -166,6 +187,10 @@ def test_the_plan_is_printed_and_refuses_before_loading(sketch, capsys):
     assert 9000 < loading.prompt_tokens(S) < 12000
     contexts, samples = loading.check_plan(sketch, S, 80 * 2**30)
     said = capsys.readouterr().out
+    items, weights, (prompt, row, kv) = loading.plan(sketch, S)
+    assert row == prompt + 8 * 2800                                     # the longest answers, not the usual ones
+    wide = contexts * (kv * row + items["rollout: prefill of a context"])
+    assert weights + items["vision features kept"] + wide < 0.92 * 80 * 2**30
     assert contexts >= 1 and samples == 8 and "experts" in said and "GiB" in said and "prompts of" in said
     with pytest.raises(SystemExit,
                        match=r"does not fit: a card of 16.00 GiB, weights 17.\d+ GiB.*FRAME_PIXELS"):
@@ -174,7 +199,7 @@ def test_the_plan_is_printed_and_refuses_before_loading(sketch, capsys):
     assert items["rollout: cache of a context"] == 96 * 1024 * (
         loading.prompt_tokens(S) + 8 * S.MAX_NEW_TOKENS)
     small = settings("--MODEL=x", "--VISION_BITS=4", "--DOUBLE_QUANT=1", "--FRAME_PIXELS=50176",
-                     "--FRAMES_PER_CLIP=10", "--FEATURE_CLIPS=20", "--THINK_TOKENS=400", "--MAX_NEW_TOKENS=1000")
+                     "--FRAMES_PER_CLIP=10", "--FEATURE_CLIPS=20", "--THINK_TOKENS=200", "--MAX_NEW_TOKENS=600")
     small.GROUP, small.LR = 8, 1e-5
     assert loading.check_plan(sketch, small, 24 * 2**30)[1] == 8        # what the README names for 24 GB
     with pytest.raises(SystemExit, match=r"exceed the model's 262144.*nothing is cut"):
