@@ -62,7 +62,7 @@ def say(text, lock=threading.Lock()):
 def source_hash():
     """Hash of what the figures depend on: the code without comments and docstrings, the command lines, the base's weights."""
     digest = hashlib.sha256(json.dumps([MAIN, SIDE, ABLATIONS]).encode())
-    for name in [f"{s}.py" for s in STAGES] + ["common.py", "tiny/world.py"]:
+    for name in [f"{s}.py" for s in STAGES] + ["common.py", "loading.py", "judges.py", "tiny/world.py"]:
         tree = ast.parse((ROOT / name).read_text())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
@@ -203,7 +203,8 @@ def _write_evidence(key):
     if not records:
         return
     F = figures(records)
-    write_json(ROOT / "results" / "evidence.json", dict(F, hash=key, seeds={v: sum(r["variant"] == v for r in records) for v in
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    write_json(ROOT / "results" / "evidence.json", dict(F, hash=key, commit=commit, seeds={v: sum(r["variant"] == v for r in records) for v in
                                                         dict.fromkeys(r["variant"] for r in records)}, records=records))
     cell = lambda x, n=1: "" if x is None else f"{x['mean']:.{n}f}" + (f" ({x['low']:.{n}f} to {x['high']:.{n}f})"
                                                                       if x["low"] is not None else "")
