@@ -391,3 +391,32 @@ def test_gather_puts_parts_in_order(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_gather_object",
                         lambda parts, mine: parts.__setitem__(slice(None), [whole[r::3] for r in range(3)]))
     assert loading.gather(whole[0::3]) == whole
+
+
+# ================================================================ a dense model
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_dense_model_takes_the_same_path(bits, contexts, tmp_path):
+    """Qwen3-VL 2B, 4B and 8B have no experts: a small one with random weights loads, samples and learns."""
+    from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    token = tokenizer.convert_tokens_to_ids
+    text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+                num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=4096,
+                rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[6, 5, 5],
+                                     mrope_interleaved=True))
+    vision = VISION | dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=64,
+                           num_position_embeddings=36, deepstack_visual_indexes=[0])
+    torch.manual_seed(0)
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=False,
+        **{f"{x}_token_id": token(f"<|{x}_pad|>") for x in ("image", "video")},
+        **{f"vision_{x}_token_id": token(f"<|vision_{x}|>") for x in ("start", "end")}))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = common.load_policy(settings(f"--MODEL={tmp_path}", f"--BITS={bits}", *SMALL))
+    groups = common.rollout(policy, contexts[:2], 2, [(0, 0), (0, 1)])
+    assert all(s.ids for g in groups for s in g)
+    params = policy.add("phase1", "lora")
+    policy.train_only(params)
+    sum(x.mean() for x in common.logprobs(policy, contexts[1], [s.ids for s in groups[1]])).backward()
+    assert all(p.grad is not None for p in params) and any(p.grad.abs().max() > 0 for p in params)
