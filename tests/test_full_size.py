@@ -155,9 +155,11 @@ def test_a_lora_on_a_16_bit_model_comes_back_in_full(bits, tmp_path):
     """It trains and is kept in fp32: reading it must not round it to the model's type."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
     pytest.importorskip("bitsandbytes")
-    options = {} if bits == 16 else dict(experts_implementation="nf4", quantization_config=loading.quantization()(
-        bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head", "model.visual"]))
-    model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.bfloat16, attn_implementation="sdpa", **options)
+    config = loading.quantization()(bnb_4bit_compute_dtype=torch.bfloat16,
+                                    llm_int8_skip_modules=["lm_head", "model.visual"])
+    options = {} if bits == 16 else dict(experts_implementation="nf4", quantization_config=config)
+    model = AutoModelForImageTextToText.from_pretrained(
+        TINY, dtype=torch.bfloat16, attn_implementation="sdpa", **options)
     other = common.Policy(model.eval(), AutoTokenizer.from_pretrained(TINY), 1, 1, settings(f"--BITS={bits}"))
     params = other.add("phase1", "lora")
     for p in params:
