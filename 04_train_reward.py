@@ -18,8 +18,8 @@ from collections import Counter
 from itertools import combinations, groupby
 from types import SimpleNamespace
 
-from common import (F, Training, both, load_policy, load_streams, make_context, need, np, read_json, read_jsonl,
-                    settings, slug, start, torch, visible, write_json, write_jsonl, written_aside)
+from common import (F, Training, both, load_policy, load_streams, make_context, need, np, read_json,
+                    read_jsonl, settings, slug, start, torch, visible, write_json, write_jsonl, written_aside)
 from judges import load_judge
 from loading import RANK, WORLD, gather, once, save_adapter
 
@@ -187,7 +187,8 @@ class RewardModel:
         self.policy.attend(owner)
         hidden = self.policy.lm(input_ids=ids, position_ids=place.expand(3, -1, -1), use_cache=False,
                                 attention_mask=visible(owner, owner).tril()).last_hidden_state  # (B, T, d)
-        self.read, last = self.read + ids.numel(), (owner > 0) & (owner != F.pad(owner[:, 1:], (0, 1), value=-1))                     # (B, T)
+        last = (owner > 0) & (owner != F.pad(owner[:, 1:], (0, 1), value=-1))                     # (B, T)
+        self.read += ids.numel()
         return (hidden[last].float() @ self.head).split([len(row) - 1 for row in rows])           # (M,) each
 
     def measure(self, groups, questions):
@@ -231,7 +232,7 @@ def train(S, model, groups, questions, out):
             shown = [draw.sample(q, draw.randint(1, len(q)))
                      for q in (questions[g["environment"]] for g in batch)]
             # ---- loss
-            mine, shown = batch[RANK::WORLD], shown[RANK::WORLD]                   # of several GPUs, this one's
+            mine, shown = batch[RANK::WORLD], shown[RANK::WORLD]             # of several GPUs, this one's
             for i in range(0, len(mine), S.ROWS):
                 R = model(mine[i:i + S.ROWS], shown[i:i + S.ROWS])                                # (M,) each
                 gaps += [torch.stack([r[w] - r[l] for w, l in g["preferences"]])
@@ -242,8 +243,8 @@ def train(S, model, groups, questions, out):
             # ---- update and log
             lr = S.LR * min((step + 1) / S.WARMUP, 1, (S.STEPS - step) / max(1, S.STEPS - S.WARMUP))
             norm, right = run.update(lr), sum(gather([(gap > 0).tolist() for gap in gaps]), [])
-            run.log(dict(step=step, loss=sum(gather([loss])), accuracy=sum(right) / len(right), grad_norm=norm,
-                         lr=lr, seconds=time.time() - began), "loss", "accuracy")
+            run.log(dict(step=step, loss=sum(gather([loss])), accuracy=sum(right) / len(right),
+                         grad_norm=norm, lr=lr, seconds=time.time() - began), "loss", "accuracy")
 
 # ================================================================ validation
 def pair_accuracy(S, groups, values):
@@ -280,8 +281,7 @@ def main(argv=None):
     out = start(S, "reward")
     recent, cache = read_json(need(S, "tasks/recent.json")), read_jsonl(need(S, "tasks/cache.jsonl"))
     asked = {e: [r["question"] for r in rows[:S.RECENT]] for e, rows in recent.items()}
-    later = {e: [r["question"] for r in rows[S.RECENT:2 * S.RECENT]] or asked[e]
-             for e, rows in recent.items()}
+    later = {e: [r["question"] for r in rows[S.RECENT:2 * S.RECENT]] or asked[e] for e, rows in recent.items()}
     if any(q is asked[e] for e, q in later.items()):
         print("*** too few questions to hold some out: where they lack, R is validated on its own ***")
     streams = sorted({c["stream"] for c in cache})
