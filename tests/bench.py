@@ -1,16 +1,17 @@
-"""What the tricks are worth, each as a ratio of two sides that take turns in one process (median, smallest, largest).
+"""What the tricks are worth, each as a ratio of sides that take turns in one process (median, least, most).
 
-rollout    common.rollout against transformers' generate(num_return_sequences=8) on the same video contexts, left-padded
-           into one batch where there are several. Both sample exactly NEW tokens in each answer (no end token), so
-           that finished samples leave our batch is not counted; generate reads the pixels each time.
-packing    log-probs of 8 answers and their gradient in a LoRA: one packed row against one row after the other (at the
-           embedded world's sizes), and against the usual batch of 8 rows at prompts of 256 to 8192 text tokens, there
-           with the peak memory of each (in a process of its own, less what it held before).
-experts    the 4-bit experts' forward pass, of 8 tokens (decoding a group) and of 512: unpacking the experts that were
-           hit, against unpacking all, against the same weights unpacked beforehand.
-trl        a whole optimisation step on text prompts (8 samples of NEW tokens for each of 4 prompts, one update) against
-           TRL's GRPOTrainer on the same model, LoRA and token counts; where the package `trl` is installed.
-full       with a GPU: Qwen3-VL-30B-A3B's shapes with random 4-bit weights, bytes and tokens/s (see `full_size`).
+rollout    common.rollout against transformers' generate(num_return_sequences=8) on the same video contexts,
+           left-padded into one batch where there are several. Both sample exactly NEW tokens in each answer
+           (no end token), so that finished samples leave our batch is not counted; generate reads the pixels
+           each time.
+packing    log-probs of 8 answers and their gradient in a LoRA: one packed row against one row after the other
+           (at the embedded world's sizes), and against the usual batch of 8 rows at prompts of 256 to 8192
+           text tokens, there with the peak memory of each (in a process of its own, less what it held before).
+experts    the 4-bit experts' forward pass, of 8 tokens (decoding a group) and of 512: unpacking the experts
+           that were hit, against unpacking all, against the same weights unpacked beforehand.
+trl        a whole optimisation step on text prompts (8 samples of NEW tokens for each of 4 prompts, one update)
+           against TRL's GRPOTrainer on the same model, LoRA and token counts; where `trl` is installed.
+full       with a GPU: Qwen3-VL-30B-A3B's shapes with random 4-bit weights: bytes, tokens/s and floors.
 
 Run: python tests/bench.py [rollout packing experts trl full] [--json FILE] [--threads N] [--repeats N]
 """
@@ -49,8 +50,8 @@ def machine(threads):
 
 
 def compare(result, name, sides, repeats, tokens=None):
-    """Times `sides` {name: function} in turns, one unmeasured turn first; the first side is ours. Adds to `result` and
-    prints: seconds of each, and how many times faster the first is than each other."""
+    """Times `sides` {name: function} in turns, one unmeasured turn first; the first side is ours. Adds to
+    `result` and prints: seconds of each, and how many times faster the first is than each other."""
     seconds = {side: [] for side in sides}
     for i in range(repeats + 1):
         for side in list(sides)[::1 if i % 2 else -1]:
@@ -68,8 +69,9 @@ def compare(result, name, sides, repeats, tokens=None):
                                     high=round(ratios[-1], 2))
     result[name] = row
     print(f"{name:34}" + "  ".join(
-        f"{x['ratio']:.2f} times {k[5:]} ({x['low']:.2f} to {x['high']:.2f})" for k, x in row.items() if k[:5] == "over_")
-        + (f"  {row['tokens_per_s']:.0f} tokens/s" if tokens else ""), flush=True)
+        f"{x['ratio']:.2f} times {k[5:]} ({x['low']:.2f} to {x['high']:.2f})"
+        for k, x in row.items() if k[:5] == "over_") + (
+        f"  {row['tokens_per_s']:.0f} tokens/s" if tokens else ""), flush=True)
     return row
 
 
@@ -136,9 +138,11 @@ def text_prompt(policy, length, seed=0):
     import common
     allowed = torch.tensor(sorted(set(range(min(len(policy.tokenizer), policy.head.weight.shape[0])))
                                   - set(policy.banned.tolist()) - {policy.end}), device=policy.device)
-    ids = allowed[torch.randint(len(allowed), (length,), generator=torch.Generator().manual_seed(seed)).to(policy.device)]
-    return common.Prompt(ids, policy.lm.embed_tokens(ids).detach(), torch.arange(length, device=policy.device).expand(3, -1),
-                         torch.zeros(length, dtype=torch.bool, device=policy.device), [])
+    draw = torch.randint(len(allowed), (length,), generator=torch.Generator().manual_seed(seed))
+    ids = allowed[draw.to(policy.device)]
+    positions = torch.arange(length, device=policy.device).expand(3, -1)
+    return common.Prompt(ids, policy.lm.embed_tokens(ids).detach(), positions,
+                         torch.zeros_like(ids, dtype=torch.bool), [])
 
 
 def batch_logprobs(policy, prompt, answers):
@@ -152,7 +156,7 @@ def batch_logprobs(policy, prompt, answers):
 
 
 def passes(policy, prompt):
-    """{side: function}: forward and backward of G answers of NEW tokens, packed, one by one, and as a batch of rows."""
+    """{side: function}: forward and backward of G answers of NEW tokens: packed, one by one, a batch of rows."""
     import torch
     import common
     policy.prepare = lambda prompts: prompts
@@ -166,7 +170,8 @@ def passes(policy, prompt):
 
 def tiny_policy(threads):
     import common
-    return common.load_policy(common.settings({"__doc__": ""}, [f"--MAX_NEW_TOKENS={NEW}", f"--CPU_THREADS={threads}"]))
+    return common.load_policy(common.settings(
+        {"__doc__": ""}, [f"--MAX_NEW_TOKENS={NEW}", f"--CPU_THREADS={threads}"]))
 
 
 def peak(side, length, threads):
@@ -254,8 +259,8 @@ def bench_experts(result, repeats, device="cpu"):
 
 # ---------------------------------------------------------------- TRL
 def bench_trl(policy, result, repeats, threads):
-    """Seconds of a step of common.grpo and of trl.GRPOTrainer, text only; TRL's trainer tokenises text prompts, so both
-    get prompts of about 500 tokens. Steps are timed inside each loop, the first left out."""
+    """Seconds of a step of common.grpo and of trl.GRPOTrainer, text only; TRL's trainer tokenises text prompts,
+    so both get the same number of tokens. Steps are timed inside each loop, the first left out."""
     try:
         import datasets
         import trl
@@ -273,8 +278,9 @@ def bench_trl(policy, result, repeats, threads):
     lengths = [len(policy.tokenizer(t)["input_ids"]) for t in texts]
     even = lambda ids: sum(i % 2 == 0 for i in ids) / len(ids)
     # ---- ours
-    S = common.settings(vars(phase1), [f"--STEPS={steps}", f"--CONTEXTS={contexts}", f"--MINI_BATCH={contexts}", "--KL=0",
-                                       f"--GROUP={G}", f"--MAX_NEW_TOKENS={NEW}", "--PRINT_EVERY=999", "--GATE=0"])
+    S = common.settings(vars(phase1), [
+        f"--STEPS={steps}", f"--CONTEXTS={contexts}", f"--MINI_BATCH={contexts}", "--KL=0", f"--GROUP={G}",
+        f"--MAX_NEW_TOKENS={NEW}", "--PRINT_EVERY=999", "--GATE=0"])
     policy.prepare = lambda prompts: prompts
     prompts = [text_prompt(policy, n, i) for i, n in enumerate(lengths)]
     from types import SimpleNamespace
@@ -344,7 +350,8 @@ def random_model(config, S, device):
     for name, p in list(model.named_parameters()):
         place, _, kind = name.rpartition(".")
         module = model.get_submodule(place)
-        shape = (module.out_features, module.in_features) if "4bit" in type(module).__name__ and kind == "weight" else p.shape
+        packed = "4bit" in type(module).__name__ and kind == "weight"
+        shape = (module.out_features, module.in_features) if packed else p.shape
         value = torch.ones(shape, dtype=dtype, device=device) if "norm" in name else \
             torch.randn(shape, dtype=dtype, device=device) * 0.02
         if quantizer and quantizer.param_needs_quantization(model, name):
@@ -364,9 +371,10 @@ def random_model(config, S, device):
 
 
 def full_size(result, device="cuda", text=None, vision=None, prompt=10_000, new=256):
-    """Bytes after loading, peaks and speeds of the 30B's shapes with random weights in 4 bits: a rollout of 8 samples, a
-    step of Phase One (a LoRA, one packed row) and of Phase Two (a vector, a pair), beside the floors: reading all weights
-    that a token needs from memory, and 2 x the active parameters' multiplications."""
+    """Bytes after loading, peaks and speeds of the 30B's shapes with random weights in 4 bits: a rollout of 8
+    samples, a step of Phase One (a LoRA, one packed row) and of Phase Two (a vector, a pair), and the cards (GB) that
+    each peak fits. Beside them the floors, from this machine's copy and matmul speeds: decoding must read, each step,
+    the weights that are hit and the cache; prefill must do 2 operations per active parameter and token."""
     import torch
     from transformers import AutoTokenizer, Qwen3VLMoeConfig
     import common
@@ -395,7 +403,8 @@ def full_size(result, device="cuda", text=None, vision=None, prompt=10_000, new=
         work()
         wait()
         seconds = time.perf_counter() - began
-        row[name] = dict(seconds=round(seconds, 3), peak_gib=allocated(torch.cuda.max_memory_allocated),
+        top = allocated(torch.cuda.max_memory_allocated)
+        row[name] = dict(seconds=round(seconds, 3), peak_gib=top, fits_gb=[c for c in (24, 48, 80) if top and top < c],
                          tokens_per_s=round(tokens / seconds, 1) if tokens else None)
         print(f"  {name:28}{row[name]}", flush=True)
     long, short = text_prompt(policy, prompt), text_prompt(policy, 64)
@@ -406,7 +415,8 @@ def full_size(result, device="cuda", text=None, vision=None, prompt=10_000, new=
         policy.S.MAX_NEW_TOKENS = new
         measured("rollout of 8 samples", lambda: common.rollout(policy, [long], G, [(0, 2)]), G * new)
     answers = [text_prompt(policy, new, i).ids.tolist() for i in range(G)]
-    for name, kind, mine in (("Phase One step, a group", "lora", answers), ("Phase Two step, a pair", "steer", answers[:2])):
+    for name, kind, mine in (("Phase One step, a group", "lora", answers),
+                             ("Phase Two step, a pair", "steer", answers[:2])):
         params = policy.add("phase2", kind)
         policy.train_only(params)
         optimizer = torch.optim.AdamW(params, lr=1e-5)
@@ -418,6 +428,31 @@ def full_size(result, device="cuda", text=None, vision=None, prompt=10_000, new=
         policy.drop("phase2")
     weights = sum(x.nbytes for x in [*model.parameters(), *loading.scales_of(model)])
     row["weights_gib"] = round(weights / 2**30, 2)
+    # ---- floors
+    n = min(4096, 64 * policy.hidden)
+    a = torch.randn(n, n, device=device, dtype=model.dtype)
+    speed = {}
+    for what, work in (("copy", lambda: a.clone()), ("matmul", lambda: a @ a)):
+        work()
+        wait()
+        began = time.perf_counter()
+        for _ in range(20):
+            work()
+        wait()
+        speed[what] = 20 * (2 * a.nbytes if what == "copy" else 2 * n**3) / (time.perf_counter() - began)
+    c = config.text_config
+    share = c.num_experts_per_tok / c.num_experts                       # of the experts that one token hits
+    experts = sum(p.nbytes for name, p in model.named_parameters() if loading.is_expert(name)) * 9 / 8   # and scales
+    others = sum(p.nbytes for name, p in model.named_parameters() if not loading.is_expert(name)
+                 and "visual" not in name and "embed_tokens" not in name)
+    kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * a.element_size()
+    read = new * (others + experts * (1 - (1 - share)**G)) + kv * sum(prompt + G * t for t in range(new))
+    heads = 2 * (c.num_attention_heads + c.num_key_value_heads)
+    active = c.num_hidden_layers * c.hidden_size * c.head_dim * heads + 2 * experts / (9 / 8) * share    # two a byte
+    row["floors"] = dict(copy_gb_s=round(speed["copy"] / 1e9, 1), matmul_tflops=round(speed["matmul"] / 1e12, 2),
+                         rollout_s=round(read / speed["copy"], 3),
+                         prefill_s=round(2 * active * prompt / speed["matmul"], 3))
+    print(f"  floors: {row['floors']}")
     result["full"] = row
     print(f"  {json.dumps({k: row[k] for k in ('load_s', 'loaded_gib', 'weights_gib')})}")
 

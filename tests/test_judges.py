@@ -44,7 +44,8 @@ def test_open_answers_are_texts_and_are_graded(contexts):
     item = items(contexts)["answer"] | {"options": []}
     assert judges.parse("answer", '{"answer": " a cup "}', item) == "a cup"
     assert "few words" in judges.fill("answer", item)[0] and "a cup" in judges.fill("answer", item)[0]
-    tasks = [{"question": "q", "options": [], "answer": "cup"}] * 3 + [{"question": "q", "options": ["A. x"], "answer": "A"}]
+    tasks = [{"question": "q", "options": [], "answer": "cup"}] * 3
+    tasks += [{"question": "q", "options": ["A. x"], "answer": "A"}]
 
     class Grader:
         def ask(self, kind, items):
@@ -61,7 +62,8 @@ def test_prompts_hold_what_they_ask_about(contexts):
     assert len(replies["rank"]) == len(replies["prefer"]) == len(replies["answer"]) == 3
     for kind in ("faithful", "clean", "prefer", "answer", "grade"):
         assert all(judges.parse(kind, r, items(contexts)[kind]) is not None for r in replies[kind])
-    assert "a {brace}" in texts["clean"][0] and "2. b" in texts["rank"][0] and "00:00:00-00:00:10" in texts["answer"][0]
+    assert "a {brace}" in texts["clean"][0] and "2. b" in texts["rank"][0]
+    assert "00:00:00-00:00:10" in texts["answer"][0]
 
 
 def test_the_model_judges_itself(policy, contexts):
@@ -85,7 +87,7 @@ def test_the_model_judges_itself(policy, contexts):
 # ================================================================ an endpoint
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """An endpoint on loopback that answers, fails, waits and talks nonsense, as `plan` says; `seen` are its requests."""
+    """An endpoint on loopback that answers, fails, waits and talks nonsense, as `plan` says; `seen`: requests."""
     pytest.importorskip("openai")
     seen, plan = [], []
 
@@ -107,7 +109,8 @@ def server(monkeypatch, tmp_path):
             code = what if isinstance(what, int) else 200
             data = json.dumps({"error": {"message": "no"}} if code != 200 else {
                 "id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
-                "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}],
+                "choices": [{"index": 0, "finish_reason": "stop",
+                             "message": {"role": "assistant", "content": reply}}],
                 "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}}).encode()
             self.send_response(code)
             self.send_header("Content-Type", "application/json")
