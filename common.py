@@ -8,8 +8,8 @@ import contextlib, csv, difflib, importlib, json, math, re, signal, sys, time
 from collections import namedtuple
 from types import SimpleNamespace
 
-from loading import (FILES, RANK, ROOT, WORLD, add_gradients, flash, gather, load_model, once, read_json,
-                     read_jsonl, write_json, write_jsonl, write_text, written_aside)
+from loading import (FILES, RANK, ROOT, WORLD, add_gradients, clip_frames, flash, gather, load_model, once,
+                     read_json, read_jsonl, write_json, write_jsonl, write_text, written_aside)
 
 try:                                   # --help must work before anything is installed
     import numpy as np
@@ -287,9 +287,9 @@ class Policy:
         return prompts
 
     def _see(self, clips):
-        patches, grids, times, stage1 = [], [], [], importlib.import_module("01_make_streams")
+        patches, grids, times = [], [], []
         for clip in clips.values():
-            frames, at = stage1.clip_frames(clip, self.S.FRAMES_PER_CLIP)             # (n, H, W, 3), seconds
+            frames, at = clip_frames(clip, self.S.FRAMES_PER_CLIP)             # (n, H, W, 3), seconds
             p, grid = frames_to_patches(frames, self.S.FRAME_PIXELS)
             at += at[-1:] * (len(at) % 2)
             times.append([(a + b) / 2 for a, b in zip(at[::2], at[1::2])])            # one per pair of frames

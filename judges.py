@@ -21,6 +21,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from common import ROOT, Context, clock, logprobs, need, read_json, read_jsonl, rollout, torch, write_json
+from loading import clip_frames
 
 FRAMES = 8               # of the newest clip, that an endpoint sees; "local" sees FRAMES_PER_CLIP
 TRIES = 3                # a reply that can't be parsed is asked again, then its verdict is None
@@ -181,7 +182,7 @@ class Endpoint:
     def reply(self, text, clip, _, attempt):
         content = [{"type": "text", "text": text}]
         if clip:
-            frames, _ = importlib.import_module("01_make_streams").clip_frames(clip, FRAMES)
+            frames, _ = clip_frames(clip, FRAMES)
             content = [{"type": "image_url", "image_url": {"url": jpeg(f)}} for f in frames] + content
         messages = [{"role": "user", "content": content}]
         content = json.dumps([self.model, attempt, messages]).encode()

@@ -3,7 +3,7 @@
 Every figure is made in 06; here they are only laid out. The page fetches nothing, so it opens offline and can
 be sent as one file; its pictures are data URIs and its charts inline SVG.
 """
-import base64, csv, html, importlib, io, math, re
+import base64, csv, html, io, math, re
 
 import common
 
@@ -243,7 +243,7 @@ def examples(S, jobs, memories, streams):
         here = lambda row: row["stream"] == stream["stream"] and row["clip"] == clip["clip"]
         wrote = [(title(j.method) + f": {j.environment}" * bool(j.environment), row["memory"])
                  for j in order for row in memories[j.slug] if here(row)]
-        frames, _ = importlib.import_module("01_make_streams").clip_frames(clip, S.FRAMES_PER_CLIP)
+        frames, _ = common.clip_frames(clip, S.FRAMES_PER_CLIP)
         out.append(example(stream["stream"], clip, frames, wrote))
     return "".join(out)
 

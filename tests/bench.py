@@ -113,12 +113,11 @@ def generate(policy, prompts, pixels):
 
 
 def bench_rollout(policy, contexts, result, repeats):
-    import importlib
     import torch
     import common
-    stage1, banned = importlib.import_module("01_make_streams"), policy.banned
+    banned = policy.banned
     prompts = policy.prepare(contexts)
-    pixels = [[common.frames_to_patches(stage1.clip_frames(c, policy.S.FRAMES_PER_CLIP)[0], policy.S.FRAME_PIXELS)
+    pixels = [[common.frames_to_patches(common.clip_frames(c, policy.S.FRAMES_PER_CLIP)[0], policy.S.FRAME_PIXELS)
                for c in x.clips] for x in contexts]
     policy.banned = torch.cat([banned, torch.tensor([policy.end])])
     policy.closing, closing = set(), policy.closing       # nor does an answer end with its JSON
@@ -268,7 +267,6 @@ def bench_trl(policy, result, repeats, threads):
         print(f"trl: not measured, {error}. To measure: pip install trl (1.16.0 was used), for this bench alone")
         result["trl"] = None
         return
-    import importlib
     import torch
     import common
     from peft import LoraConfig

@@ -235,7 +235,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.import_module("03_collect_tasks"), "watch", watch)
     monkeypatch.setattr(common, "rollout", lambda policy, contexts, n, keys, *a, **k: [
         [policy.write(c, key)] for c, key in zip(contexts, keys)])
-    monkeypatch.setattr(importlib.import_module("01_make_streams"), "clip_frames",
+    monkeypatch.setattr(common, "clip_frames",
                         lambda clip, n: (np.zeros((n, 96, 96, 3), np.uint8), list(range(n))))
     return SimpleNamespace(folder=tmp_path, policy=policy)
 

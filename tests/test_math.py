@@ -11,7 +11,6 @@ torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
 import loading                                                              # noqa: E402
 
-stage1 = importlib.import_module("01_make_streams")
 
 NEAR = 1e-5                              # log-probs in fp32 by two ways of computing them
 
@@ -153,7 +152,6 @@ def test_kl_against_a_token_loop():
 
 
 def test_dpo_loss_against_numpy_and_its_gradient_signs():
-    import importlib
     dpo_loss = importlib.import_module("05_phase2_train").dpo_loss
     rng = np.random.default_rng(4)
     for beta in (0.1, 0.5, 2.0):
@@ -279,7 +277,7 @@ def plain_logprobs(policy, context, prompt, ids):
     S, patches, grids = policy.S, [], []
     for clip in context.clips:
         x, grid = common.frames_to_patches(
-            stage1.clip_frames(clip, S.FRAMES_PER_CLIP)[0], S.FRAME_PIXELS)
+            common.clip_frames(clip, S.FRAMES_PER_CLIP)[0], S.FRAME_PIXELS)
         patches.append(x)
         grids.append(grid)
     tokens = torch.cat([prompt.ids, torch.tensor(ids)])[None]
@@ -396,7 +394,7 @@ def test_rollout_equals_generate_token_for_token(policy, contexts, how):
     prompts, keys = policy.prepare(chosen), [(1, 2, i) for i in range(2)]
     groups = common.rollout(policy, chosen, 8, keys, **how)
     for context, prompt, key, got in zip(chosen, prompts, keys, groups):
-        frames = [stage1.clip_frames(c, policy.S.FRAMES_PER_CLIP)[0] for c in context.clips]
+        frames = [common.clip_frames(c, policy.S.FRAMES_PER_CLIP)[0] for c in context.clips]
         pixels = [common.frames_to_patches(x, policy.S.FRAME_PIXELS) for x in frames]
         out = policy.model.generate(
             input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids[None]),

@@ -19,6 +19,7 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("decord")
 
 import common                                                               # noqa: E402
+import loading                                                              # noqa: E402
 from tiny import world                                                      # noqa: E402
 
 stage = importlib.import_module("01_make_streams")
@@ -73,7 +74,7 @@ def make_sound(path):
 
 
 def quickly(monkeypatch, seconds=10):
-    monkeypatch.setattr(stage, "DECODE_SECONDS", seconds)
+    monkeypatch.setattr(loading, "DECODE_SECONDS", seconds)
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------
@@ -81,23 +82,23 @@ def quickly(monkeypatch, seconds=10):
 @pytest.mark.parametrize("name", ["plain.mp4", "-dash first.mp4", "two words é.mkv"])
 def test_frames_are_those_of_the_wanted_times(tmp_path, name):
     video = make_video(tmp_path / name)
-    frames = stage.read_frames(video, [0.0, 5.9, 2.52, 2.48, 2.5])         # any order, twice the same
+    frames = loading.read_frames(video, [0.0, 5.9, 2.52, 2.48, 2.5])         # any order, twice the same
     assert frames.dtype == np.uint8 and frames.shape == (5, 96, 96, 3)
     assert numbers(frames) == [0, 59, 25, 25, 25]
-    assert stage.read_frames(str(video), [1.0], size=(32, 64)).shape == (1, 32, 64, 3)
-    seen = stage.probe_video(video)
+    assert loading.read_frames(str(video), [1.0], size=(32, 64)).shape == (1, 32, 64, 3)
+    seen = loading.probe_video(video)
     assert (seen["frames"], seen["width"], seen["height"], seen["start"]) == (60, 96, 96, 0.0)
     assert seen["duration"] == pytest.approx(6, abs=0.05)
-    with pytest.raises(stage.VideoError, match="100.0"):                    # never silently the last frame
-        stage.read_frames(video, [100.0])
+    with pytest.raises(loading.VideoError, match="100.0"):                    # never silently the last frame
+        loading.read_frames(video, [100.0])
 
 
 def test_a_changed_file_is_opened_anew(tmp_path):
     video = make_video(tmp_path / "a.mp4", frames=20)
-    assert numbers(stage.read_frames(video, [1.9])) == [19]
+    assert numbers(loading.read_frames(video, [1.9])) == [19]
     make_video(video, frames=40)
     os.utime(video, ns=(1, 1))
-    assert numbers(stage.read_frames(video, [3.9])) == [39]
+    assert numbers(loading.read_frames(video, [3.9])) == [39]
 
 
 def test_variable_frame_rate(tmp_path):
@@ -105,7 +106,7 @@ def test_variable_frame_rate(tmp_path):
     video = make_video(tmp_path / "vfr.mkv", times=times)
     wanted = np.arange(0.013, times[-1], 0.31)
     nearest = [int(np.abs(np.array(times) - t).argmin()) for t in wanted]
-    assert numbers(stage.read_frames(video, wanted)) == nearest
+    assert numbers(loading.read_frames(video, wanted)) == nearest
     by_rate = [min(59, round(t * 60 / times[-1])) for t in wanted]
     assert max(abs(a - b) for a, b in zip(by_rate, nearest)) > 3    # index by rate would be wrong here
 
@@ -116,8 +117,8 @@ def test_cut_without_encoding(tmp_path, monkeypatch, at):
     cut = cut_without_encoding(make_video(tmp_path / "whole.mp4"), tmp_path / "cut.mp4", at)
     with av.open(str(cut)) as box:              # PyAV decodes one after the other: the plain reference
         shown = [(f.time, numbers([f.to_ndarray(format="rgb24")])[0]) for f in box.decode(video=0)]
-    assert stage.probe_video(cut)["frames"] == len(shown) < 60
-    frames = stage.read_frames(cut, [t for t, _ in reversed(shown)])
+    assert loading.probe_video(cut)["frames"] == len(shown) < 60
+    frames = loading.read_frames(cut, [t for t, _ in reversed(shown)])
     assert numbers(frames) == [n for _, n in reversed(shown)]
 
 
@@ -125,8 +126,8 @@ def test_cut_without_encoding(tmp_path, monkeypatch, at):
 def test_containers_that_decord_seeks_wrongly_give_right_frames_or_an_error(tmp_path, name):
     video, times = make_video(tmp_path / name), [4.0, 0.5, 2.2]
     try:
-        assert numbers(stage.read_frames(video, times)) == [40, 5, 22]
-    except stage.VideoError as error:
+        assert numbers(loading.read_frames(video, times)) == [40, 5, 22]
+    except loading.VideoError as error:
         assert name in str(error)
 
 
@@ -135,11 +136,11 @@ def test_truncated_file_gives_its_good_frames(tmp_path, monkeypatch):
     whole = make_video(tmp_path / "whole.mkv", frames=200).read_bytes()
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(whole[:len(whole) * 6 // 10])
-    last = stage.probe_video(cut)["frames"] - 3
+    last = loading.probe_video(cut)["frames"] - 3
     assert 60 < last < 180
-    assert numbers(stage.read_frames(cut, [1.0, last / 10 - 1])) == [10, last - 10]
-    with pytest.raises(stage.VideoError, match="cut.mkv"):
-        stage.read_frames(cut, [19.0, 19.5])
+    assert numbers(loading.read_frames(cut, [1.0, last / 10 - 1])) == [10, last - 10]
+    with pytest.raises(loading.VideoError, match="cut.mkv"):
+        loading.read_frames(cut, [19.0, 19.5])
 
 
 def test_no_video_at_all(tmp_path, monkeypatch):
@@ -151,8 +152,8 @@ def test_no_video_at_all(tmp_path, monkeypatch):
     head = make_video(tmp_path / "whole.mp4").read_bytes()
     (tmp_path / "no_moov.mp4").write_bytes(head[:len(head) // 2])            # its index stood at the end
     for name in ("empty", "page", "folder", "sound", "no_moov", "missing"):
-        for read in (stage.probe_video, lambda file: stage.read_frames(file, [0])):
-            with pytest.raises(stage.VideoError, match=f"{name}.mp4: "):
+        for read in (loading.probe_video, lambda file: loading.read_frames(file, [0])):
+            with pytest.raises(loading.VideoError, match=f"{name}.mp4: "):
                 read(tmp_path / f"{name}.mp4")
 
 
@@ -162,8 +163,8 @@ def test_a_hang_ends_within_the_limit(tmp_path, monkeypatch):
     quickly(monkeypatch, 0.3)
     monkeypatch.setattr(decord, "VideoReader", lambda *_, **__: threading.Event().wait(20))
     began = time.monotonic()
-    with pytest.raises(stage.VideoError, match="hang.mp4.*DECODE_SECONDS"):
-        stage.read_frames(video, [0])
+    with pytest.raises(loading.VideoError, match="hang.mp4.*DECODE_SECONDS"):
+        loading.read_frames(video, [0])
     assert time.monotonic() - began < 3
 
 
@@ -173,12 +174,12 @@ def test_real_videos(monkeypatch):
     bad = {"audio_only.mp4", "html_error_page.mp4", "zero_byte.mp4"}
     for video in sorted((SHARED / "videos").glob("*.m*")):
         if video.name in bad:
-            with pytest.raises(stage.VideoError, match=video.name):
-                stage.probe_video(video)
+            with pytest.raises(loading.VideoError, match=video.name):
+                loading.probe_video(video)
             continue
-        seen = stage.probe_video(video)
+        seen = loading.probe_video(video)
         times = seen["start"] + np.linspace(0.013, max(0.013, seen["duration"] - 0.3), 7)
-        frames = stage.read_frames(video, times)
+        frames = loading.read_frames(video, times)
         assert frames.shape == (7, seen["height"], seen["width"], 3) and frames.std() > 5
         if video.name in ("vfr.mp4", "hang_cut_copy_ss_before_i.mp4"):
             with av.open(str(video)) as box:
@@ -272,11 +273,11 @@ def test_videos_again_looks_only_at_what_is_new(tmp_path, folder, monkeypatch):
 
 
 def test_a_clip_that_does_not_decode_is_left_out_by_name(tmp_path, monkeypatch, capsys):
-    video, read = make_video(tmp_path / "hole.mp4", frames=230), stage.read_frames
+    video, read = make_video(tmp_path / "hole.mp4", frames=230), loading.read_frames
 
     def hole(file, times, size=None):
         if 10 <= times[0] < 20:
-            raise stage.VideoError(file, "is damaged")
+            raise loading.VideoError(file, "is damaged")
         return read(file, times, size)
     monkeypatch.setattr(stage, "read_frames", hole)
     streams, _ = run(tmp_path, "--SOURCE=videos", f"--DATA={video}")
@@ -355,7 +356,7 @@ def test_tiny(tmp_path):
         for clip in stream["clips"]:
             t = clip["clip"]
             drawn = world.draw_frames(facts[name, t])
-            seen = stage.read_frames(out / clip["file"], stage.frame_times(clip, 4))
+            seen = loading.read_frames(out / clip["file"], loading.frame_times(clip, 4))
             nearest = [np.abs(drawn.astype(int) - f).mean((1, 2, 3)).min() for f in seen]
             assert max(nearest) < 8                         # the pixels of this very clip, but for the codec
             history = [captions[name, t - 1]] if t else []

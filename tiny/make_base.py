@@ -30,7 +30,7 @@ import common
 import loading
 from tiny import world
 
-stage1, stage2 = (importlib.import_module(n) for n in ("01_make_streams", "02_phase1_train"))
+stage2 = importlib.import_module("02_phase1_train")
 
 # ----------------------------------------------------------------------------------------------------------
 SEED = 0
@@ -159,7 +159,7 @@ def decoded_stream(index):
         path = f"{folder}/{index}.mp4"
         world.write_video(path, np.concatenate([world.draw_frames(clip) for clip in truth]))
         length = world.CLIP_SECONDS
-        times = [stage1.frame_times({"start": 0, "end": length, "offset": c * length}, 4)
+        times = [loading.frame_times({"start": 0, "end": length, "offset": c * length}, 4)
                  for c in range(len(truth))]
         at = [int(t * world.FPS) for clip in times for t in clip]
         frames = decord.VideoReader(path, num_threads=1).get_batch(at).asnumpy()
