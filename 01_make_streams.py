@@ -1,40 +1,49 @@
 """Stage 1: turn a source of video into streams of 10-second clips, and questions into tasks about them.
 
 SOURCE="tiny" renders the embedded world: real mp4 files whose facts are known, so all can be judged exactly.
-SOURCE="videos" indexes any video file, or every video in a folder and below. It copies nothing and tries a
-few frames of each clip, to know now which can be used; a broken file is skipped by name, and nothing hangs.
+Every other source indexes video files in the folder DATA. It copies nothing and tries a few frames, to know
+now what can be used; what can't is skipped by name, and nothing hangs.
+  "videos"     any video file, or every video in a folder and below, a stream each. Beside it, if wanted:
+               NAME.srt, its speech. In the folder: tasks.jsonl, a question per line,
+               {"video": "trip/day1.mp4", "question": "Who drove?", "options": ["A. Ann", "B. Bob"],
+               "answer": "B"} with, if wanted, "time" (s of the stream after which it is asked; else its end),
+               "environment" (questions of one kind share an adapter; else all are "questions") and "task" (a
+               unique name). No options: an open question.
+  "videomme"   Video-MME as published: videomme/*.parquet (by the optional pyarrow; or videomme.jsonl, the
+               same rows), data/ID.mp4, subtitle/ID.srt
+  "egolife"    EgoLifeQA/EgoLifeQA_A1_JAKE.json, A1_JAKE/DAY1/*.mp4 .., EgoLifeCap/Transcript/..: one stream
+               of all days, in s since DAY1 00:00; a task sees what lies before its query time
+  "egotempo"   egotempo_openQA.json, and Ego4D's video_540ss/UID.mp4, or else trimmed_clips/CLIP.mp4
 
-Each later stage reads one split: 02 "train", 03 to 05 "deploy", 06 "test". Plain videos are all of the split
-SPLIT, except in a folder DATA/train, DATA/deploy or DATA/test. Who just wants memories of a folder of videos
-needs "deploy" alone: 03 takes Phase One from another run (--FROM=OTHERRUN).
+Identity and speech are drawn into the frames, as the paper does. Speech: from .srt, or by ASR where there is
+none. Faces: from NAME.faces.jsonl beside a video, a line per box,
+    {"time": 12.5, "face": 3, "box": [left, top, right, bottom], "name": "Ann"}
+(s of the file's clock, pixels; "name" only if cues name their speaker: "Ann: hello" is then drawn as
+"<face_3>: hello"), or found and clustered with FACES=1. Without any of this the frames stay as they are.
 
-Beside a video: NAME.srt, its speech. In the folder DATA: tasks.jsonl, a question per line,
-    {"video": "trip/day1.mp4", "question": "Who drove?", "options": ["A. Ann", "B. Bob"], "answer": "B"}
-with, if wanted, "time" (s of the stream after which it is asked; else its end), "environment" (questions of
-one kind share an adapter; else all are "questions") and "task" (a unique name). No options: an open question.
+Each later stage reads one split: 02 "train", 03 to 05 "deploy", 06 "test". "online" serves 03 to 06: the
+first questions of each kind go to Phase One, those after them to the adapter. Videos in DATA/train,
+DATA/deploy or DATA/test are of that split, all others of SPLIT. 03 takes Phase One from another run:
+--FROM=RUN.
 
 Run: python 01_make_streams.py [--NAME=value ...]       e.g. --SOURCE=videos --DATA=~/Videos --RUN=mine
 In:  the source
 Out: streams/streams.jsonl, tasks.jsonl; "tiny": videos/*.mp4, captions.jsonl, truth.jsonl; else files.jsonl
 Takes 10 s for the embedded world; for videos 0.4 s per clip of 720p on one core, far less with --CHECK=0.
 """
-import importlib.util
-import math
-import pathlib
-import random
-import re
-import time
-import warnings
-from collections import Counter
+import bisect, importlib, importlib.util, math, pathlib, re, time, warnings
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
-from common import clock, np, read_jsonl, settings, start, write_jsonl, written_aside
+from common import clock, read_json, read_jsonl, settings, start, write_jsonl
 from loading import DECODE_SECONDS, VideoError, frame_times, probe_video, read_frames
 
 # ------------------------------------------------------------------------------------------------------------
-SOURCE = "tiny"          # "tiny": the embedded world; "videos": any video file, or a folder of them
-DATA = ""                # the video file or folder; unused by "tiny"
-LIMIT = 0                # at most so many streams (of each split with "tiny"), for a first try; 0: all
+SOURCE = "tiny"          # "tiny" | "videos" | "videomme" | "egolife" | "egotempo"
+DATA = ""                # the folder of the source as published, or a video file; unused by "tiny"
+LIMIT = 0                # at most so many streams (of each split with "tiny"; files of "egolife"); 0: all
+TYPES = ""               # only questions of these types: --TYPES="OCR Problems,Counting Problem"; "": of all
+DURATION = "short,medium"        # of "videomme": also long (the paper leaves it out)
 CLIP_SECONDS = 10        # s; one clip, one memory (paper)
 # ---- "tiny"
 TRAIN_STREAMS = 64       # streams for Phase One
@@ -42,194 +51,270 @@ DEPLOY_STREAMS = 24      # streams watched after deployment: recent tasks, rollo
 TEST_STREAMS = 24        # streams for the evaluation
 CLIPS = 12               # clips per stream: two minutes
 QUESTIONS = 2            # per environment of a deploy or test stream; Phase One sees no question
-# ---- "videos"
-SPLIT = "deploy"         # of a video that lies below no folder named train, deploy or test
+# ---- all but "tiny"
+SPLIT = "online"         # of a video that lies below no folder named train, deploy or test
 SHORTEST = 2             # s; a shorter rest at the end of a video is left out, unless it is all there is
-CHECK = 3                # frames tried in each clip, to skip bad ones now; 0: files are only opened
+CHECK = 3                # frames tried in each clip ("videos") or file, to skip bad ones now; 0: only opened
 WORKERS = 4              # videos checked at a time
 SAVE_EVERY = 100         # files checked; an interruption loses no more
 # ------------------------------------------------------------------------------------------------------------
 
-SPLITS = {"train": "02", "deploy": "03 to 05", "test": "06"}        # and the stages that read them
+SPLITS = {"train": "02", "deploy": "03 to 05", "test": "06", "online": "03 to 06"}    # and who reads them
+CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 SUFFIXES = set(".mp4 .m4v .mov .mkv .webm .avi .ts .m2ts .mts .mpg .mpeg .flv .wmv .3gp .ogv".split())
 
 
-# ---- the embedded world ------------------------------------------------------------------------------------
+# ---- what a source holds: streams of parts of files, and rows of questions about them ----------------------
 
-def tiny_streams(S, out):
-    """Renders the embedded world into out/videos; videos that exist are kept. Returns streams, tasks, [].
+Found = namedtuple("Found", "stream split parts cues")
+Found.__doc__ = """A stream to be made. parts: (file, begin, end, first): from `begin` to `end` in s of the
+file's clock (None: all of it), put at `first` s of the stream (None: on the file's own clock). cues: as
+`read_srt`, in s of the stream."""
 
-    All about a stream follows from (SEED, split, number), so an interrupted run just goes on.
+
+def videos(S, folder, data):
+    """Any video file, or all in a folder and below; questions of its tasks.jsonl."""
+    # A name with a leading dot is no video: macOS leaves ._NAME.mp4 beside NAME.mp4 on foreign disks.
+    files = [data] if data.is_file() else sorted(
+        file for file in folder.rglob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise SystemExit(f"{data}: no video file in it or below (looked for {' '.join(sorted(SUFFIXES))})")
+    files, found, names = files[:S.LIMIT or None], [], {}
+    bare = {file: file.relative_to(folder).with_suffix("") for file in files}
+    count = Counter(bare.values())
+    for file, path in bare.items():
+        name = (path if count[path] == 1 else file.relative_to(folder)).as_posix()   # a.mp4 beside a.mkv
+        split = next((p for p in path.parts[:1] if p in SPLITS), S.SPLIT)
+        found.append(Found(name, split, [(file, None, None, None)], read_srt(file.with_suffix(".srt"))))
+        names |= {pathlib.PurePath(alias): name for alias in (name, file.relative_to(folder))}
+    path = folder / "tasks.jsonl"
+    try:
+        rows = list(enumerate(read_jsonl(path) if path.exists() else [], 1))
+    except ValueError as error:
+        raise SystemExit(f"{path}: not one JSON object per line ({error})") from None
+    for n, row in rows:
+        if not {"video", "question", "answer"} <= set(row):
+            raise SystemExit(f"{path}, task {n}: needs video, question and answer; has {', '.join(row)}")
+    tasks = [{"environment": "questions"} | row | {
+        "video": names.get(pathlib.PurePath(row["video"]), row["video"]), "row": f"{path}, task {n}"}
+        for n, row in rows]
+    return found, of_types(S, tasks, "environment")
+
+
+def videomme(S, folder, _):
+    """Video-MME: a stream per video, in the order of the table."""
+    places = ("videomme/*.jsonl", "videomme*.jsonl", "videomme/*.parquet", "*.parquet")
+    table = next((path for place in places for path in sorted(folder.glob(place))), None)
+    if table is None:
+        raise SystemExit(f"{folder}: none of {', '.join(places)}")
+    if table.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise SystemExit(f"{table} needs the package pyarrow: pip install pyarrow. Or write its rows to "
+                         f"{folder / 'videomme.jsonl'}, one JSON object a line")
+    rows = (importlib.import_module("pyarrow.parquet").read_table(table).to_pylist()
+            if table.suffix == ".parquet" else read_jsonl(table))
+    durations = S.DURATION.split(",")
+    if unknown := set(durations) - {r["duration"] for r in rows}:
+        raise SystemExit(f"DURATION={S.DURATION}: {table} has no video of {', '.join(sorted(unknown))}")
+    rows = of_types(S, [r for r in rows if r["duration"] in durations], "task_type")
+    ids = list(dict.fromkeys(r["videoID"] for r in rows))[:S.LIMIT or None]
+    files = by_stem(folder, "data", "video")
+    found = [Found(i, S.SPLIT, [(files[i], None, None, None)], read_srt(folder / "subtitle" / f"{i}.srt"))
+             for i in ids if i in files]
+    return found, [{"video": r["videoID"], "task": r["question_id"], "environment": r["task_type"],
+                    "question": r["question"], "options": r["options"], "answer": r["answer"]}
+                   for r in rows if r["videoID"] in set(ids)]
+
+
+def egolife(S, folder, _):
+    """EgoLife: all files of one wearer are one stream, with gaps, in s since DAY1 00:00."""
+    found, tasks = [], []
+    at = lambda path: instant(*re.search(r"(DAY\d+).*_(\d{8})$", path.stem).groups())
+    for table in sorted(folder.rglob("EgoLifeQA_*.json")):
+        who, eight = re.match(r"EgoLifeQA_(\w+)", table.name)[1], "[0-9]" * 8
+        files, rows = sorted(folder.rglob(f"DAY*_{who}_{eight}.mp4"), key=at), read_json(table)
+        rows = [r | {"at": instant(*(r["query_time"][x] for x in ("date", "time")))} for r in rows]
+        if S.LIMIT and S.LIMIT < len(files):          # what is asked later than the last file is left out
+            rows, files = [r for r in rows if r["at"] <= at(files[S.LIMIT])], files[:S.LIMIT]
+        cues = [[a + at(path), b + at(path), text] for path in folder.rglob(f"{who}_DAY*_{eight}.srt")
+                for a, b, text in read_srt(path)]
+        if files:
+            found.append(Found(who, S.SPLIT, [(file, None, None, at(file)) for file in files], sorted(cues)))
+        tasks += [{"video": who, "task": f"{who}-{r['ID']}", "environment": r["type"], "time": r["at"],
+                   "question": r["question"], "options": [r[f"choice_{x}"] for x in "abcd"],
+                   "answer": r["answer"]} for r in sorted(rows, key=lambda r: r["at"])]
+    return found, of_types(S, tasks, "environment")
+
+
+def egotempo(S, folder, _):
+    """EgoTempo: a stream per clip. The published way of trimming breaks about 4 clips in 10, so the full
+    video is preferred."""
+    table = next(iter(sorted(folder.glob("egotempo_openQA*.json"))), folder / "egotempo_openQA.json")
+    rows = of_types(S, read_json(table)["annotations"], "question_type")
+    full, cut = by_stem(folder, "video_540ss"), by_stem(folder, "trimmed_clips")
+    ids, found = list(dict.fromkeys(r["clip_id"] for r in rows))[:S.LIMIT or None], []
+    for i in ids:
+        video, begin, end = i.rsplit("_", 2)
+        part = (full.get(video), max(0.0, float(begin)), float(end), 0) if video in full else (
+            cut.get(i), None, None, None)
+        found += [Found(i, S.SPLIT, [part], [])] * bool(part[0])
+    return found, [{"video": r["clip_id"], "task": r["question_id"], "environment": r["question_type"],
+                    "question": r["question"], "answer": r["answer"]}
+                   for r in rows if r["clip_id"] in set(ids)]
+
+
+def instant(day, stamp):
+    """s since DAY1 00:00 of EgoLife's HHMMSSFF. FF counts frames at 20 a second, yet reaches 92: clamped.
+
+    >>> instant("DAY2", "01020392")
+    90123.95
     """
-    from tqdm import tqdm
-    from tiny import world
-    if S.CLIP_SECONDS != world.CLIP_SECONDS:
-        raise SystemExit(f"CLIP_SECONDS={S.CLIP_SECONDS}: tiny clips are {world.CLIP_SECONDS} s long")
-    (out / "videos").mkdir(exist_ok=True)
-    streams, tasks, captions, facts = [], [], [], []
-    sizes = {"train": S.TRAIN_STREAMS, "deploy": S.DEPLOY_STREAMS, "test": S.TEST_STREAMS}
-    names = [(split, i) for split, n in sizes.items() for i in range(min(n, S.LIMIT or n))]
-    for split, i in tqdm(names, desc="rendering", unit="stream"):
-        name = f"{split}-{i:03d}"
-        truth = world.make_stream(world.stream_seed(S.SEED, split, i), S.CLIPS)
-        video = out / "videos" / f"{name}.mp4"
-        if not video.exists():
-            with written_aside(video) as aside:
-                world.write_video(aside, np.concatenate([world.draw_frames(clip) for clip in truth]))
-        # The subtitles are in the pixels already; a cue would only tell the policy what it should read.
-        clips = cut_clips(f"videos/{name}.mp4", 0, len(truth) * S.CLIP_SECONDS, [], S)
-        streams.append({"stream": name, "split": split, "source": "tiny", "clips": clips})
-        facts += [{"stream": name, "clip": t, "facts": clip} for t, clip in enumerate(truth)]
-        rng, memory = random.Random(f"{S.SEED} {name}"), None
-        for t in range(len(truth)):
-            memory = world.caption(truth, t, memory, rng)
-            captions.append({"stream": name, "clip": t, "memory": memory})
-        if split != "train":
-            tasks += world.make_tasks(name, truth, rng, S.QUESTIONS)
-    write_jsonl(out / "captions.jsonl", captions)
-    write_jsonl(out / "truth.jsonl", facts)
-    return streams, tasks, []
+    h, m, s, frame = (int(stamp[i:i + 2]) for i in (0, 2, 4, 6))
+    return (int(day[3:]) - 1) * 86400 + h * 3600 + m * 60 + s + min(frame, 19) / 20
 
 
-# ---- plain videos ------------------------------------------------------------------------------------------
+def by_stem(folder, *places):
+    return {file.stem: file for place in places if (folder / place).is_dir()
+            for file in sorted((folder / place).iterdir()) if file.suffix.lower() in SUFFIXES}
 
-def video_streams(S, out):
-    """Indexes the video files of DATA, a stream each. Returns streams, tasks, skipped [(name, reason)].
+
+def of_types(S, rows, key):
+    """The rows whose type TYPES names. SystemExit where it names one that none has."""
+    kinds = sorted({r[key] for r in rows})
+    wanted = [x.strip().casefold() for x in S.TYPES.split(",") if x.strip()]
+    if unknown := set(wanted) - {kind.casefold() for kind in kinds}:
+        raise SystemExit(f"TYPES={S.TYPES}: no question is of the type {', '.join(sorted(unknown))}, but of "
+                         f"{', '.join(kinds)}")
+    return [r for r in rows if not wanted or r[key].casefold() in wanted]
+
+
+SOURCES = {source.__name__: source for source in (videos, videomme, egolife, egotempo)}
+
+
+# ---- files to clips ----------------------------------------------------------------------------------------
+
+def indexed(S, out, folder, found):
+    """(streams, skipped [(name, reason)]) of what a source has found.
 
     files.jsonl keeps what was found in each file; a later run looks only at files that are new or changed.
     """
     from tqdm import tqdm
     if importlib.util.find_spec("decord") is None:
         raise SystemExit("decord is missing: ./run.sh setup (or pip install -r requirements.txt)")
-    folder, files = find_videos(S)
-    index = out / "files.jsonl"
-    known = {row["file"]: row for row in read_jsonl(index)} if index.exists() else {}
-    rows, new = {}, []
-    for file in files:
+    spans, index = {}, out / "files.jsonl"
+    for file, begin, end, _ in (part for f in found for part in f.parts):
+        spans.setdefault(file, []).append([begin, end])
+    known, rows, new = {row["file"]: row for row in read_jsonl(index)} if index.exists() else {}, {}, []
+    for file in spans:
         row, stat = known.get(str(file)), file.stat()
-        if row and (row["bytes"], row["changed"]) == (stat.st_size, stat.st_mtime_ns):
+        now = [stat.st_size, stat.st_mtime_ns, spans[file]]
+        if row and [row["bytes"], row["changed"], row["spans"]] == now:
             rows[file] = row
         else:
             new.append(file)
-    print(f"{len(files)} video files, {len(rows)} of them known from {index}")
+    print(f"{len(spans)} video files, {len(rows)} of them known from {index}")
     pool = ThreadPoolExecutor(S.WORKERS)            # decord works outside of the interpreter's lock
-    checked = tqdm(pool.map(lambda file: check_video(file, S), new), "checking", len(new), unit="file")
+    checked = pool.map(lambda file: check_video(file, spans[file], S), new)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # a frame lost here and there: the clip is used all the same
-            for n, row in enumerate(checked):
+            for n, row in enumerate(tqdm(checked, "checking", len(new), unit="file")):
                 rows[new[n]] = row
                 if n % S.SAVE_EVERY == S.SAVE_EVERY - 1:
                     write_jsonl(index, rows.values())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         write_jsonl(index, rows.values())
-    names = stream_names(folder, files)
-    streams, skipped = [], []
-    for file in files:
-        row, cues = rows[file], read_srt(file.with_suffix(".srt"))
-        skipped += [(file.relative_to(folder), reason) for reason in row["skipped"]]
-        if row["clips"]:
-            # Numbered without gaps, as the rest of the project finds clip n at place n. Speech is not kept in
-            # files.jsonl: subtitles may come later than their video.
-            clips = [clip | {"clip": n, "speech": heard(cues, clip)} for n, clip in enumerate(row["clips"])]
-            split = next((p for p in file.relative_to(folder).parts[:1] if p in SPLITS), S.SPLIT)
-            streams.append({"stream": names[file], "split": split, "source": "videos", "clips": clips})
-    paths = {names[file]: file.relative_to(folder) for file in files}
-    tasks, lost = read_tasks(folder / "tasks.jsonl", streams, paths)
-    return streams, tasks, skipped + lost
+    streams = []
+    for f in found:
+        clips = []
+        for file, begin, end, first in f.parts:
+            shift = 0 if first is None else first - (begin or 0)
+            for clip in rows[file]["clips"][spans[file].index([begin, end])]:
+                # Numbered without gaps, as the rest of the project finds clip n at place n.
+                times = {x: round(clip[x] + shift, 3) for x in ("start", "end")}
+                clips.append(clip | {"clip": len(clips)} | times)
+        starts, longest = [cue[0] for cue in f.cues], max((b - a for a, b, _ in f.cues), default=0)
+        for clip in clips:              # speech is not kept in files.jsonl: it may come later than its video
+            near = bisect.bisect(starts, clip["start"] - longest), bisect.bisect_left(starts, clip["end"])
+            clip["speech"] = [cue for cue in f.cues[slice(*near)] if cue[1] > clip["start"]]
+        if clips:
+            streams.append({"stream": f.stream, "split": f.split, "source": S.SOURCE, "clips": clips})
+    return streams, [(file.relative_to(folder), why) for file in spans for why in rows[file]["skipped"]]
 
 
-def find_videos(S):
-    """(folder, sorted video files) of DATA. Raises SystemExit where there are none."""
-    if not S.DATA:
-        raise SystemExit("SOURCE=videos needs --DATA=FILE or --DATA=FOLDER, a video or a folder of them")
-    if S.SPLIT not in SPLITS:
-        raise SystemExit(f"SPLIT={S.SPLIT!r}: expected one of {', '.join(SPLITS)}")
-    data = pathlib.Path(S.DATA).expanduser().resolve()
-    if data.is_file():
-        return data.parent, [data]
-    if not data.is_dir():
-        raise SystemExit(f"DATA={S.DATA}: no such file or folder (looked at {data})")
-    # A name with a leading dot is no video: macOS leaves ._NAME.mp4 beside NAME.mp4 on foreign disks.
-    files = sorted(file for file in data.rglob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not files:
-        raise SystemExit(f"{data}: no video file in it or below (looked for {' '.join(sorted(SUFFIXES))})")
-    return data, files[:S.LIMIT or None]
-
-
-def stream_names(folder, files):
-    """{file: stream}: its path below the folder without suffix, or with it where two would have the same."""
-    paths = {file: file.relative_to(folder) for file in files}
-    count = Counter(path.with_suffix("") for path in paths.values())
-    return {file: (path if count[path.with_suffix("")] > 1 else path.with_suffix("")).as_posix()
-            for file, path in paths.items()}
-
-
-def check_video(file, S):
-    """A row of files.jsonl: {file, bytes, changed, clips, skipped: [reasons]}; CHECK frames try every clip.
+def check_video(file, spans, S):
+    """A row of files.jsonl: {file, bytes, changed, spans, clips: [[clip ..] per span], skipped: [reasons]}.
 
     Times are the file's own, by its time stamps, in which subtitles count too; decord calls the first frame
     0 s even where the sound starts earlier. Raises nothing: an unusable file has no clips.
     """
-    stat, clips, skipped = file.stat(), [], []
-    # One frame would miss a hole, and all of them would take as long as to watch the video.
+    stat, clips, skipped = file.stat(), [[] for _ in spans], []
     try:
         seen = probe_video(file)
-        first, end = math.floor(seen["start"]), seen["start"] + seen["duration"]
-        for clip in cut_clips(str(file), first, end, [], S):
-            began = time.monotonic()
-            try:
-                if S.CHECK:
-                    read_frames(file, frame_times(clip, S.CHECK))
-                clips.append(clip)
-            except VideoError as error:
-                skipped.append(f"{clock(clip['start'])}-{clock(clip['end'])}: {reason(error, file)}")
-                if time.monotonic() - began >= DECODE_SECONDS:       # it hung, and so would the next
-                    skipped[-1] += "; nothing after it was tried"
-                    break
+        first, last = seen["start"], seen["start"] + seen["duration"]
+        for n, (begin, end) in enumerate(spans):
+            begin = math.floor(first) if begin is None else max(begin, first)
+            if begin < last:
+                clips[n], bad = decodable(file, cut_clips(str(file), begin, min(last, end or last), S), S)
+            else:
+                bad = [f"has nothing from {begin:.1f} s on, as it ends at {last:.1f} s"]
+            skipped += bad
     except VideoError as error:
-        skipped.append(reason(error, file))
-    return {"file": str(file), "bytes": stat.st_size, "changed": stat.st_mtime_ns, "clips": clips,
-            "skipped": skipped}
+        skipped.append(error.reason)
+    return {"file": str(file), "bytes": stat.st_size, "changed": stat.st_mtime_ns, "spans": spans,
+            "clips": clips, "skipped": skipped}
 
 
-def reason(error, file):
-    """The text of a VideoError without the file, which the summary prints in front of it."""
-    return str(error).removeprefix(f"{file}: ")
+def decodable(file, clips, S):
+    """(the clips that can be read, why others can't). A data set's files, thousands and short, are tried as a
+    whole; where that fails, clip by clip, as any other video."""
+    if not S.CHECK:
+        return clips, []
+    if S.SOURCE != "videos":
+        try:
+            for at in frame_times(clips[0] | {"end": clips[-1]["end"]}, S.CHECK):
+                read_frames(file, [at])
+            return clips, []
+        except VideoError:
+            pass
+    good, bad = [], []
+    for clip in clips:          # one frame would miss a hole, all would take as long as to watch the video
+        began = time.monotonic()
+        try:
+            read_frames(file, frame_times(clip, S.CHECK))
+            good.append(clip)
+        except VideoError as error:
+            bad.append(f"{clock(clip['start'])}-{clock(clip['end'])}: {error.reason}")
+            if time.monotonic() - began >= DECODE_SECONDS:       # it hung, and so would the next
+                bad[-1] += "; nothing after it was tried"
+                break
+    return good, bad
 
 
-# ---- clips, speech, tasks ----------------------------------------------------------------------------------
-
-def cut_clips(file, first, end, cues, S, offset=None):
-    """Clip rows of one file, from `first` to `end` in s of the stream. offset: where `first` lies in the
-    file, in s; None: at `first` there too (streams of several files have their own clock).
+def cut_clips(file, first, end, S):
+    """Clip rows of one file, from `first` to `end` in s of its clock.
 
     >>> from types import SimpleNamespace
     >>> S = SimpleNamespace(CLIP_SECONDS=10, SHORTEST=2)
-    >>> [(clip["start"], clip["end"]) for clip in cut_clips("a.mp4", 0, 23, [], S)]
+    >>> [(clip["start"], clip["end"]) for clip in cut_clips("a.mp4", 0, 23, S)]
     [(0.0, 10.0), (10.0, 20.0), (20.0, 23.0)]
     """
-    clips, shift = [], 0 if offset is None else offset - first
-    count = math.floor((end - first - S.SHORTEST) / S.CLIP_SECONDS) + 1
+    count, clips = math.floor((end - first - S.SHORTEST) / S.CLIP_SECONDS) + 1, []
     for n in range(max(1, count)):
-        begin = first + n * S.CLIP_SECONDS
-        clip = {"clip": n, "start": float(begin), "end": round(float(min(begin + S.CLIP_SECONDS, end)), 3),
-                "file": file, "offset": float(begin + shift)}
-        clips.append(clip | {"speech": heard(cues, clip)})
+        begin = round(float(first + n * S.CLIP_SECONDS), 3)
+        clips.append({"clip": n, "start": begin, "end": round(float(min(begin + S.CLIP_SECONDS, end)), 3),
+                      "file": file, "offset": begin, "speech": []})
     return clips
 
 
-def heard(cues, clip):
-    """The cues that overlap a clip; one that spans two clips is heard in both."""
-    return [cue for cue in cues if cue[0] < clip["end"] and cue[1] > clip["start"]]
-
+# ---- speech and tasks --------------------------------------------------------------------------------------
 
 def read_srt(path):
     """[[start, end, text]] of an .srt file, by start, in s; [] where there is none. Overlaps stay.
 
-    Lines of a cue are joined. Markup goes (<font ...>, {\\an8}), but face IDs such as <face_3> stay. A block
-    without times is skipped: such files are mended by hand, and one bad cue must not cost the others.
+    Lines of a cue are joined; of a bilingual one, those in Chinese, Japanese or Korean go. Markup goes too
+    (<font ...>, {\\an8}), but face IDs such as <face_3> stay. A block without times is skipped: such files
+    are mended by hand, and one bad cue must not cost the others.
     """
     if not path.exists():
         return []
@@ -243,50 +328,37 @@ def read_srt(path):
         body = re.split(r"\n[ \t]*\n", body)[0]         # a blank line ends a cue; where there is none, ...
         body = re.sub(r"\n[ \t]*\d+[ \t]*\n\Z", "", body) if after else body  # ... the next number goes
         body = re.sub(r"</?(?!face_)[a-zA-Z][^<>]*>|\{\\[^}]*\}", "", body)
-        words = " ".join(body.split())
+        lines = [line for line in body.splitlines() if line.strip()]
+        words = " ".join(" ".join([line for line in lines if not CJK.search(line)] or lines).split())
         begin, end = seconds(*hit.groups()[:4]), seconds(*hit.groups()[4:])
         if words and end > begin:
             cues.append([begin, end, words])
     return sorted(cues)
 
 
-def read_tasks(path, streams, files):
-    """(task rows, what was left out as (name, reason)) of a tasks.jsonl, which the header explains.
-
-    files: {stream: path below the folder}. Raises SystemExit, with file and line, on a row that is no task.
-    """
-    if not path.exists():
-        return [], []
-    ends = {s["stream"]: s["clips"][-1]["end"] for s in streams}
-    names = {pathlib.PurePath(alias): s for s, p in files.items() for alias in (s, p)}  # suffix or not
-    tasks, lost = [], Counter()
-    try:
-        rows = read_jsonl(path)
-    except ValueError as error:
-        raise SystemExit(f"{path}: not one JSON object per line ({error})") from None
+def as_tasks(S, rows, streams):
+    """(rows of tasks.jsonl, what was left out as (name, reason)). SystemExit on a row that is no task."""
+    ends, tasks, lost = {s["stream"]: s["clips"][-1]["end"] for s in streams}, [], Counter()
     for n, row in enumerate(rows, 1):
-        where = f"{path}, task {n}"
-        if not {"video", "question", "answer"} <= set(row):
-            raise SystemExit(f"{where}: needs video, question and answer; has {', '.join(row)}")
-        stream = names.get(pathlib.PurePath(row["video"]))
-        if stream not in ends:
-            lost[str(row["video"])] += 1
-            continue
+        stream, options = row["video"], row.get("options") or []
         options = [o if re.match(r"[A-Z]\. ", o) else f"{letter}. {o}"
-                   for letter, o in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", row.get("options") or [])]
-        if options and row["answer"] not in [o[0] for o in options]:
-            raise SystemExit(f"{where}: the answer {row['answer']!r} is none of the letters of {options}")
-        tasks.append({"task": row.get("task", f"{stream}-{n}"), "stream": stream,
-                      "environment": row.get("environment", "questions"),
-                      "time": float(row.get("time", ends[stream])),
-                      "question": row["question"], "options": options, "answer": row["answer"]})
-    double = [name for name, count in Counter(t["task"] for t in tasks).items() if count > 1]
-    if double:
-        raise SystemExit(f"{path}: the task name {double[0]!r} stands twice; task names must be unique")
+                   for letter, o in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options)]
+        name, answer = row.get("task", f"{stream}-{n}"), " ".join(str(row["answer"]).split())
+        if options and answer not in [o[0] for o in options]:
+            raise SystemExit(f"{row.get('row', name)}: the answer {answer!r} is no letter of {options}")
+        if stream in ends:
+            question = " ".join(str(row["question"]).split())
+            tasks.append({"task": name, "stream": stream, "environment": row["environment"],
+                          "time": float(row.get("time", ends[stream])), "question": question,
+                          "options": options, "answer": answer})
+        else:
+            lost[stream] += 1
+    if double := [name for name, count in Counter(t["task"] for t in tasks).items() if count > 1]:
+        raise SystemExit(f"{S.DATA}: the task name {double[0]!r} stands twice; task names must be unique")
     return tasks, [(video, f"{n} tasks left out: no usable video of that name") for video, n in lost.items()]
 
 
-# ---- summary -----------------------------------------------------------------------------------------------
+# ---- the stage ---------------------------------------------------------------------------------------------
 
 def summary(streams, tasks, skipped):
     """Prints what was made, what was not and why, and which stages can use it."""
@@ -301,20 +373,33 @@ def summary(streams, tasks, skipped):
     print(f"skipped: {len(skipped)}")
     for name, why in skipped:
         print(f"  {name}: {why}")
-    for split in sorted(SPLITS.keys() - {s["split"] for s in streams}):
+    have = {s["split"] for s in streams}
+    have |= {"deploy", "test"} if "online" in have else {"online"}
+    for split in sorted(SPLITS.keys() - have):
         print(f"no {split} stream: stage {SPLITS[split]} would want videos in a folder DATA/{split}"
               + (", or skip it with --FROM=RUN, a run that has done it" if split == "train" else ""))
 
 
-# ---- the stage ---------------------------------------------------------------------------------------------
-
 def main(argv=None):
     S = settings(globals(), argv)
-    sources = {"tiny": tiny_streams, "videos": video_streams}
-    if S.SOURCE not in sources:
-        raise SystemExit(f"SOURCE={S.SOURCE!r}: expected one of {', '.join(sources)}")
-    out = start(S, "streams")
-    streams, tasks, skipped = sources[S.SOURCE](S, out)
+    for name, known in (("SOURCE", ("tiny", *SOURCES)), ("SPLIT", SPLITS)):
+        if getattr(S, name) not in known:
+            raise SystemExit(f"{name}={getattr(S, name)!r}: expected one of {', '.join(known)}")
+    data = pathlib.Path(S.DATA).expanduser().resolve()
+    if S.SOURCE != "tiny" and not (S.DATA and (data.is_dir() or S.SOURCE == "videos" and data.is_file())):
+        raise SystemExit(f"SOURCE={S.SOURCE} needs --DATA=FOLDER, see the head of this file; DATA={S.DATA}: "
+                         f"no such file or folder (looked at {data})")
+    out, folder = start(S, "streams"), data.parent if data.is_file() else data
+    if S.SOURCE == "tiny":
+        streams, tasks, skipped = *importlib.import_module("tiny.world").write_streams(S, out), []
+    else:
+        try:
+            found, rows = SOURCES[S.SOURCE](S, folder, data)
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise SystemExit(f"{data}: no {S.SOURCE} as published ({type(error).__name__} {error})") from None
+        streams, skipped = indexed(S, out, folder, found)
+        tasks, lost = as_tasks(S, rows, streams)
+        skipped += lost
     if not streams:
         lines = "\n".join(f"  {name}: {why}" for name, why in skipped)
         raise SystemExit(f"no stream could be made of {S.DATA or S.SOURCE}:\n{lines}")

@@ -121,7 +121,8 @@ _videos = {}            # the 8 last used open files, since opening one scans al
 class VideoError(ValueError):
     """A video that cannot be read; the text holds the file, the reason and the cure."""
     def __init__(self, file, reason):
-        super().__init__(f"{file}: {reason}. Leave it out, fetch it again, or re-encode it to H.264 in mp4")
+        self.reason = f"{reason}. Leave it out, fetch it again, or re-encode it to H.264 in mp4"
+        super().__init__(f"{file}: {self.reason}")
 
 
 def _open_video(file, size):

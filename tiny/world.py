@@ -468,6 +468,47 @@ def make_tasks(stream, truth, rng, per_environment=2):
     return rows
 
 
+# ---- streams ---------------------------------------------------------------------------------------------
+
+def write_streams(S, out):
+    """Renders the streams of 01 into out/videos, with captions.jsonl and truth.jsonl -> (streams, tasks).
+
+    All about a stream follows from (SEED, split, number), so an interrupted run just goes on: videos that exist
+    are kept. SystemExit where CLIP_SECONDS is another.
+    """
+    import numpy
+    from tqdm import tqdm
+    from loading import write_jsonl, written_aside
+    if S.CLIP_SECONDS != CLIP_SECONDS:
+        raise SystemExit(f"CLIP_SECONDS={S.CLIP_SECONDS}: tiny clips are {CLIP_SECONDS} s long")
+    (out / "videos").mkdir(exist_ok=True)
+    streams, tasks, captions, facts = [], [], [], []
+    sizes = {"train": S.TRAIN_STREAMS, "deploy": S.DEPLOY_STREAMS, "test": S.TEST_STREAMS}
+    names = [(split, i) for split, n in sizes.items() for i in range(min(n, S.LIMIT or n))]
+    for split, i in tqdm(names, desc="rendering", unit="stream"):
+        name = f"{split}-{i:03d}"
+        truth = make_stream(stream_seed(S.SEED, split, i), S.CLIPS)
+        video = out / "videos" / f"{name}.mp4"
+        if not video.exists():
+            with written_aside(video) as aside:
+                write_video(aside, numpy.concatenate([draw_frames(clip) for clip in truth]))
+        # The subtitles are in the pixels already; a cue would only tell the policy what it should read.
+        clips = [{"clip": t, "start": float(t * CLIP_SECONDS), "end": float((t + 1) * CLIP_SECONDS),
+                  "file": f"videos/{name}.mp4", "offset": float(t * CLIP_SECONDS), "speech": []}
+                 for t in range(len(truth))]
+        streams.append({"stream": name, "split": split, "source": "tiny", "clips": clips})
+        facts += [{"stream": name, "clip": t, "facts": clip} for t, clip in enumerate(truth)]
+        rng, memory = random.Random(f"{S.SEED} {name}"), None
+        for t in range(len(truth)):
+            memory = caption(truth, t, memory, rng)
+            captions.append({"stream": name, "clip": t, "memory": memory})
+        if split != "train":
+            tasks += make_tasks(name, truth, rng, S.QUESTIONS)
+    write_jsonl(out / "captions.jsonl", captions)
+    write_jsonl(out / "truth.jsonl", facts)
+    return streams, tasks
+
+
 # ---- the exact judge -------------------------------------------------------------------------------------
 
 class Judge:
