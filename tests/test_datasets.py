@@ -218,12 +218,19 @@ def test_annotations_of_another_form_are_named(tmp_path, egotempo, egolife):
         run(tmp_path / "c", "--SOURCE=egolife", f"--DATA={egolife}/none")
 
 
-def test_a_damaged_file_of_a_data_set_gives_its_good_clips(tmp_path, egolife, capsys):
-    good = egolife / "A1_JAKE" / "DAY2" / "DAY2_A1_JAKE_09000000.mp4"
-    whole = make_video(tmp_path / "whole.mp4", frames=301, box={"movflags": "faststart"}).read_bytes()
-    good.write_bytes(whole[:len(whole) // 2])
+def test_a_damaged_file_of_a_data_set_gives_its_good_clips(tmp_path, egolife, capsys, monkeypatch):
+    tried, read = [], loading.read_frames
+
+    def hole(file, times, size=None):
+        tried.append(file.name)
+        if "DAY2" in file.name and any(10 <= t < 20 for t in times):
+            raise loading.VideoError(file, "is damaged")
+        return read(file, times, size)
+    monkeypatch.setattr(stage, "read_frames", hole)
     streams, _ = run(tmp_path, "--SOURCE=egolife", f"--DATA={egolife}")
-    assert len(streams["A1_JAKE"]["clips"]) == 10
+    clips = streams["A1_JAKE"]["clips"]
+    assert [c["offset"] for c in clips[-2:]] == [0, 20] and len(clips) == 11
+    assert tried.count("DAY1_A1_JAKE_11094200.mp4") == 3            # of a good file no more than CHECK frames
     assert "DAY2_A1_JAKE_09000000.mp4: 00:00:10-00:00:20: " in capsys.readouterr().out
 
 

@@ -29,9 +29,9 @@ real_videos = pytest.mark.skipif(not (SHARED / "videos").is_dir(), reason="no ..
 
 # ---- videos whose every frame shows its number, as eight upright bars: its bits ----------------------------
 
-def make_video(path, frames=60, fps=10, times=None, key_every=25, codec="libx264", box={}):
+def make_video(path, frames=60, fps=10, times=None, key_every=25, codec="libx264"):
     """frames numbered 0, 1, ...; times: when each is shown, in s, if not at a constant rate."""
-    with av.open(str(path), "w", options=box) as box:
+    with av.open(str(path), "w") as box:
         stream = box.add_stream(codec, rate=fps, options={"crf": "14", "g": str(key_every), "threads": "1"})
         stream.width = stream.height = 96
         stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 1000)
