@@ -19,7 +19,8 @@ from judges import load_judge
 from loading import RANK, WORLD, gather, load_adapter, once
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
-CACHE_STREAMS = both(24, 100)   # streams whose contexts are cached (paper: about 100 videos)
+CACHE_STREAMS = both(24, 100)   # streams whose contexts are cached (paper: about 100 videos) ...
+CACHE_CONTEXTS = both(288, 2500)  # ... and their contexts at most, evenly spread (paper: 25 clips a video)
 CHUNK = both(24, 4)             # contexts sampled between two writes of the cache
 # ---------------------------------------------------------------- the method
 RECENT = 10                     # questions kept per environment: the first 5 define Phase Two,
@@ -74,19 +75,20 @@ def announce(S, policy, contexts, groups, calls, passes=3, sampled=True):
           f"{groups * seconds / 60:.1f} min")
 
 
-def watch(policy, S, streams, questions=(), desc="watch", path=None):
+def watch(policy, S, streams, questions=(), desc="watch", path=None, begun=None):
     """The policy watches streams side by side, clip by clip, with its own memories as history
     -> {stream: [row per clip]}.
 
     Rows are {stream, clip, start, end, memory, text}; a malformed answer leaves the memory "". Inference
     sampling: temperature 0.6, top-p 0.95, top-k 20 (paper, section 1). path: a JSONL to which rows are
-    appended as they come; an interrupted watch goes on from it.
+    appended as they come; an interrupted watch goes on from it. begun: {stream: rows of its first clips} that
+    another policy wrote; this one goes on after them.
     """
     from tqdm import tqdm
-    kept = {s["stream"]: [] for s in streams}
+    kept = {s["stream"]: list((begun or {}).get(s["stream"], [])) for s in streams}
     for row in once(lambda: read_jsonl(path, torn=True) if path and path.exists() else []):
         kept[row["stream"]].append(row)
-    for t in tqdm(range(max(len(s["clips"]) for s in streams)), desc=desc, leave=False):
+    for t in tqdm(range(max((len(s["clips"]) for s in streams), default=0)), desc=desc, leave=False):
         now = [(i, s) for i, s in enumerate(streams) if len(kept[s["stream"]]) == t < len(s["clips"])]
         mine = now[RANK::WORLD]                                            # of several GPUs, this one's
         contexts = [make_context(s, t, [m["memory"] for m in kept[s["stream"]]], questions, S.K)
@@ -147,12 +149,30 @@ def spread(tasks):
     return [t for _, t in sorted(rounds, key=lambda x: x[0])]
 
 
+def last_asked(tasks):
+    """{stream: s of the last of the tasks about it}"""
+    return {t["stream"]: t["time"] for t in sorted(tasks, key=lambda t: t["time"])}
+
+
+def seen_by_then(S, streams, recent):
+    """What was watched when the recent questions had been asked. Online streams go on after that: those which
+    the questions are about end at the last of them; others, whole, fill up to CACHE_STREAMS."""
+    last = last_asked(t for asked in recent.values() for t in asked)
+    online = [s["stream"] for s in streams if s["split"] == "online"]
+    others = [s for s in online if s not in last][:max(0, S.CACHE_STREAMS - len(last))]
+    return [s if s["split"] != "online" or s["stream"] in others else s | {
+        "clips": [c for c in s["clips"] if c["end"] <= last[s["stream"]]] or s["clips"][:1]}
+        for s in streams if s["stream"] not in online or s["stream"] in last or s["stream"] in others]
+
+
 def fill_cache(S, out, policy, judge, streams, memories):
     """GROUP samples of every context, with their format and quality rewards, appended chunk by chunk."""
     from tqdm import tqdm
     phase1, part = importlib.import_module("02_phase1_train"), out / "cache.part"
     done = once(lambda: read_jsonl(part, torn=True) if part.exists() else [])
-    todo = [(s, t) for s in streams for t in range(len(s["clips"]))]
+    every = [(s, t) for s in streams for t in range(len(s["clips"]))]
+    todo = [every[i * len(every) // S.CACHE_CONTEXTS] for i in range(S.CACHE_CONTEXTS)
+            ] if len(every) > S.CACHE_CONTEXTS else every
     contexts = [make_context(s, t, [m["memory"] for m in memories[s["stream"]]], k=S.K) for s, t in todo]
     for i in tqdm(range(len(done), len(todo), S.CHUNK), desc="rollout cache", initial=len(done) // S.CHUNK):
         mine = range(i + RANK, min(i + S.CHUNK, len(todo)), WORLD)
@@ -182,12 +202,14 @@ def main(argv=None):
     policy = load_policy(S)
     load_adapter(policy, "phase1", adapter)
 
+    recent = first_questions(spread(tasks), S.RECENT)
+    streams = seen_by_then(S, streams, recent) if tasks else streams
     clips = sum(len(s["clips"]) for s in streams)
     print(f"{len(streams)} streams of {clips} clips to watch, {len(tasks)} questions to come")
     cached = streams[:S.CACHE_STREAMS] if tasks else []
     if cached:
         announce(S, policy, [make_context(s, len(s["clips"]) // 2, {}, k=S.K) for s in cached],
-                 sum(len(s["clips"]) for s in cached), 2 * S.GROUP, 0)
+                 min(S.CACHE_CONTEXTS, sum(len(s["clips"]) for s in cached)), 2 * S.GROUP, 0)
     memories = watch(policy, S, streams, desc="watch", path=out / "memories.jsonl")
     for stream, rows in memories.items():
         write_text(out / "memories" / f"{stream}.txt", "".join(
@@ -198,7 +220,6 @@ def main(argv=None):
         return print("no tasks ask about these streams: the memories are all there is to make (see "
                      "tasks.jsonl in 01)")
 
-    recent = first_questions(spread(tasks), S.RECENT)
     for environment, asked in recent.items():
         replies = answer(judge, asked, memories)
         for task, reply, correct in zip(asked, replies, right(judge, asked, replies)):

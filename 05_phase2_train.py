@@ -19,6 +19,7 @@ import importlib
 import random
 import re
 import time
+from collections import Counter
 
 from common import (F, Training, both, grpo, load_policy, load_streams, logprobs, make_context, need, read_json,
                     read_jsonl, settings, slug, start, torch)
@@ -201,6 +202,8 @@ def main(argv=None):
             and (S.SHOW or not any((out / slug(e) / "adapter").glob("*.safetensors")))]
     if not todo:
         return print(f"finished before: {out}; next: python 06_eval.py --RUN={S.RUN}")
+    seen = Counter(r["stream"] for r in read_jsonl(need(S, "tasks/memories.jsonl")))
+    streams = [s | {"clips": s["clips"][:seen[s["stream"]]]} for s in streams if seen[s["stream"]]]
     adapter, _ = (need(S, "phase1/adapter"),
                   need(S, "reward/pairs.jsonl" if S.ALGORITHM == "dpo" else "reward/model"))
     policy = load_policy(S)

@@ -1,36 +1,44 @@
 """Stage 6: watch the test streams with every policy, answer from its memories alone, write the report.
 
 A policy watches each test stream once, clip by clip, with its own memories as history. The reader answers the
-questions of *every* environment from them, so the cross-task transfer matrix costs no second watching. Only
-"+ task prompt" watches once per environment. All are validated in Phase One's contexts: win / tie / loss.
+questions of *every* environment from them, so the cross-task transfer matrix costs no second watching;
+without TRANSFER an adapter watches what its own environment asks about. Only "+ task prompt" watches once for
+each. All are validated in Phase One's contexts: win / tie / loss. Online streams go on from 03: what was seen
+up to an environment's last recent question keeps the memories of the policy without its adapter.
 
 Differences from the paper: 95 % intervals, by a bootstrap over streams (questions about one stream share its
-memories, so the stream is the independent unit); the questions after the update (scope "after") stand apart
-from "all", which pools the first recent questions as the paper does; a reply that the judge failed to give is
-dropped and counted, never a miss. Tables and page are laid out by results/report.py.
+memories, so the stream is the independent unit; below 5 streams it is the question); the questions after the
+update (scope "after") stand apart from "all", which pools the first recent questions as the paper does; a
+reply that the judge failed to give is dropped and counted, never a miss. results/report.py lays it all out.
 
 Run:  python 06_eval.py     (finished policies are kept: interrupt it, or train another adapter, and go on)
 In:   streams/*.jsonl  phase1/adapter  tasks/recent.json  phase2/*/*/adapter (whichever exist)
 Out:  eval/results.json, results.md, report.html (one file, opens offline), memories.jsonl
 """
-import hashlib, importlib, json, random
-from pathlib import Path
+import importlib, random
 from types import SimpleNamespace
 
 import common
 import loading
+from common import np
 from judges import load_judge
+from loading import fingerprint
+from results import report
+from results.report import apart, ratio, resamples
+
+stage3 = importlib.import_module("03_collect_tasks")
 
 # ------------------------------------------------------------------------------------------------------------
 STREAMS = 0                         # test streams to watch; 0 = all of them
 METHODS = ""                        # evaluate only these beside base and phase1, like base+prompt,dpo-steer
 EXPECT = "dpo-steer,grpo-steer"     # Phase Two policies of a full comparison; others found in phase2/ join in
 RECENT = 5                          # questions in a task prompt, and pooled into scope "all" (paper: 5)
+TRANSFER = common.both(1, 0)        # 1: adapters also answer what the other environments ask
+READERS = ""                        # others who answer from the same memories, like local,openai:MODEL
 VALIDATE = 160                      # contexts for the quality of a method, dealt out to its adapters
 VALIDATE_TEMPERATURE = 1.0          # as in training: at 0.6 even an untrained base looks faithful
 BOOTSTRAP = 2000                    # resamples of the streams: an interval ends within about 0.3 points
 EXAMPLES = 3                        # clips shown in the report with their frames
-CURVES = "reward,quality,malformed,memory,loss,margin,norm"     # columns of the training logs to draw
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -40,57 +48,20 @@ QUALITY = {"win": (7, 6), "tie": (8, 6), "loss": (9, 6), "faithful": (2, 0), "no
            "fully_right": (4, 0), "well_formed": (1, 0), "tokens": (5, 1)}     # columns of `tally`
 
 
-def resamples(groups, n, seed):
-    """How often each stream is drawn in each of `n` bootstrap samples: (n, streams of all groups).
-
-    groups: sizes; each is resampled by itself (test streams; streams of the recent questions). Every figure
-    uses the same draws, so the differences between methods are paired by stream.
-    """
-    import numpy as np
-    rng = np.random.default_rng(seed)
-    return np.concatenate([rng.multinomial(g, [1 / g] * g, n) for g in groups if g], axis=1)
-
-
-def ratio(counts, weights, top, bottom, minus=None):
-    """{mean, low, high} of the pooled ratio sum(top) / sum(bottom); with `minus` the lead over it in points.
-
-    counts, minus (streams, columns); weights (B, streams). All three are None where the bottom is 0
-    (precision where nothing was covered); low and high also where a single stream gives no spread.
-
-    >>> import numpy as np
-    >>> ratio(np.array([[4., 2.], [12., 10.]]), resamples([2], 9, 0), 1, 0)["mean"]
-    0.75
-    """
-    import numpy as np
-
-    def share(c):
-        sums = np.concatenate([np.ones((1, len(c))), weights]) @ c     # (1 + B, columns): the data first
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return sums[:, top] / sums[:, bottom]                      # (1 + B,)
-
-    values = share(counts) if minus is None else 100 * (share(counts) - share(minus))
-    if not np.isfinite(values[0]):
-        return {"mean": None, "low": None, "high": None}
-    low = high = None
-    if (counts[:, bottom] > 0).sum() > 1:
-        low, high = np.nanpercentile(values[1:], [2.5, 97.5]).round(6).tolist()
-    return {"mean": round(float(values[0]), 6), "low": low, "high": high}
-
-
 def count(rows, units):
-    """(streams, 3) of asked, covered, correct. A reply of None (the judge failed) is in none of them."""
-    import numpy as np
-    table = np.zeros((len(units), 3))
+    """(streams, 4) of asked, covered, correct, and answered from a part of the memories, as not all fit the
+    reader. A reply of None (the judge failed) is in none of them."""
+    table = np.zeros((len(units), 4))
     for row in rows:
         if row["reply"] is not None:
-            table[units[row["stream"]]] += (1, row["reply"] != "insufficient", bool(row["correct"]))
+            table[units[row["stream"]]] += (1, row["reply"] != "insufficient", bool(row["correct"]),
+                                            row.get("retrieved", False))
     return table
 
 
 def tally(rows, units, budget):
     """(streams, 10): samples, well formed, faithful within budget, clean, all of it, tokens if well formed;
     comparisons, wins, ties, losses. What the judge failed on is left out of its part."""
-    import numpy as np
     table = np.zeros((len(units), 10))
     for row in rows:
         sums, formed = table[units[row["stream"]]], bool(row["memory"])
@@ -106,14 +77,22 @@ def figures(counts, weights, minus=None, columns=METRICS):
     return {name: ratio(counts, weights, *pair, minus) for name, pair in columns.items()}
 
 
+def early_tasks(recent, S):
+    return {t["task"] for asked in recent.values() for t in asked[:S.RECENT]}
+
+
 def summarise(jobs, answers, recent, units, weights, S):
     """{rows, gains, transfer}: shares in [0, 1], gains in points, each {mean, low, high}.
 
     Counts are pooled over questions, never means of ratios, so that accuracy = coverage x precision.
     """
-    table = {(j.method, j.environment, e): count([r for r in answers[j.slug] if r["environment"] == e], units)
+    early = early_tasks(recent, S)
+    of = lambda j, e: [r for r in answers[j.slug] if r["environment"] == e]
+    table = {(j.method, j.environment, e): count([r for r in of(j, e) if r["task"] not in early], units)
              for j in jobs for e in recent}
     first = {e: count(recent[e][:S.RECENT], units) for e in recent}
+    # before the update all write as Phase One, whose answers 03 has; but for the base, which has its own
+    based = {e: count([r for r in of(jobs[0], e) if r["task"] in early], units) for e in recent}
     mine = lambda m, e: (m, e if (m, e, e) in table else "", e)        # the policy meant for environment e
     pool = lambda keys: sum(table[key] for key in keys)
     rows, gains, transfer = [], {}, {}
@@ -121,16 +100,18 @@ def summarise(jobs, answers, recent, units, weights, S):
         have = [e for e in recent if mine(m, e) in table]
         for e, asked in [(e, [e]) for e in have] + [("all", have)]:
             scopes = {"after": pool(mine(m, x) for x in asked)}
-            if not m.startswith("base"):     # before the update all others write as Phase One: its answers
-                scopes["all"] = scopes["after"] + sum(first[x] for x in asked)
+            pooled = sum((based if m.startswith("base") else first)[x] for x in asked)
+            if not m.startswith("base") or sum(based.values()).any():
+                scopes["all"] = scopes["after"] + pooled
             rows += [{"method": m, "environment": e, "scope": scope, **figures(c, weights),
-                      "questions": int(c[:, 0].sum())} for scope, c in scopes.items()]
+                      "questions": int(c[:, 0].sum()), "retrieved": int(c[:, 3].sum())}
+                     for scope, c in scopes.items()]
         over = lambda ref, keys: figures(pool(keys), weights, pool(mine(ref, key[2]) for key in keys))
         gains[m] = {"over_" + ref: over(ref, [mine(m, e) for e in have]) if m != ref else None
                     for ref in ("base", "phase1")} | {"mismatched": None}
         if m not in ("base", "phase1") and not m.endswith("+prompt"):
             transfer[m] = {a: {e: figures(table[m, a, e], weights) for e in recent} for a in have}
-            others = [(m, a, e) for a in have for e in recent if a != e]
+            others = [(m, a, e) for a in have for e in recent if a != e and table[m, a, e].any()]
             gains[m]["mismatched"] = over("phase1", others) if others else None
     transfer["phase1"] = {e: figures(table["phase1", "", e], weights) for e in recent}
     return {"rows": rows, "gains": gains, "transfer": transfer}
@@ -180,16 +161,6 @@ class Writer:
         return self.load().using(job.writer)
 
 
-def fingerprint(*things):
-    """Hash of values, and of the contents of every file in a Path: what a kept result depends on."""
-    digest = hashlib.sha256()
-    for thing in things:
-        files = sorted(p for p in thing.rglob("*") if p.is_file()) if isinstance(thing, Path) else []
-        for data in (p.read_bytes() for p in files) if files else [json.dumps(thing, default=str).encode()]:
-            digest.update(hashlib.sha256(data).digest())
-    return digest.hexdigest()
-
-
 def kept(path, key, make):
     """Rows of `make(part)`, stored with their key; read back where the file has this key: a run goes on.
     part: where `make` may keep unfinished work; its name holds the key, so no other run takes it up."""
@@ -205,18 +176,25 @@ def kept(path, key, make):
 
 
 # ------------------------------------------------------------------------------- watch, answer, judge
-def watch(writer, job, streams, questions, S, part):
+def before(job, recent, memories, S):
+    """{stream: rows} of what the policy without the job's adapter or prompt wrote of the streams of its
+    environment's recent questions, up to the last of these."""
+    old = memories["base" if job.writer == "base" else "phase1"] if job.environment else ()
+    last = stage3.last_asked(recent.get(job.environment, [])[:S.RECENT])
+    return {s: [row for row in old if row["stream"] == s and row["end"] <= t] for s, t in last.items()}
+
+
+def watch(writer, job, streams, questions, begun, S, part):
     """Rows {stream, clip, start, end, memory}, "" where malformed: a policy's pass over the streams."""
-    told, stage3 = questions[job.environment] if job.told else (), importlib.import_module("03_collect_tasks")
+    told = questions[job.environment] if job.told else ()
     with writer.using(job) as policy:
-        seen = stage3.watch(policy, S, streams, told, job.slug, part)      # {stream: [row per clip]}
+        seen = stage3.watch(policy, S, streams, told, job.slug, part, begun)       # {stream: [row per clip]}
     return [{k: row[k] for k in row if k != "text"} for s in streams for row in seen[s["stream"]]]
 
 
 def answer(judge, tasks, memories):
     """Rows {task, stream, environment, reply, correct}; the reader gets what was written before the task."""
     entries = {s: [row for row in memories if row["stream"] == s] for s in {t["stream"] for t in tasks}}
-    stage3 = importlib.import_module("03_collect_tasks")
     replies = stage3.answer(judge, tasks, entries)
     if 2 * (lost := replies.count(None)) > len(replies):
         raise SystemExit(f"the judge failed on {lost} of {len(replies)} questions: mend it and run again")
@@ -270,27 +248,38 @@ def main(argv=None):
     S = common.settings(globals(), argv)
     out = common.start(S, "eval")
     from tqdm import tqdm
-    from results import report
-    streams, judge = common.load_streams(S, "test")[:S.STREAMS or None], load_judge(S, lambda: writer.load())
+    streams = common.load_streams(S, "test")
     recent, phase1 = common.read_json(common.need(S, "tasks/recent.json")), common.need(S, "phase1/adapter")
     questions = {e: [t["question"] for t in rows[:S.RECENT]] for e, rows in recent.items()}
-    ids, tasks = [s["stream"] for s in streams], common.read_jsonl(common.need(S, "streams/tasks.jsonl"))
-    tasks = [t for t in tasks if t["stream"] in ids and t["environment"] in recent]
-    jobs, writer, clips = find_jobs(S, list(recent)), Writer(S, phase1), sum(len(s["clips"]) for s in streams)
-    print(f"{len(jobs)} policies x {clips} clips of {len(ids)} test streams = {len(jobs) * clips} memories, "
-          f"{len(jobs) * len(tasks)} answers, {S.VALIDATE} validated memories a method; less what is kept")
+    tasks, early = common.read_jsonl(common.need(S, "streams/tasks.jsonl")), early_tasks(recent, S)
+    about = {t["stream"] for t in tasks if t["environment"] in recent}
+    streams = [s for s in streams if s["stream"] in about][:S.STREAMS or None]
+    ids = [s["stream"] for s in streams]
+    if not ids:
+        raise SystemExit(f"no test or online stream has a question of {', '.join(recent)} (01 makes them)")
+    jobs, writer = find_jobs(S, list(recent)), Writer(S, phase1)
+    judge = load_judge(S, writer.load)
+    own = lambda j, t: t["environment"] == (j.environment or t["environment"])
+    asked = {j.slug: [t for t in tasks if t["stream"] in ids and t["environment"] in recent and (
+        t["task"] not in early or j.slug == "base") and (S.TRANSFER or own(j, t))] for j in jobs}
+    seen = {j.slug: [s for s in streams if s["stream"] in {t["stream"] for t in asked[j.slug]}] for j in jobs}
+    clips = sum(len(s["clips"]) for j in jobs for s in seen[j.slug])
+    print(f"{len(jobs)} policies, {len(ids)} test streams: {clips} memories, {sum(map(len, asked.values()))} "
+          f"answers, {S.VALIDATE} validated memories a method; less what is kept")
     # ---- every policy watches and answers; new adapters, streams or questions make its part anew
-    world = fingerprint(vars(S), phase1, streams, questions)
+    world = fingerprint({k: v for k, v in vars(S).items() if k not in common.HARMLESS}, phase1, streams,
+                        questions, sorted(early))
     key = {j.slug: fingerprint(world, j.method, j.environment, j.folder or "") for j in jobs}
     memories, answers = {}, {}
     for j in tqdm(jobs, desc="watch and answer"):
-        memories[j.slug] = kept(out / "memories" / f"{j.slug}.jsonl", key[j.slug],
-                                lambda part: watch(writer, j, streams, questions, S, part))
-        answers[j.slug] = kept(out / "answers" / f"{j.slug}.jsonl", fingerprint(key[j.slug], tasks),
-                               lambda _: answer(judge, tasks, memories[j.slug]))
+        begun = before(j, recent, memories, S)
+        memories[j.slug] = kept(out / "memories" / f"{j.slug}.jsonl", key[j.slug], lambda part: watch(
+            writer, j, seen[j.slug], questions, begun, S, part))
+        answers[j.slug] = kept(out / "answers" / f"{j.slug}.jsonl", fingerprint(key[j.slug], asked[j.slug]),
+                               lambda _: answer(judge, asked[j.slug], memories[j.slug]))
     # ---- every method writes in the same contexts, with Phase One's memories as history
     past = {s: [row["memory"] for row in memories["phase1"] if row["stream"] == s] for s in ids}
-    spots = [(s, t) for s in streams for t in range(1, len(s["clips"]))]
+    spots = [(s, t) for s in seen["phase1"] for t in range(1, len(s["clips"]))]
     spots = random.Random(S.SEED).sample(spots, min(S.VALIDATE, len(spots)))
     contexts = [common.make_context(s, t, past[s["stream"]], (), S.K) for s, t in spots]
     reference = kept(out / "checked" / "reference.jsonl", world, lambda _: validate(
@@ -300,17 +289,26 @@ def main(argv=None):
     checked = {j.slug: kept(out / "checked" / f"{j.slug}.jsonl", key[j.slug], lambda _: validate(
         writer, judge, j, dealt(j), questions, S, reference)) for j in tqdm(jobs, desc="validate")}
     # ---- figures and report
-    early = sorted({t["stream"] for rows in recent.values() for t in rows[:S.RECENT]} - set(ids))
-    units = {s: i for i, s in enumerate(ids + early)}
-    weights = resamples([len(ids), len(early)], S.BOOTSTRAP, S.SEED)
-    R = {"run": S.RUN, "streams": len(ids), **summarise(jobs, answers, recent, units, weights, S)}
+    split = apart if len(ids) < 5 else dict     # too few streams to be resampled: each question is a unit
+    answers, checked, recent = (split(parts) for parts in (answers, checked, recent))
+    ids = sorted({r["stream"] for parts in (answers, checked) for rows in parts.values() for r in rows})
+    first = sorted({t["stream"] for rows in recent.values() for t in rows[:S.RECENT]} - set(ids))
+    units = {s: i for i, s in enumerate(ids + first)}
+    weights = resamples([len(ids), len(first)], S.BOOTSTRAP, S.SEED)
+    R = {"run": S.RUN, "source": streams[0]["source"], "streams": len(streams), "readers": {},
+         **summarise(jobs, answers, recent, units, weights, S)}
+    for name in filter(None, S.READERS.split(",")):
+        reader, replies = load_judge(SimpleNamespace(**vars(S) | {"JUDGE": name}), writer.load), {}
+        for j in tqdm(jobs, desc=name):
+            mine = [t for t in asked[j.slug] if own(j, t)]
+            replies[j.slug] = kept(out / "answers" / common.slug(name) / f"{j.slug}.jsonl", fingerprint(
+                key[j.slug], mine), lambda _: answer(reader, mine, memories[j.slug]))
+        R["readers"][name] = summarise(jobs, split(replies), recent, units, weights, S)["rows"]
     sums = {j.slug: tally(checked[j.slug], units, S.MEMORY_TOKENS) for j in jobs}
-    R["validation"] = []
-    for m in R["gains"]:
-        mine = [j for j in jobs if j.method == m]
-        for e, group in [(j.environment, [j]) for j in mine if j.environment] + [("all", mine)]:
-            shares = figures(sum(sums[j.slug] for j in group), weights, None, QUALITY)
-            R["validation"].append({"method": m, "environment": e, **shares})
+    groups = [(m, e, [sums[j.slug] for j in jobs if j.method == m and e in ("all", j.environment)])
+              for m in R["gains"] for e in (*recent, "all")]
+    R["validation"] = [{"method": m, "environment": e, **figures(sum(group), weights, None, QUALITY)}
+                       for m, e, group in groups if group]
     R["dropped"] = {"replies": sum(r["reply"] is None for rows in answers.values() for r in rows),
                     "verdicts": sum(None in (r["faithful"], r["clean"], *r["verdicts"].values())
                                     for rows in checked.values() for r in rows)}
@@ -319,7 +317,7 @@ def main(argv=None):
                                                 for j in jobs for row in memories[j.slug]])
     common.write_text(out / "results.md", report.markdown(R))
     common.write_text(out / "report.html", report.page(R, S, jobs, memories, streams, phase1))
-    report.show(R, 0, 1)
+    report.show(R, "Answers from memory", "Gains", "By type", "Beside the paper", "Other readers")
     print(f"\nThe report, which opens offline: {out / 'report.html'}\nTry next, an adapter or an ablation:\n"
           f"  python 05_phase2_train.py --RUN={S.RUN} --ADAPTER=lora && python 06_eval.py --RUN={S.RUN}\n"
           f"  python 02_phase1_train.py --RUN=norich --FROM={S.RUN} --RICHNESS=0")

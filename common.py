@@ -40,7 +40,7 @@ CPU_THREADS = 2                   # more hurt a small model, and results stay th
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
 # ----------------------------------------------------------------
 FIXED = ("PROMPT", "ASK_TO_THINK", "TASK_PROMPT", "DECODE_SECONDS", "RANK", "WORLD")  # not by --NAME=value
-HARMLESS = ("RUN", "SHOW", "ENVIRONMENT", "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")  # may change
+HARMLESS = ("RUN", "SHOW", "ENVIRONMENT", "READERS", "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")
 # ================================================================ settings and files
 def settings(module, argv=None):
     """Namespace of UPPER_CASE constants of common.py and a script (module: its `globals()`): `--NAME=value`
@@ -104,16 +104,17 @@ def need(S, name):
 
 def load_streams(S, split):
     """Stream rows of one split, with clip files made absolute. Raises SystemExit if there are none."""
-    path = need(S, "streams/streams.jsonl")
-    rows = [r for r in read_jsonl(path) if r["split"] == split]
+    path, online = need(S, "streams/streams.jsonl"), "online" if split != "train" else split
+    rows = [r for r in read_jsonl(path) if r["split"] in (split, online)]
     if not rows:
         raise SystemExit(f"{path} holds no stream of the split {split!r}: see SPLIT in 01_make_streams.py")
     for clip in (c for r in rows for c in r["clips"]):
         clip["file"] = str(path.parent / clip["file"])              # an absolute path stays as it is
     return rows
 
-def clock(seconds):                                                 # stream time as HH:MM:SS
-    return f"{int(seconds) // 3600:02}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+def clock(seconds):                             # stream time as HH:MM:SS, from the second day on with its day
+    s = int(seconds)
+    return f"day {s // 86400 + 1}, " * (s >= 86400) + f"{s // 3600 % 24:02}:{s // 60 % 60:02}:{s % 60:02}"
 def slug(name):                                                     # an environment's name as a folder's
     return re.sub(r"[^\w+.-]+", "_", name)
 # ================================================================ memory format

@@ -9,7 +9,7 @@ sorts (token, expert) pairs by expert, unpacks the experts hit, multiplies, and 
 the backward pass unpacks them again. Router, norms, embeddings and head stay as they are. The arithmetic is
 the library's (`dequantize_4bit`, `grouped_mm`): outputs and LoRA gradients are bit-equal to unpacking all.
 """
-import contextlib, datetime, functools, json, logging, os, pathlib, re, sys, threading, warnings
+import contextlib, datetime, functools, hashlib, json, logging, os, pathlib, re, sys, threading, warnings
 
 RANK, WORLD = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))       # set by torchrun
 if RANK:                         # rank 0 alone speaks; set before torch imports tqdm
@@ -71,6 +71,16 @@ def read_jsonl(path, torn=False):
         text = text[:text.rfind("\n") + 1]
         write_text(path, text)
     return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def fingerprint(*things):
+    """Hash of values, and of the contents of every file in a Path: what a kept result depends on."""
+    digest = hashlib.sha256()
+    for thing in things:
+        files = sorted(p for p in thing.rglob("*") if p.is_file()) if isinstance(thing, pathlib.Path) else []
+        for data in (p.read_bytes() for p in files) if files else [json.dumps(thing, default=str).encode()]:
+            digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- several ranks (torchrun)

@@ -1,7 +1,7 @@
-"""How 06_eval.py shows its results: tables for the terminal and Markdown, and one self-contained page.
+"""How 06_eval.py shows its results: intervals, tables for the terminal and Markdown, one self-contained page.
 
-Every figure is made in 06; here they are only laid out. The page fetches nothing, so it opens offline and can
-be sent as one file; its pictures are data URIs and its charts inline SVG.
+What is counted stands in 06. The page fetches nothing, so it opens offline and can be sent as one file; its
+pictures are data URIs and its charts inline SVG.
 """
 import base64, csv, html, io, math, re
 
@@ -13,6 +13,62 @@ COLUMNS = {"quality": "quality reward", "malformed": "malformed share", "memory"
            "norm": "norm of the adapter"}
 
 
+CURVES = "reward,quality,malformed,memory,loss,margin,norm"     # columns of the training logs to draw
+
+# paper, table of section 4: accuracy, coverage and precision over all questions, in per cent
+PAPER = {"videomme": {"base": (61.6, 74.7, 82.5), "base+prompt": (64.2, 77.3, 83.0),
+                      "phase1": (64.4, 75.4, 85.3), "dpo-steer": (67.9, 79.3, 85.6)},
+         "egolife": {"base": (38.4, 52.4, 73.3), "base+prompt": (40.0, 51.0, 78.4),
+                     "phase1": (39.6, 51.0, 77.6), "dpo-steer": (45.4, 56.4, 80.5)},
+         "egotempo": {"base": (22.3, 38.9, 57.2), "base+prompt": (24.5, 42.9, 57.1),
+                      "phase1": (23.7, 37.5, 63.3), "dpo-steer": (27.6, 43.7, 63.2)}}
+
+
+# ------------------------------------------------------------------------------------------------ intervals
+def resamples(groups, n, seed):
+    """How often each stream is drawn in each of `n` bootstrap samples: (n, streams of all groups).
+
+    groups: sizes; each is resampled by itself (test streams; streams of the recent questions). Every figure
+    uses the same draws, so the differences between methods are paired by stream.
+    """
+    import numpy as np
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.multinomial(g, [1 / g] * g, n) for g in groups if g], axis=1)
+
+
+def ratio(counts, weights, top, bottom, minus=None):
+    """{mean, low, high} of the pooled ratio sum(top) / sum(bottom); with `minus` the lead over it in points.
+
+    counts, minus (streams, columns); weights (B, streams). All three are None where the bottom is 0
+    (precision where nothing was covered); low and high also where a single stream gives no spread.
+
+    >>> import numpy as np
+    >>> ratio(np.array([[4., 2.], [12., 10.]]), resamples([2], 9, 0), 1, 0)["mean"]
+    0.75
+    """
+    import numpy as np
+
+    def share(c):
+        sums = np.concatenate([np.ones((1, len(c))), weights]) @ c     # (1 + B, columns): the data first
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return sums[:, top] / sums[:, bottom]                      # (1 + B,)
+
+    values = share(counts) if minus is None else 100 * (share(counts) - share(minus))
+    if not np.isfinite(values[0]):
+        return {"mean": None, "low": None, "high": None}
+    low = high = None
+    if (counts[:, bottom] > 0).sum() > 1:
+        low, high = np.nanpercentile(values[1:], [2.5, 97.5]).round(6).tolist()
+    return {"mean": round(float(values[0]), 6), "low": low, "high": high}
+
+
+def apart(parts):
+    """The same lists of rows, each row a stream of its own."""
+    return {k: [r | {"stream": f"{r['stream']} {r.get('task', r.get('clip'))}"} for r in rows]
+            for k, rows in parts.items()}
+
+
+# ------------------------------------------------------------------------------------------------ tables
 def title(method):
     return TITLES.get(method, f"Phase Two, {method}")
 
@@ -41,13 +97,15 @@ def cell(x, scale=100):
 def tables(R):
     """Every table of the results as (title, note, head, rows of texts, looks: "", "folded" or "heat")."""
     asked = ["Accuracy", "Coverage", "Precision", "Questions"]
-    line = lambda r, *names: [*names, *(cell(r[m.lower()]) for m in asked[:3]), str(r["questions"])]
-    scope = lambda name: [line(r, named(R, r["method"])) for r in R["rows"]
-                          if r["environment"] == "all" and r["scope"] == name]
-    dropped = sum(R["dropped"].values())
+    line = lambda r, *names: [*names, *(cell(r[m.lower()]) for m in asked[:3]), f"{r['questions']}" + (
+        f" ({r['retrieved']} retrieved)" * bool(r["retrieved"]))]
+    pooled = lambda rows, name: [r for r in rows if r["environment"] == "all" and r["scope"] == name]
+    scope = lambda name: [line(r, named(R, r["method"])) for r in pooled(R["rows"], name)]
+    dropped, parts = sum(R["dropped"].values()), sum(r["retrieved"] for r in R["rows"])
     yield ("Answers from memory", "Per cent of the questions asked after the update; 95 % intervals over "
            "streams. Accuracy: answered right. Coverage: the memory was enough. Precision: right among the "
-           "covered." + f" {dropped} verdicts that the judge failed to give are left out." * bool(dropped),
+           "covered." + " Retrieved: not all fit the reader, who saw the most relevant." * bool(parts)
+           + f" {dropped} verdicts that the judge failed to give are left out." * bool(dropped),
            ["Method", *asked], scope("after"), "")
     points = lambda g, name, metric: cell((g[name] or {}).get(metric), 1)
     yield ("Gains", "In points. Mismatched: an adapter on questions of environments that it did not learn.",
@@ -56,8 +114,30 @@ def tables(R):
            [[named(R, m), points(g, "over_base", "accuracy"), points(g, "over_phase1", "accuracy"),
              points(g, "mismatched", "accuracy"), points(g, "over_phase1", "precision")]
             for m, g in R["gains"].items()], "")
+    methods, types = list(R["gains"]), [*R["transfer"]["phase1"], "all"]
+    found = {(r["method"], r["environment"]): r for r in R["rows"] if r["scope"] == "after"}
+    three = lambda r: " / ".join(cell({**r[m.lower()], "low": None}).split(".")[0] for m in asked[:3])
+    yield ("By type", "Accuracy / coverage / precision in per cent, of the questions asked after the update.",
+           ["Type", *methods],
+           [[e, *(three(found[m, e]) if (m, e) in found else "–" for m in methods)] for e in types], "")
+    if R["source"] in PAPER:
+        rows = [(r, PAPER[R["source"]][r["method"]]) for r in pooled(R["rows"], "all")
+                if r["method"] in PAPER[R["source"]]]
+        yield ("Beside the paper", "Over all questions, the first ones included, as the paper counts them; "
+               "its numbers are those of Qwen3-VL-30B-A3B.",
+               ["Method", *(x for m in asked[:3] for x in (m, "Paper"))],
+               [[named(R, r["method"]), *(x for m, theirs in zip(asked, paper)
+                                          for x in (cell(r[m.lower()]), f"{theirs}"))]
+                for r, paper in rows], "")
+    if R["readers"]:
+        yield ("Other readers", "The same memories, read by others.", ["Method", "Reader", *asked],
+               [line(r, named(R, r["method"]), reader) for i in range(len(methods))
+                for reader, rows in {"the usual one": R["rows"], **R["readers"]}.items()
+                for r in pooled(rows, "after")[i:i + 1]], "")
     mean = lambda row: [cell({**c["accuracy"], "low": None}) for c in row.values()]
-    for m in [m for m in R["transfer"] if m != "phase1"]:
+    crossed = lambda m: any(c["accuracy"]["mean"] is not None for a, row in R["transfer"][m].items()
+                            for e, c in row.items() if a != e)
+    for m in [m for m in R["transfer"] if m != "phase1" and crossed(m)]:
         yield (f"Transfer: {title(m)}", "Accuracy in per cent. A row is what an adapter learned, a column "
                "the environment that asks; framed where they are the same.",
                ["Adapter", *R["transfer"]["phase1"]],
@@ -89,10 +169,10 @@ def markdown(R):
     return "\n".join(text)
 
 
-def show(R, *numbers):
-    """Prints the tables of these numbers on the terminal."""
-    for i, (name, _, head, rows, _) in enumerate(tables(R)):
-        if i in numbers:
+def show(R, *names):
+    """Prints the tables of these names on the terminal, those that there are."""
+    for name, _, head, rows, _ in tables(R):
+        if name in names:
             wide = [max(map(len, column)) for column in zip(head, *rows)]
             print(f"\n{name}")
             for row in [head, *rows]:
@@ -195,7 +275,7 @@ def curves(S, jobs, phase1):
             with open(folder.parent / "log.csv", newline="") as f:
                 logs.setdefault(stage, {})[label] = list(csv.DictReader(f))
     for stage, runs in logs.items():
-        for column in S.CURVES.split(","):
+        for column in CURVES.split(","):
             lines = {label or column: [(float(r["step"]), float(r[column])) for r in rows
                                        if r.get(column) not in (None, "", "nan", "inf")]
                      for label, rows in runs.items()}

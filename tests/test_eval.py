@@ -16,7 +16,8 @@ NONE = {"mean": None, "low": None, "high": None}
 
 
 def reply(stream, environment, reply, answer="A"):
-    return {"stream": stream, "environment": environment, "reply": reply, "correct": reply == answer}
+    return {"stream": stream, "environment": environment, "reply": reply, "correct": reply == answer,
+            "task": f"{stream} {environment}"}
 
 
 # ---------------------------------------------------------------- statistics
@@ -25,7 +26,7 @@ def test_metrics_against_a_hand_count():
     rows = [reply("s", "e", "A"), reply("s", "e", "B"), reply("t", "e", "insufficient"), reply("t", "e", "A"),
             reply("t", "e", None)]                                # the judge failed: neither asked nor missed
     table = stage.count(rows, units)
-    assert table.tolist() == [[2, 2, 1], [2, 1, 1]]
+    assert table.tolist() == [[2, 2, 1, 0], [2, 1, 1, 0]]
     got = stage.figures(table, stage.resamples([2], 200, 0))
     assert (got["accuracy"]["mean"], got["coverage"]["mean"]) == (0.5, 0.75)
     assert got["precision"]["mean"] == pytest.approx(2 / 3, abs=1e-6)
@@ -220,7 +221,7 @@ def run(tmp_path, monkeypatch):
         common.write_text(tmp_path / "phase2" / "dpo-steer" / e / "log.csv", "step,loss\n0,0.7\n1,0.3\n")
     policy = Stand(truth)
 
-    def watch(policy, S, streams, questions=(), desc="", path=None):
+    def watch(policy, S, streams, questions=(), desc="", path=None, begun=None):
         out = {s["stream"]: [] for s in streams}
         for s in streams:
             for t, clip in enumerate(s["clips"]):
@@ -247,7 +248,8 @@ def test_the_stage_end_to_end(run, capsys):
     assert "grpo-steer: no adapter for place, wear, action" in said and "05_phase2_train.py" in said
     R, after = json.loads((out / "results.json").read_text()), {}
     for r in R["rows"]:
-        assert set(r) == {"method", "environment", "scope", "accuracy", "coverage", "precision", "questions"}
+        assert set(r) == {"method", "environment", "scope", "accuracy", "coverage", "precision", "questions",
+                          "retrieved"}
         for m in ("accuracy", "coverage", "precision"):
             x = r[m]
             assert x["mean"] is None or x["low"] is None or 0 <= x["low"] <= x["mean"] <= x["high"] <= 1
