@@ -32,7 +32,7 @@ SAVE_EVERY = 50                  # steps between checkpoints
 # ---------------------------------------------------------------- the method
 RECENT = 5                       # questions that define an environment (paper: 5-10); the next 5 validate R
 HISTORY = 1                      # earlier memories that R reads; held out: 0.93 with all 4, 0.99 with 1
-HELD_OUT = 0.25                  # share of the cached streams on which R never trains
+HELD_OUT = 0.25                  # share of the cached streams (clips, of a single one) where R never trains
 CHUNK = 64                       # contexts per call of the judge: no more than this is lost with a call
 BOOTSTRAP, GRAD_CLIP = 1000, 1.0  # resamples of the held-out streams for a 95 % interval; norm at most
 # ----------------------------------------------------------------
@@ -204,14 +204,12 @@ class RewardModel:
             save_file({"weight": self.head.detach().cpu(), "spread": torch.tensor(self.spread)}, str(aside))
 
 def load_reward_model(S, policy):
-    """The reward model of runs/RUN (or FROM) as one more adapter on `policy`, whose
-    writer stays switched on."""
+    """The reward model of runs/RUN (or FROM) as one more adapter on `policy`, whose writer stays on."""
     folder = need(S, "reward/model/head.safetensors").parent
     return RewardModel(policy, SimpleNamespace(**read_json(folder.parent / "settings.json")), folder)
 
 def score(model, items):
-    """R of items {"questions", "history", "memory"} in units of `spread`; neighbours
-    of one context share a row."""
+    """R of items {questions, history, memory} in units of `spread`; neighbours of one context share a row."""
     rows = [(q, {"history": h, "memories": [x["memory"] for x in mine]})
             for (q, h), mine in groupby(items, key=lambda x: (x["questions"], x["history"]))]
     values = model.measure([g for _, g in rows], [q for q, _ in rows])
@@ -249,11 +247,12 @@ def train(S, model, groups, questions, out):
 # ================================================================ validation
 def pair_accuracy(S, groups, values):
     """{mean, low, high}: share of preferences that `values` order as the judge does (equal ones count half),
-    95 % by a bootstrap over streams, as the preferences of one stream are not independent."""
-    right, total = Counter(), Counter()
+    95 % by a bootstrap over streams (over clips of a single one), whose preferences are not independent."""
+    right, total, single = Counter(), Counter(), len({g["stream"] for g in groups}) == 1
     for g, v in zip(groups, values):
-        right[g["stream"]] += sum((v[w] > v[l]) + 0.5 * (v[w] == v[l]) for w, l in g["preferences"])
-        total[g["stream"]] += len(g["preferences"])
+        right[g["stream"], single * g["clip"]] += sum((v[w] > v[l]) + 0.5 * (v[w] == v[l])
+                                                      for w, l in g["preferences"])
+        total[g["stream"], single * g["clip"]] += len(g["preferences"])
     right, total = (np.array([counts[s] for s in sorted(total)], dtype=float) for counts in (right, total))
     drawn = np.random.default_rng(S.SEED).integers(len(right), size=(S.BOOTSTRAP, len(right)))
     low, high = np.percentile(right[drawn].sum(1) / total[drawn].sum(1), [2.5, 97.5]).tolist()
@@ -284,12 +283,13 @@ def main(argv=None):
     later = {e: [r["question"] for r in rows[S.RECENT:2 * S.RECENT]] or asked[e] for e, rows in recent.items()}
     if any(q is asked[e] for e, q in later.items()):
         print("*** too few questions to hold some out: where they lack, R is validated on its own ***")
-    streams = sorted({c["stream"] for c in cache})
-    held = streams[len(streams) - max(1, round(S.HELD_OUT * len(streams))):]
-    unseen = [c for c in cache if c["stream"] in held]
+    unit = lambda c: c["stream"] if len({c["stream"] for c in cache}) > 1 else (c["stream"], c["clip"])
+    units = sorted({unit(c) for c in cache})         # streams; of a single endless one, its clips
+    held = set(units[len(units) - max(1, round(S.HELD_OUT * len(units))):])
+    unseen = [c for c in cache if unit(c) in held]
     calls = 2 * len(asked) * sum(len(comparable(c["samples"])) for c in cache + unseen)
     print(f"cost: {calls} judge calls in both orders on {len(cache)} contexts x {len(asked)} environments, "
-          f"and on {len(held)} of {len(streams)} streams once more with held-out questions")
+          f"and on {len(unseen)} of these contexts once more with held-out questions")
     # ---- preferences
     policy = load_policy(S)
     judge = load_judge(S, lambda: policy)
@@ -306,10 +306,10 @@ def main(argv=None):
               f"{y['with_pair'] / y['contexts']:.2%} of contexts have a pair (paper: 29.17 %)")
     # ---- reward model
     write_jsonl(out / "pairs_trl.jsonl", trl_rows(S, cache, pairs, policy.tokenizer))
-    learn = [g for g in groups if g["stream"] not in held]
+    learn = [g for g in groups if unit(g) not in held]
     if not learn or not tests:
-        raise SystemExit(f"preferences in {len(learn)} contexts to learn from, in {len(tests)} to test on: "
-                         "too few. Cache more streams with 03_collect_tasks.py")
+        raise SystemExit(f"preferences in {len(learn)} contexts to learn from, in {len(tests)} to test on: too "
+                         "few for R. Cache more streams with 03; 05 with dpo needs no more than what is written")
     torch.manual_seed(S.SEED)                                          # of the LoRA's first values
     model, began, few = RewardModel(policy, S), time.time(), random.Random(S.SEED).choices(learn, k=64)
     model.measure(few, [asked[g["environment"]] for g in few])

@@ -1,0 +1,151 @@
+"""The online protocol, 03 to 06 with the embedded world's model: one long stream of questions as in EgoLife, and
+many short ones as in Video-MME. What Phase Two may see, and when its adapter takes over."""
+import importlib
+import json
+import random
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import common                                                               # noqa: E402
+from tiny import world                                                      # noqa: E402
+from test_stages import ALWAYS, LOOP                                        # noqa: E402
+
+KINDS = ("place", "object")
+STAGES = {"03_collect_tasks": ["--RECENT=3", "--GROUP=4", "--CACHE_STREAMS=2"],
+          "04_train_reward": ["--STEPS=2", "--CONTEXTS=3", "--ROWS=3", "--WARMUP=1", "--BOOTSTRAP=50", "--RECENT=2"],
+          "05_phase2_train": [*LOOP, "--DPO_STEPS=2", "--PAIRS=2", "--RECENT=2"],
+          "06_eval": ["--BOOTSTRAP=50", "--VALIDATE=6", "--EXAMPLES=1", "--RECENT=2", "--METHODS=base+prompt,dpo-steer",
+                      "--TRANSFER=0", "--READERS=tiny"]}
+
+
+def stage(name, run, *argv):
+    torch.set_num_threads(1)
+    importlib.import_module(name).main([f"--RUN={run}", *ALWAYS, *STAGES[name], *argv])
+    return json.loads((run / "eval" / "results.json").read_text()) if name == "06_eval" else None
+
+
+def write_run(run, source, truths, tasks, policy):
+    """streams/ and an untrained phase1/ of a run; truths: {stream: truth of its clips}, a video each."""
+    from loading import save_adapter
+    rows, facts = [], []
+    for name, truth in truths.items():
+        video = run / "streams" / f"{name}.mp4"
+        video.parent.mkdir(parents=True, exist_ok=True)
+        world.write_video(video, common.np.concatenate([world.draw_frames(clip) for clip in truth]))
+        rows.append({"stream": name, "split": "online", "source": source, "clips": [
+            {"clip": t, "start": 10.0 * t, "end": 10.0 * t + 10, "file": video.name, "offset": 10.0 * t,
+             "speech": []} for t in range(len(truth))]})
+        facts += [{"stream": name, "clip": t, "facts": clip} for t, clip in enumerate(truth)]
+    for name, some in (("streams", rows), ("tasks", tasks), ("truth", facts)):
+        common.write_jsonl(run / "streams" / f"{name}.jsonl", some)
+    policy.add("phase1", "lora")
+    save_adapter(policy, "phase1", run / "phase1" / "adapter")
+    return run
+
+
+def asked_at(truth, kind, times, name, seed=0):
+    """Tasks of one kind about what was shown before each time, in s."""
+    rows = []
+    for i, time in enumerate(times):
+        some = world.make_tasks(name, truth[:time // 10], random.Random(f"{seed} {kind} {time}"), 1)
+        rows += [t | {"task": f"{name}-{kind}-{i}", "time": float(time)} for t in some if t["environment"] == kind]
+    assert len(rows) == len(times)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory, loaded):
+    """A run on one stream of 16 clips; the third "place" question comes at 70 s, the third "object" at 90 s."""
+    truth = world.make_stream(world.stream_seed(3, "test", 0), 16)
+    tasks = asked_at(truth, "place", (30, 50, 70, 120, 150), "life") + asked_at(
+        truth, "object", (40, 60, 90, 130, 160), "life")
+    run = write_run(tmp_path_factory.mktemp("long"), "egolife", {"life": truth},
+                    sorted(tasks, key=lambda t: t["time"]), loaded)
+    loaded.drop("phase1")
+    for name in STAGES:
+        stage(name, run)
+    return run
+
+
+def test_phase2_sees_what_lay_before_the_update_alone(long):
+    recent = common.read_json(long / "tasks" / "recent.json")
+    assert {e: [t["time"] for t in asked] for e, asked in recent.items()} == {
+        "place": [30, 50, 70], "object": [40, 60, 90]}
+    memories = common.read_jsonl(long / "tasks" / "memories.jsonl")
+    assert [m["clip"] for m in memories] == list(range(9))                # up to 90 s, the last recent question
+    assert {r["clip"] for r in common.read_jsonl(long / "tasks" / "cache.jsonl")} == set(range(9))
+
+
+def test_on_policy_too_trains_on_what_was_seen(long, tmp_path, monkeypatch):
+    phase1, seen = importlib.import_module("02_phase1_train"), []
+    rolling = phase1.RollingBatch
+    monkeypatch.setattr(phase1, "RollingBatch", lambda S, streams, captions: (
+        seen.extend(streams), rolling(S, streams, captions))[1])
+    stage("05_phase2_train", tmp_path, f"--FROM={long}", "--ALGORITHM=grpo", "--GRPO_STEPS=1",
+          "--ENVIRONMENT=place")
+    assert [len(s["clips"]) for s in seen] == [9]
+
+
+def test_the_adapter_takes_over_after_its_questions(long):
+    rows = {}
+    for r in common.read_jsonl(long / "eval" / "memories.jsonl"):
+        rows.setdefault((r["method"], r["environment"]), []).append(r["memory"])
+    assert {len(memories) for memories in rows.values()} == {16}
+    # by 06's RECENT of 2 the update of "place" comes at 50 s, that of "object" at 60 s
+    for kind, n in (("place", 5), ("object", 6)):
+        assert rows["dpo-steer", kind][:n] == rows["phase1", ""][:n]
+        assert rows["base+prompt", kind][:n] == rows["base", ""][:n]
+        assert rows["base+prompt", kind][n:] != rows["base", ""][n:]
+
+
+def test_each_question_is_asked_once_and_counted(long):
+    R = common.read_json(long / "eval" / "results.json")
+    n = {(r["method"], r["environment"], r["scope"]): r["questions"] for r in R["rows"]}
+    for method in ("base", "base+prompt", "phase1", "dpo-steer"):
+        assert (n[method, "all", "after"], n[method, "all", "all"], n[method, "place", "all"]) == (6, 10, 5)
+    answers = lambda slug: {r["task"] for r in common.read_jsonl(
+        long / "eval" / "answers" / f"{slug}.jsonl")[1:]}
+    assert answers("dpo-steer.place") == {"life-place-2", "life-place-3", "life-place-4"}     # TRANSFER=0
+    assert len(answers("base")) == 10 and len(answers("phase1")) == 6
+    assert R["gains"]["dpo-steer"]["mismatched"] is None
+    accuracy, = [r["accuracy"] for r in R["rows"] if (r["method"], r["environment"], r["scope"]) == (
+        "base", "all", "all")]
+    assert accuracy["low"] is not None              # of one stream: the questions are what is resampled
+
+
+def test_the_tables_of_a_data_set(long, capsys):
+    stage("06_eval", long)                                                  # all is kept: only printed again
+    said, text = capsys.readouterr().out, (long / "eval" / "results.md").read_text()
+    assert "Beside the paper" in said and "38.4" in said and "45.4" in said and "80.5" in said
+    assert "By type" in said and "Transfer" not in text
+    assert "Other readers" in said and said.count("the usual one") == 4
+    R = common.read_json(long / "eval" / "results.json")
+    of = lambda rows: [(r["method"], r["environment"], r["accuracy"]) for r in rows if r["scope"] == "after"]
+    assert of(R["readers"]["tiny"]) == of(R["rows"])                # the same reader, asked as another one
+
+
+def test_many_short_streams(tmp_path, policy):
+    """As Video-MME: a question of each kind after each of six videos; 03 watches no more than it needs."""
+    truths = {f"v{i}": world.make_stream(world.stream_seed(4, "test", i), 4) for i in range(6)}
+    tasks = [t for name, truth in truths.items() for kind in KINDS for t in asked_at(truth, kind, (40,), name)]
+    run = write_run(tmp_path, "videomme", truths, tasks, policy)
+    policy.drop("phase1")
+    stage("03_collect_tasks", run, "--CACHE_STREAMS=4", "--CACHE_CONTEXTS=7")
+    memories = common.read_jsonl(run / "tasks" / "memories.jsonl")
+    assert {m["stream"] for m in memories} == {"v0", "v1", "v2", "v3"}      # three with questions, one to fill up
+    cache = common.read_jsonl(run / "tasks" / "cache.jsonl")
+    assert len(cache) == 7 and {r["stream"] for r in cache} == {"v0", "v1", "v2", "v3"}
+    for name in ("04_train_reward", "05_phase2_train"):
+        stage(name, run)
+    R = stage("06_eval", run, "--TRANSFER=1")
+    n = {(r["method"], r["environment"], r["scope"]): r["questions"] for r in R["rows"]}
+    assert (n["phase1", "all", "after"], n["phase1", "all", "all"], n["base", "all", "all"]) == (8, 12, 12)
+    assert R["streams"] == 6 and R["source"] == "videomme"
+    wrote = {}
+    for r in common.read_jsonl(run / "eval" / "memories.jsonl"):
+        wrote.setdefault((r["method"], r["environment"]), {})[r["stream"], r["clip"]] = r["memory"]
+    steered = [e for m, e in wrote if m == "dpo-steer"]
+    for e in steered:                                   # v0 and v1 were seen before the update
+        early = {k: v for k, v in wrote["phase1", ""].items() if k[0] in ("v0", "v1")}
+        assert early.items() <= wrote["dpo-steer", e].items()
