@@ -116,7 +116,8 @@ def tables(R):
             for m, g in R["gains"].items()], "")
     methods, types = list(R["gains"]), [*R["transfer"]["phase1"], "all"]
     found = {(r["method"], r["environment"]): r for r in R["rows"] if r["scope"] == "after"}
-    three = lambda r: " / ".join(cell({**r[m.lower()], "low": None}).split(".")[0] for m in asked[:3])
+    whole = lambda x: "–" if x["mean"] is None else f"{100 * x['mean']:.0f}"
+    three = lambda r: " / ".join(whole(r[m.lower()]) for m in asked[:3])
     yield ("By type", "Accuracy / coverage / precision in per cent, of the questions asked after the update.",
            ["Type", *methods],
            [[e, *(three(found[m, e]) if (m, e) in found else "–" for m in methods)] for e in types], "")
