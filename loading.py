@@ -136,7 +136,7 @@ class VideoError(ValueError):
 
 
 def _open_video(file, size):
-    """-> [decord reader, times (n,) of the frames, end]; times in s on the file's own clock."""
+    """-> [decord reader, times (n,) of the frames, end, key frames]; times in s on the file's own clock."""
     import decord
     decord.logging.set_level(decord.logging.QUIET)
     with open(file, "rb") as f:
@@ -144,11 +144,12 @@ def _open_video(file, size):
     # One thread: with more, damage costs more good frames, and short reads gain little.
     reader = decord.VideoReader(file, num_threads=1, **dict(zip(("height", "width"), size or ())))
     stamps = reader.get_frame_timestamp(range(len(reader)))     # (n, 2) start, end
-    if head[:1] == head[188:] == b"G" or stamps[0, 0] < -1e6:   # seen: a key frame late; wrong by a seek
+    if head[:1] == head[188:] == b"G" or abs(stamps[0, 0]) > 1e6:   # seen: a key frame late; wrong by a seek
         raise VideoError(file, "is MPEG-TS or lacks time stamps (H.264 in AVI): decord gives wrong frames")
+    keys = np.array(reader.get_key_indices())
     if stamps[0, 0] < -1e-3:    # Cut without re-encoding: the frames before 0 are counted, never delivered.
-        stamps = stamps[stamps[:, 0] >= -1e-3]      # Index i is the i-th from 0 on (as in PyAV); others hang.
-    return [reader, stamps[:, 0], float(stamps[-1, 1])]
+        stamps, keys = stamps[stamps[:, 0] >= -1e-3], keys[:0]   # Index i is the i-th from 0 on (as in PyAV).
+    return [reader, stamps[:, 0], float(stamps[-1, 1]), keys]
 
 
 def _in_time(file, size, work):
@@ -186,12 +187,19 @@ def read_frames(file, times, size=None):
     span = f"from {times.min():.1f} to {times.max():.1f} s"
 
     def work(video):
-        _, stamps, end = video
+        _, stamps, end, keys = video
         if times.min() < stamps[0] - 1 or times.max() > end + 1:
             raise VideoError(file, f"has no frames {span}, only from {stamps[0]:.1f} to {end:.1f} s")
         wanted, back = np.unique(np.abs(stamps - times[:, None]).argmin(1), return_inverse=True)
+        # A seek to the key frame of an open group, as HEVC has them, drops the frames that lead up to it, and
+        # decord miscounts: what follows a key frame at once is read on from the group before.
+        group, lead = np.searchsorted(keys, wanted, "right") - 1, [wanted]
+        for i, n in zip(wanted, group):
+            if n > 0 and i - keys[n] < 8 < keys[n] - keys[n - 1]:
+                lead.append(np.arange(keys[n] - 1, i))
+        read = np.unique(np.concatenate(lead))
         try:
-            return video[0].get_batch(wanted).asnumpy()[back]
+            return video[0].get_batch(read).asnumpy()[np.searchsorted(read, wanted)][back]
         except Exception:       # one by one, and after a failure on a fresh reader: only the bad ones go
             good, video[0] = {}, _open_video(file, size)[0]
         for i in wanted.tolist():
