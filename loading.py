@@ -144,6 +144,8 @@ def _open_video(file, size):
     # One thread: with more, damage costs more good frames, and short reads gain little.
     reader = decord.VideoReader(file, num_threads=1, **dict(zip(("height", "width"), size or ())))
     stamps = reader.get_frame_timestamp(range(len(reader)))     # (n, 2) start, end
+    if len(stamps) == 1:        # a picture, whose time may be missing
+        stamps = np.array([[0, 0.04]])
     if head[:1] == head[188:] == b"G" or abs(stamps[0, 0]) > 1e6:   # seen: a key frame late; wrong by a seek
         raise VideoError(file, "is MPEG-TS or lacks time stamps (H.264 in AVI): decord gives wrong frames")
     keys = np.array(reader.get_key_indices())
