@@ -37,6 +37,7 @@ DOUBLE_QUANT = 0                        # 1: the scales of packed weights in 8 b
 FEATURE_CLIPS = both(4000, 200)         # clips whose vision features are kept: about 30 MB each at full size
 ROLLOUT_CONTEXTS = both(48, 0)          # contexts decoded side by side; 0: as many as the card's memory holds
 CPU_THREADS = 2                   # more hurt a small model, and results stay the same from machine to machine
+READER_TOKENS = both(2000, 32000)       # memories that the reader sees at most; of more, the most relevant
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
 # ----------------------------------------------------------------
 FIXED = ("PROMPT", "ASK_TO_THINK", "TASK_PROMPT", "DECODE_SECONDS", "RANK", "WORLD")  # not by --NAME=value
