@@ -134,7 +134,8 @@ class Retriever:
     """What the reader sees of a stream: all memories where they fit, else the most relevant to the question.
 
     Relevance is the BM25 score of an entry as it is printed, times included, plus SHARE of its neighbours'.
-    The index is made once a stream: how rare a word is, and only that, also counts what was written later."""
+    The index is made once a stream: a word's rarity and the mean length, and only these, also count what was
+    written later."""
     def __init__(self, entries, tokenizer):
         """entries: [start, end, memory] (s), in time order."""
         self.entries, self.index, texts = entries, None, [printed(entry) + "\n\n" for entry in entries]

@@ -43,7 +43,7 @@ class Embedded(judges.Retriever):
             x = self.policy.tokenizer(todo[i:i + 64], padding=True, return_tensors="pt")   # adds no token
             ids, mask, model = x["input_ids"], x["attention_mask"], self.policy.model.model        # (b, T)
             with torch.no_grad():
-                h = model.language_model(input_ids=ids, attention_mask=mask).last_hidden_state   # (b, T, hidden)
+                h = model.language_model(input_ids=ids, attention_mask=mask).last_hidden_state  # (b, T, hidden)
             mean = (h * mask[..., None]).sum(1) / mask.sum(1)[:, None]                           # (b, hidden)
             self.known.update(zip(todo[i:i + 64], torch.nn.functional.normalize(mean, dim=-1)))
         return torch.stack([self.known[t] for t in texts])
