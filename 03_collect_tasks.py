@@ -15,8 +15,8 @@ import time
 
 from common import (both, clock, load_policy, load_streams, logprobs, make_context, need, read_jsonl, rollout,
                     settings, start, torch, write_json, write_jsonl, write_text)
-from judges import load_judge
-from loading import RANK, WORLD, gather, load_adapter, once
+from judges import Retriever, load_judge
+from loading import RANK, WORLD, gather, load_adapter, load_tokenizer, once
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 CACHE_STREAMS = both(24, 100)   # streams whose contexts are cached (paper: about 100 videos) ...
@@ -103,17 +103,22 @@ def watch(policy, S, streams, questions=(), desc="watch", path=None, begun=None)
     return kept
 
 
-def answer(judge, tasks, memories):
-    """Replies of the reader, who gets the memories of the stream up to the time of
-    the question, and nothing else.
+def answer(S, judge, tasks, memories):
+    """Replies of the reader, who gets the memories of the stream up to the time of the question, and nothing
+    else: all of them, or where they exceed READER_TOKENS the most relevant ones.
 
-    memories: {stream: [row per clip]}. Returns a letter, "insufficient" or None (the reader failed) per task.
+    memories: {stream: [row per clip]}. Returns two lists over the tasks: a letter, "insufficient" or None (it
+    failed); and whether the memories were retrieved.
     """
-    return once(lambda: judge.ask("answer", [
-        {"question": t["question"], "options": t["options"],
-         "entries": [[m["start"], m["end"], m["memory"]] for m in memories[t["stream"]]
-                     if m["end"] <= t["time"]]}
-        for t in tasks]))
+    def ask():
+        tokenizer = load_tokenizer(S)
+        seen = {s: Retriever([[m["start"], m["end"], m["memory"]] for m in memories[s]], tokenizer)
+                for s in {t["stream"] for t in tasks}}
+        told = [seen[t["stream"]](t["question"], t["options"], t["time"], S.READER_TOKENS) for t in tasks]
+        return judge.ask("answer", [
+            {"question": t["question"], "options": t["options"], "entries": entries}
+            for t, (entries, _) in zip(tasks, told)]), [retrieved for _, retrieved in told]
+    return once(ask)
 
 
 def right(judge, tasks, replies):
@@ -221,9 +226,10 @@ def main(argv=None):
                      "tasks.jsonl in 01)")
 
     for environment, asked in recent.items():
-        replies = answer(judge, asked, memories)
-        for task, reply, correct in zip(asked, replies, right(judge, asked, replies)):
+        replies, retrieved = answer(S, judge, asked, memories)
+        for task, reply, part, correct in zip(asked, replies, retrieved, right(judge, asked, replies)):
             task |= {"reply": reply if correct is not None else None, "correct": correct}
+            task |= {"retrieved": True} if part else {}
         print(f"  {environment:24} {sum(bool(t['correct']) for t in asked[:5])} of the first "
               f"{len(asked[:5])} answered, e.g. {asked[0]['question']!r} -> {asked[0]['reply']}")
     write_json(out / "recent.json", recent)

@@ -192,14 +192,15 @@ def watch(writer, job, streams, questions, begun, S, part):
     return [{k: row[k] for k in row if k != "text"} for s in streams for row in seen[s["stream"]]]
 
 
-def answer(judge, tasks, memories):
-    """Rows {task, stream, environment, reply, correct}; the reader gets what was written before the task."""
+def answer(S, judge, tasks, memories):
+    """Rows {task, stream, environment, reply, correct, retrieved}; the reader gets what came before."""
     entries = {s: [row for row in memories if row["stream"] == s] for s in {t["stream"] for t in tasks}}
-    replies = stage3.answer(judge, tasks, entries)
+    replies, retrieved = stage3.answer(S, judge, tasks, entries)
     if 2 * (lost := replies.count(None)) > len(replies):
         raise SystemExit(f"the judge failed on {lost} of {len(replies)} questions: mend it and run again")
     return [{k: t[k] for k in ("task", "stream", "environment")} | {"reply": None if good is None else reply,
-             "correct": good} for t, reply, good in zip(tasks, replies, stage3.right(judge, tasks, replies))]
+             "correct": good, "retrieved": part} for t, reply, good, part in zip(
+                 tasks, replies, stage3.right(judge, tasks, replies), retrieved)]
 
 
 def compare(judge, questions, pairs):
@@ -276,7 +277,7 @@ def main(argv=None):
         memories[j.slug] = kept(out / "memories" / f"{j.slug}.jsonl", key[j.slug], lambda part: watch(
             writer, j, seen[j.slug], questions, begun, S, part))
         answers[j.slug] = kept(out / "answers" / f"{j.slug}.jsonl", fingerprint(key[j.slug], asked[j.slug]),
-                               lambda _: answer(judge, asked[j.slug], memories[j.slug]))
+                               lambda _: answer(S, judge, asked[j.slug], memories[j.slug]))
     # ---- every method writes in the same contexts, with Phase One's memories as history
     past = {s: [row["memory"] for row in memories["phase1"] if row["stream"] == s] for s in ids}
     spots = [(s, t) for s in seen["phase1"] for t in range(1, len(s["clips"]))]
@@ -302,7 +303,7 @@ def main(argv=None):
         for j in tqdm(jobs, desc=name):
             mine = [t for t in asked[j.slug] if own(j, t)]
             replies[j.slug] = kept(out / "answers" / common.slug(name) / f"{j.slug}.jsonl", fingerprint(
-                key[j.slug], mine), lambda _: answer(reader, mine, memories[j.slug]))
+                key[j.slug], mine), lambda _: answer(S, reader, mine, memories[j.slug]))
         R["readers"][name] = summarise(jobs, split(replies), recent, units, weights, S)["rows"]
     sums = {j.slug: tally(checked[j.slug], units, S.MEMORY_TOKENS) for j in jobs}
     groups = [(m, e, [sums[j.slug] for j in jobs if j.method == m and e in ("all", j.environment)])

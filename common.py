@@ -37,6 +37,7 @@ DOUBLE_QUANT = 0                        # 1: the scales of packed weights in 8 b
 FEATURE_CLIPS = both(4000, 200)         # clips whose vision features are kept: about 30 MB each at full size
 ROLLOUT_CONTEXTS = both(48, 0)          # contexts decoded side by side; 0: as many as the card's memory holds
 CPU_THREADS = 2                   # more hurt a small model, and results stay the same from machine to machine
+READER_TOKENS = both(2000, 32000)       # memories that the reader sees at most; of more, the most relevant
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
 # ----------------------------------------------------------------
 FIXED = ("PROMPT", "ASK_TO_THINK", "TASK_PROMPT", "DECODE_SECONDS", "RANK", "WORLD")  # not by --NAME=value
@@ -123,8 +124,7 @@ class Context(namedtuple("Context", "stream clips history questions")):
     clip = property(lambda self: self.clips[-1]["clip"])
     prompt = lambda self, *how: importlib.import_module("02_phase1_train").build_prompt(self, *how)
 Sample = namedtuple("Sample", "ids text memory thinking_tokens memory_tokens truncated")
-Sample.__doc__ = ("One answer. ids: its tokens, end token included; memory: None when malformed; "
-                  "*_tokens: counts.")
+Sample.__doc__ = "One answer. ids: its tokens, end token included; memory: None when malformed; *_tokens: counts."
 
 def make_context(stream, t, memories, questions=(), k=5):
     """Context of clip t: `memories[i]` is the memory of clip i ("" or missing where none was kept)."""

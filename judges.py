@@ -15,18 +15,20 @@ JUDGE = "tiny"           the embedded world's exact one, which knows a clip's fa
         "openai:MODEL"   an OpenAI-compatible endpoint (vLLM, Gemini, GPT) by the optional package `openai`;
                          address and key from OPENAI_BASE_URL and OPENAI_API_KEY alone, never printed or saved
 Prompts stand in the stages that use them: 02 (faithful, clean, rank), 03 (answer, open, grade), 04 (prefer).
+Of memories that outgrow the reader, a `Retriever` picks the entries that a question is about.
 """
-import atexit, base64, hashlib, importlib, io, json
+import atexit, base64, hashlib, importlib, io, json, re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-from common import ROOT, Context, clock, logprobs, need, read_json, read_jsonl, rollout, torch, write_json
+from common import ROOT, Context, clock, logprobs, need, np, read_json, read_jsonl, rollout, torch, write_json
 from loading import clip_frames
 
 FRAMES = 8               # of the newest clip, that an endpoint sees; "local" sees FRAMES_PER_CLIP
 TRIES = 3                # a reply that can't be parsed is asked again, then its verdict is None
 AT_ONCE = 8              # requests under way at a time
 RETRIES, TIMEOUT = 6, 120        # of a failed request, each after a longer wait; s of one request
+SHARE = 0.5              # of its relevance that an entry lends each neighbour, for "next" and spans of time
 PLACE = {"faithful": ("02_phase1_train", "FAITHFUL"), "clean": ("02_phase1_train", "CLEAN"),
          "rank": ("02_phase1_train", "RICHEST"), "prefer": ("04_train_reward", "PREFER"),
          "answer": ("03_collect_tasks", "ANSWER"), "open": ("03_collect_tasks", "OPEN"),
@@ -63,7 +65,7 @@ def fill(kind, item):
     if kind == "prefer":
         values["questions"] = "\n".join(item["questions"])
     if kind == "answer":
-        values["entries"] = "\n\n".join(f"{clock(a)}-{clock(b)}\n{m}" for a, b, m in item["entries"] if m)
+        values["entries"] = "\n\n".join(printed(entry) for entry in item["entries"] if entry[2])
         values["options"] = "\n".join(item["options"])
         kind = "answer" if item["options"] else "open"
     stage, name = PLACE[kind]
@@ -119,6 +121,57 @@ class TextJudge:
             for i, reply in zip(todo, replies):
                 verdicts[i] = None if reply is None else parse(kind, reply, items[i])
         return verdicts
+
+
+# ---------------------------------------------------------------- memories that outgrow the reader
+ALONE = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"<\w+>|\d+(?::\d\d)+|[{ALONE}]|[^\W{ALONE}]+")
+words = lambda text: WORD.findall(text.lower())        # face IDs and times whole; signs, where no spaces are
+printed = lambda entry: f"{clock(entry[0])}-{clock(entry[1])}\n{entry[2]}"
+
+
+class Retriever:
+    """What the reader sees of a stream: all memories where they fit, else the most relevant to the question.
+
+    Relevance is the BM25 score of an entry as it is printed, times included, plus SHARE of its neighbours'.
+    The index is made once a stream: a word's rarity and the mean length, and only these, also count what was
+    written later."""
+    def __init__(self, entries, tokenizer):
+        """entries: [start, end, memory] (s), in time order."""
+        self.entries, self.index, texts = entries, None, [printed(entry) + "\n\n" for entry in entries]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        self.ends = np.array([end for _, end, _ in entries], float)                             # (n,) s
+        self.tokens = np.array([len(x) * bool(e[2]) for x, e in zip(ids, entries)], int)        # (n,)
+
+    def relevance(self, query):
+        """Scores (n,) of all entries. SystemExit where bm25s is missing."""
+        if self.index is None:
+            try:
+                import bm25s
+            except ImportError:
+                raise SystemExit("memories beyond READER_TOKENS need bm25s: pip install bm25s") from None
+            self.index = bm25s.BM25()
+            self.index.index([[*words(printed(e)), f"={e[0]}"] for e in self.entries], show_progress=False)
+        asked = words(query)
+        for h, m, s in re.findall(r"(\d+):(\d\d):(\d\d)", query):       # "=": the clip that a time falls into
+            at = int(h) * 3600 + int(m) * 60 + int(s)
+            asked += [f"={start}" for start, end, _ in self.entries if start <= at < end]
+        return self.index.get_scores_from_ids(self.index.get_tokens_ids(asked))
+
+    def __call__(self, question, options, time, budget):
+        """(entries in time order, whether they were retrieved): at most `budget` tokens, as printed, of what
+        was written by `time` (s)."""
+        seen = np.flatnonzero(self.ends <= time)
+        if self.tokens[seen].sum() <= budget:
+            return [self.entries[i] for i in seen], False
+        seen, kept = seen[self.tokens[seen] > 0], []                         # a lost memory is never printed
+        score = self.relevance("\n".join([question, *(option[2:] for option in options)]))[seen]
+        score = score + SHARE * (np.append(score[1:], 0) + np.append(0, score[:-1]))
+        for i in seen[np.argsort(-score, kind="stable")]:                    # of equals, the earlier
+            if self.tokens[i] <= budget:
+                budget -= self.tokens[i]
+                kept.append(i)
+        return [self.entries[i] for i in sorted(kept)], True
 
 
 # ---------------------------------------------------------------- the model itself

@@ -457,6 +457,15 @@ def check_plan(model, S, card, plain=2):
 
 
 # ---------------------------------------------------------------- loading
+def model_name(S):
+    return str(ROOT / "tiny" / "base") if S.MODEL == "tiny" else S.MODEL
+
+
+def load_tokenizer(S):                          # without the model
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(model_name(S))
+
+
 def load_model(S):
     """(model, tokenizer, contexts side by side, samples side by side) of S.MODEL, frozen. Prints the byte
     plan before and what is used after. Raises SystemExit where the model can't be had or doesn't fit."""
@@ -466,7 +475,7 @@ def load_model(S):
     torch.set_num_threads(S.CPU_THREADS)
     torch.manual_seed(S.SEED)                    # PEFT draws a new LoRA's A from the global generator
     join()
-    name, gpu = str(ROOT / "tiny" / "base") if S.MODEL == "tiny" else S.MODEL, torch.cuda.is_available()
+    name, gpu = model_name(S), torch.cuda.is_available()
     if S.MODEL == "tiny":
         transformers.logging.disable_progress_bar()
     dtype, device = (torch.bfloat16, f"cuda:{torch.cuda.current_device()}") if gpu else (torch.float32, "cpu")
@@ -474,7 +483,7 @@ def load_model(S):
                      (S.ROLLOUT_CONTEXTS or 1, 10**6))
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = load_tokenizer(S)
         if S.BITS == 4:
             skip = ["lm_head"] + ["model.visual"] * (S.VISION_BITS != 4)
             options["quantization_config"] = quantization()(

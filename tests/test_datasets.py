@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from test_streams import SHARED, av, loading, make_video, numbers, run, stage       # noqa: F401  (av: needed)
+from test_streams import SHARED, common, loading, make_video, numbers, run, stage
 
 real_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="no ../shared/data, real annotations")
 
@@ -76,7 +76,7 @@ def test_an_unknown_part_is_named(tmp_path, videomme, chosen, message):
 
 
 def test_the_published_parquet(tmp_path, videomme):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, which only SOURCE=videomme uses, is missing")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, used by SOURCE=videomme alone, is missing")
     import pyarrow
     plain = run(tmp_path / "lines", "--SOURCE=videomme", f"--DATA={videomme}")
     rows = [json.loads(line) for line in (videomme / "videomme" / "test.jsonl").read_text().splitlines()]
@@ -150,7 +150,7 @@ def test_the_reader_sees_only_what_lies_before_the_query(tmp_path, egolife):
             return ["insufficient"] * len(items)
     rows = [{"start": c["start"], "end": c["end"], "memory": f"clip {c['clip']}."}
             for c in streams["A1_JAKE"]["clips"]]
-    stage3.answer(Reader(), tasks, {"A1_JAKE": rows})
+    stage3.answer(common.settings({"__doc__": ""}, []), Reader(), tasks, {"A1_JAKE": rows})
     assert [len(item["entries"]) for item in seen] == [5, 6, 7, 12]     # the first is asked within clip 5
 
 

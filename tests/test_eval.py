@@ -125,7 +125,7 @@ def test_the_reader_gets_nothing_from_after_the_question():
                 for i, m in enumerate(["one", "", "three", "four"])]
     task = {"task": "t", "stream": "s", "environment": "e", "time": 30.0, "question": "?",
             "options": ["A. x"], "answer": "A"}
-    assert stage.answer(Reader(), [task], memories)[0]["correct"]
+    assert stage.answer(common.settings({"__doc__": ""}, []), Reader(), [task], memories)[0]["correct"]
     told = [[0.0, 10.0, "one"], [10.0, 20.0, ""], [20.0, 30.0, "three"]]
     assert seen == [{"entries": told, "question": "?", "options": ["A. x"]}]
 

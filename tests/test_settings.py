@@ -19,7 +19,8 @@ from common import both                                                     # no
 
 SCRIPTS = ["01_make_streams", "02_phase1_train", "03_collect_tasks", "04_train_reward", "05_phase2_train",
            "06_eval"]
-PACKAGES = ["torch", "numpy", "transformers", "decord", "peft", "safetensors", "tqdm", "av", "PIL", "jinja2"]
+PACKAGES = ["torch", "numpy", "transformers", "decord", "peft", "safetensors", "tqdm", "av", "PIL", "jinja2",
+            "bm25s"]
 SCRIPT = {"__doc__": "What it does.", "STEPS": both(80, 100), "LR": both(2e-4, 1e-5), "KL": both(0.1, 0.0),
           "RATIO": "gspo", "GROUP": 8, "SCALE": 0.5, "TABLE": {"a": 1}, "lower": 1}
 BIG = "--MODEL=Qwen/Qwen3-VL-30B-A3B-Thinking"
