@@ -1,5 +1,4 @@
-"""Between disk, cards and the stages: 4-bit weights that are 4-bit, what fits the card, several ranks, files,
-video.
+"""Between disk, cards and the stages: 4-bit weights that are 4-bit, what fits the card, ranks, files, video.
 
 The trick of the 4-bit experts. Qwen3-VL-30B-A3B keeps 93 % of its weights in two 3-D tensors a layer,
 (E, out, in), one slice per expert. Plain 4-bit loading replaces `nn.Linear` alone and leaves them in bf16: 56
@@ -9,7 +8,7 @@ sorts (token, expert) pairs by expert, unpacks the experts hit, multiplies, and 
 the backward pass unpacks them again. Router, norms, embeddings and head stay as they are. The arithmetic is
 the library's (`dequantize_4bit`, `grouped_mm`): outputs and LoRA gradients are bit-equal to unpacking all.
 """
-import contextlib, datetime, functools, json, logging, os, pathlib, re, sys, threading, warnings
+import contextlib, datetime, functools, json, logging, os, pathlib, re, sys, textwrap, threading, warnings
 
 RANK, WORLD = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))       # set by torchrun
 if RANK:                         # rank 0 alone speaks; set before torch imports tqdm
@@ -203,12 +202,59 @@ def frame_times(clip, n):
     return [clip["offset"] + (i + 0.5) * length / n for i in range(n)]
 
 
+@functools.lru_cache(1000)
+def _wrapped(text, size, width):
+    """(font of `size` px, lines of text at most `width` px wide); what no font here has is left out."""
+    from PIL import ImageFont
+    font = ImageFont.load_default(size)                 # the same everywhere, but hardly more than ASCII
+    lacks = lambda: {c for c in text if c != " " and bytes(font.getmask(c)) == bytes(font.getmask("\uffff"))}
+    for name in lacks() and ("DejaVuSans.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc"):
+        with contextlib.suppress(OSError):
+            font = ImageFont.truetype(name, size)       # the last that is there has the most
+    if lost := lacks():
+        warnings.warn("subtitles lose characters that no font here has (apt install fonts-noto-cjk)")
+        return _wrapped(" ".join("".join(c for c in text if c not in lost).split()), size, width)
+    wraps = (textwrap.wrap(text, n) for n in range(4 * int(width / size) + 1, 0, -1))
+    return font, next((w for w in wraps if all(font.getlength(line) <= width for line in w)), [])
+
+
+def draw(frames, seconds, clip):
+    """A copy of frames (n, H, W, 3) uint8 at seconds (n,) of the stream, with faces and speech on them. A cue
+    between two frames stands on the nearer; one too long for its share of a third of H turns pages."""
+    from PIL import Image, ImageDraw
+    frames, seconds, (H, W) = frames.copy(), np.asarray(seconds, dtype=float), frames.shape[1:3]
+    size = max(10, round((H * W) ** 0.5 / 18))          # px; 25 once a frame is made as small as 448 x 448
+    pen = dict(fill="white", stroke_width=max(1, size // 12), stroke_fill="black")
+    cues = [(c, np.maximum(c[0] - seconds, seconds - c[1]).clip(0)) for c in clip.get("speech") or ()]
+    for i, at in enumerate(seconds):
+        canvas = ImageDraw.Draw(image := Image.fromarray(frames[i]))
+        faces = sorted(clip.get("faces") or (), key=lambda face: -abs(face[0] - at))    # the nearest stays
+        for n, box in {n: box for when, n, *box in faces if abs(when - at) <= 0.5}.items():
+            box = np.clip(box, 3, [W - 4, H - 4] * 2).tolist()
+            canvas.rectangle(box, outline="red", width=max(2, size // 10))
+            font, (name,) = _wrapped(f"<face_{n}>", max(8, size * 3 // 4), 10**6)
+            place = min(box[0], W - 4 - font.getlength(name)), max(box[1], size)
+            canvas.text(place, name, font=font, anchor="ld", **pen)
+        heard, y = [cue for cue, off in cues if off[i] == off.min()], H - 0.4 * size
+        for start, end, text in reversed(heard):
+            font, lines = _wrapped(" ".join(text.split()), size, 0.92 * W)
+            room = max(1, int(H / 3.75 / size) // len(heard))               # lines; one is 1.25 x size high
+            page = room * int(np.clip((at - start) / (end - start or 1), 0, 0.999) * -(-len(lines) // room))
+            text = "\n".join(lines[page:page + room]) + " ..." * (page + room < len(lines))
+            canvas.text((W / 2, y), text, font=font, anchor="md", align="center", spacing=size // 6, **pen)
+            y -= 1.25 * size * len(text.split("\n"))
+        frames[i] = np.asarray(image)
+    return frames
+
+
 def clip_frames(clip, n):
     """Frames (n, H, W, 3) uint8 of a clip, and their seconds in it. Grey frames, said so, where it can't be
     read: the check tried some frames of every clip, and this one is broken elsewhere."""
     at = frame_times(clip, n)
     try:
         frames = read_frames(clip["file"], at)
+        if clip.get("speech") or clip.get("faces"):
+            frames = draw(frames, [t - clip["offset"] + clip["start"] for t in at], clip)
     except VideoError as error:
         print(f"*** {error}. Clip {clip['clip']} is watched as grey frames ***")
         frames = np.full((len(at), 64, 64, 3), 127, np.uint8)
