@@ -18,7 +18,9 @@ In:  the source
 Out: streams/streams.jsonl, tasks.jsonl; "tiny": videos/*.mp4, captions.jsonl, truth.jsonl; else files.jsonl
 Takes 10 s for the embedded world; for videos 0.4 s per clip of 720p on one core, far less with --CHECK=0.
 """
+import contextlib
 import importlib.util
+import json
 import math
 import pathlib
 import random
@@ -48,6 +50,9 @@ SHORTEST = 2             # s; a shorter rest at the end of a video is left out, 
 CHECK = 3                # frames tried in each clip, to skip bad ones now; 0: files are only opened
 WORKERS = 4              # videos checked at a time
 SAVE_EVERY = 100         # files checked; an interruption loses no more
+FACE_SCORE = 0.6         # of the detector, at least, for a face to count
+FACE_MATCH = 0.4         # cosine to the mean of a face's embeddings so far, at least, to be that face
+ASR = ""                 # a Whisper model or its folder, for the speech of videos without .srt; "": none
 # ------------------------------------------------------------------------------------------------------------
 
 SPLITS = {"train": "02", "deploy": "03 to 05", "test": "06"}        # and the stages that read them
@@ -304,6 +309,121 @@ def summary(streams, tasks, skipped):
     for split in sorted(SPLITS.keys() - {s["split"] for s in streams}):
         print(f"no {split} stream: stage {SPLITS[split]} would want videos in a folder DATA/{split}"
               + (", or skip it with --FROM=RUN, a run that has done it" if split == "train" else ""))
+
+
+# ---- faces and speech that nobody wrote down ---------------------------------------------------------------
+
+def read_faces(path):
+    """([[s, n, left, top, right, bottom]] by time, {name: n}) of NAME.faces.jsonl; [], {} without one.
+    Raises SystemExit, with file and line, on a row that is no box, or a name that two faces have."""
+    boxes, names = [], {}
+    lines = path.read_text(encoding="utf-8-sig").split("\n") if path.exists() else []
+    for n, line in [(n, line) for n, line in enumerate(lines, 1) if line.strip()]:
+        try:
+            row = json.loads(line)
+            face, (at, left, top, right, bottom) = row["face"], map(float, (row["time"], *row["box"]))
+            if type(face) is not int or not (face >= 0 and left < right and top < bottom and abs(at) < 1e9):
+                raise ValueError("a time, a number or a box that cannot be")
+            if "name" in row and names.setdefault(str(row["name"]), face) != face:
+                raise ValueError(f"{row['name']} was face {names[str(row['name'])]} before")
+            boxes.append([at, face, left, top, right, bottom])
+        except (KeyError, TypeError, ValueError) as error:
+            raise SystemExit(f'{path}, line {n}: {line[:80]} is no {{"time": s, "face": n, "box": [left, '
+                             f'top, right, bottom]}}, in pixels ({error!r})') from None
+    return sorted(boxes), names
+
+
+def by_face(text, names):
+    """A cue with its known speakers, one or more, as IDs: "Ann: Hi", {"Ann": 3} -> "<face_3>: Hi"."""
+    for name in sorted(names, key=len, reverse=True):                           # "Ann Lee" before "Lee"
+        said = re.compile(rf"(?<!\S){re.escape(name)}\s*[:\uff1a]", re.IGNORECASE)
+        text = said.sub(f"<face_{names[name]}>:", text)
+    return text
+
+
+def find_faces(parts, S):
+    """Boxes, as of read_faces, on a stream's clock: on the middle frame of each second (paper), told apart by
+    their embeddings in time order; two of one frame are never the same. parts: [(file, begin, end, shift)],
+    s of the file, and what to add for the stream's. SystemExit without insightface or its models."""
+    try:
+        from insightface.app import FaceAnalysis
+        app = FaceAnalysis(name="buffalo_l", allowed_modules=["detection", "recognition"])
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        raise SystemExit(f"no face finder ({error}): pip install insightface onnxruntime, which fetches its "
+                         "models when first used; or write NAME.faces.jsonl") from None
+    gpu, boxes, sums = importlib.import_module("torch").cuda.is_available(), [], {}
+    app.prepare(ctx_id=0 if gpu else -1, det_thresh=S.FACE_SCORE, det_size=(640, 640))
+    for file, at, shift in [(f, t, d) for f, begin, end, d in parts for t in np.arange(begin + 0.5, end)]:
+        try:
+            image = read_frames(file, [at])[0, :, :, ::-1].copy()               # (H, W, 3), BGR
+        except VideoError:
+            continue
+        there = set()
+        for face in app.get(image):
+            vector = face.normed_embedding                                      # (512,)
+            cosine = {n: vector @ sums[n] / np.linalg.norm(sums[n]) for n in sums.keys() - there}
+            n = max(cosine, key=cosine.get, default=0)
+            n = n if n and cosine[n] >= S.FACE_MATCH else len(sums) + 1
+            there.add(n)
+            sums[n] = sums.get(n, 0) + vector
+            boxes.append([round(float(at + shift), 3), n, *(round(float(x), 1) for x in face.bbox)])
+    return sorted(boxes)
+
+
+def speech_pipeline(S):
+    """The transformers pipeline of the Whisper model S.ASR. Raises SystemExit with the cure."""
+    from transformers import pipeline
+    try:
+        recognise = pipeline("automatic-speech-recognition", model=S.ASR)
+        assert recognise.type == "seq2seq_whisper", f"{type(recognise.model).__name__} tells no times"
+    except Exception as error:          # of every kind: no network, no such model, another architecture
+        raise SystemExit(f"ASR={S.ASR}: no Whisper model, such as openai/whisper-small, or its folder "
+                         f"({' '.join(str(error).split())[:200]})") from None
+    return recognise
+
+
+def read_sound(file):
+    """Yields (begin, samples): s on the file's clock, up to 30 s (Whisper's window) of float32, 16 kHz, mono.
+    PyAV: decord's AudioReader holds a whole file, 0.9 GB an hour, and closes gaps: the rest comes early."""
+    import av
+    waves, n, begin, level = [], 0, 0.0, 0.0
+    with av.open(str(file), timeout=DECODE_SECONDS) as box:
+        first = sum(float((v.start_time or 0) * v.time_base) for v in box.streams.video[:1])    # decord's 0 s
+        resample = av.AudioResampler("flt", "mono", 16000)
+        for packet in box.demux(audio=0) if box.streams.audio else ():
+            frames = []
+            with contextlib.suppress(av.FFmpegError, ValueError):               # damage leaves a gap
+                frames = [part for frame in packet.decode() for part in resample.resample(frame)]
+            for frame in frames:
+                wave, now = frame.to_ndarray()[0], begin + n / 16000
+                at, loud = now if frame.time is None else frame.time - first, np.abs(wave).mean()
+                pause = n > 28 * 16000 or n > 24 * 16000 and loud < 0.2 * level
+                if n and (pause or abs(at - now) > 0.3):
+                    yield begin, np.concatenate(waves)
+                    waves, n, level = [], 0, 0.0
+                begin, n = begin if n else at, n + len(wave)
+                level += (loud - level) * len(wave) / n                         # the mean so far
+                waves.append(wave)
+    if n:
+        yield begin, np.concatenate(waves)
+
+
+def transcribe(file, recognise):
+    """[[start, end, text]] of what is said in a file, in s on its clock; [] where it has no sound. VideoError
+    where that can't be read. recognise: made by speech_pipeline."""
+    import av
+    cues = []
+    try:
+        for begin, samples in read_sound(file):
+            heard = recognise({"raw": samples, "sampling_rate": 16000}, return_timestamps=True)["chunks"]
+            for (start, end), text in [(part["timestamp"], " ".join(part["text"].split())) for part in heard]:
+                length = len(samples) / 16000
+                start, end = begin + (start or 0), begin + min(length, length if end is None else end)
+                if text and end > start and end > 0:
+                    cues.append([round(max(0, start), 3), round(end, 3), text])
+    except av.FFmpegError as error:
+        raise VideoError(file, f"has sound that can't be read ({error})") from None
+    return sorted(cues)
 
 
 # ---- the stage ---------------------------------------------------------------------------------------------
