@@ -1,0 +1,432 @@
+"""Identity and speech in the pixels: what is drawn where, sidecar boxes, faces found, speech recognised.
+
+insightface and a trained Whisper are not here. The first is a stand-in, its interface with known faces: our
+clustering is what is tested. The second is the real pipeline with random weights, and, for the clock, a plain
+callable that is used like it.
+"""
+import importlib
+import json
+import pathlib
+import sys
+import types
+import warnings
+from fractions import Fraction
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+av = pytest.importorskip("av", reason="PyAV makes the videos and sounds of these tests")
+np = pytest.importorskip("numpy")
+pytest.importorskip("decord")
+ImageFont = pytest.importorskip("PIL.ImageFont")
+
+import loading                                                              # noqa: E402
+
+stage = importlib.import_module("01_make_streams")
+SHARED = ROOT.parent / "shared"
+H, W = 360, 640
+THIRD = H - H // 3
+LONG = "<face_1>: " + " ".join(f"word{n}" for n in range(60))
+
+
+def drawn(speech=(), faces=(), seconds=(0.25, 0.75, 1.25, 1.75), shape=(H, W)):
+    """Which pixels of grey frames change: (n, H, W) bool."""
+    frames = np.full((len(seconds), *shape, 3), 90, np.uint8)
+    after = loading.draw(frames, seconds, {"speech": speech, "faces": faces})
+    assert (frames == 90).all() and after.shape == frames.shape and after.dtype == np.uint8
+    return (after != 90).any(-1)
+
+
+def runs(flags):
+    """Lengths of the runs of True: lines of text, seen by rows."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(int), [0]])))
+    return (edges[1::2] - edges[::2]).tolist()
+
+
+# ---- subtitles ---------------------------------------------------------------------------------------------
+
+def test_a_cue_stands_at_the_bottom_of_the_frames_of_its_time():
+    change = drawn([[0.5, 1.4, "Mark it"]])
+    assert change.any((1, 2)).tolist() == [False, True, True, False]
+    rows, columns = change[1].any(1), change[1].any(0)
+    assert not rows[:THIRD].any() and not rows[-2:].any()
+    left, right = np.flatnonzero(columns)[[0, -1]]
+    assert abs(left - (W - 1 - right)) <= 3                                     # centred
+
+
+def test_a_cue_between_two_frames_stands_on_the_nearer():
+    assert drawn([[0.9, 1.0, "Hm"]]).any((1, 2)).tolist() == [False, True, False, False]
+    assert drawn([[5.0, 6.0, "Hm"]]).any((1, 2)).tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("shape", [(360, 640), (720, 1280), (1280, 720), (68, 160)])
+def test_text_is_legible_once_a_frame_has_448_x_448_pixels(shape):
+    rows = drawn([[0, 2, "HHH"]], shape=shape)[0].any(1).sum()                  # capitals with their outline
+    assert rows * 448 / (shape[0] * shape[1]) ** 0.5 >= 16
+    assert rows <= 0.15 * shape[0]
+
+
+@pytest.mark.parametrize("text", [LONG, LONG.replace(" ", ""), LONG.upper().replace(" ", "W")])
+def test_long_text_wraps_stays_inside_and_turns_pages(text):
+    seconds = np.arange(0.05, 10, 0.1)
+    change = drawn([[0, 10, text]], seconds=seconds)
+    assert not change[:, :THIRD].any() and not change[:, :, :8].any() and not change[:, :, -8:].any()
+    assert 2 <= len(runs(change[0].any(1))) <= 4
+    pages = 1 + sum((a != b).any() for a, b in zip(change, change[1:]))
+    font, lines = loading._wrapped(text, 27, 0.92 * W)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")             # nothing is lost
+    assert pages == -(-len(lines) // 3) > 1
+
+
+def test_overlapping_cues_are_stacked_in_order():
+    first, second, both = (drawn(cues)[0] for cues in (
+        [[0, 2, "HHH"]], [[0, 2, "HHHHHH"]], [[0, 2, "HHH"], [0, 2, "HHHHHH"]]))
+    assert len(runs(both.any(1))) == 2 and not both[:THIRD].any()
+    lower = both.copy()
+    lower[:np.flatnonzero(second.any(1))[0]] = False
+    assert (lower == second).all()                                              # the later one below ...
+    rows = np.flatnonzero((both & ~lower).any(1))
+    assert rows[-1] < np.flatnonzero(second.any(1))[0]
+    assert (both & ~lower).sum() == first.sum()                                 # ... the earlier one above
+    many = drawn([[0, 2, LONG]] * 2)[0]
+    assert not many[:THIRD].any()
+
+
+@pytest.fixture
+def fonts(monkeypatch):
+    """{name: what truetype gives for it}, in place of the system's; asked: the names asked for."""
+    real, fonts, asked = ImageFont.truetype, {}, []
+
+    def truetype(font, *arguments, **named):
+        if isinstance(font, str):                                               # Pillow's own is no name
+            asked.append(font)
+            if font not in fonts:
+                raise OSError(f"no {font}")
+            font = fonts[font]
+        return real(font, *arguments, **named)
+    monkeypatch.setattr(ImageFont, "truetype", truetype)
+    loading._wrapped.cache_clear()
+    yield fonts, asked
+    loading._wrapped.cache_clear()
+
+
+def test_characters_that_no_font_has_are_left_out_and_said_so(fonts):
+    with pytest.warns(UserWarning, match="lose characters"):
+        bilingual = drawn([[0, 2, "Jake: 好然后一个秒表 Yes"]])
+    assert (bilingual == drawn([[0, 2, "Jake: Yes"]])).all() and bilingual.any()
+    with pytest.warns(UserWarning, match="lose characters"):
+        assert not drawn([[0, 2, "好然后一个秒表"]]).any()
+
+
+def test_a_font_of_the_system_stands_in_where_it_has_more(fonts):
+    try:
+        ImageFont.FreeTypeFont("DejaVuSans.ttf", 9)
+        name = "DejaVuSans.ttf"
+    except OSError:
+        name = next(iter(pathlib.Path("/usr/share/fonts").rglob("DejaVuSans.ttf")), None)
+    if name is None:
+        pytest.skip("no DejaVuSans.ttf here")
+    fonts[0]["NotoSansCJK-Regular.ttc"] = str(name)             # in place of a Chinese one, which few have
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert drawn([[0, 2, "café – Да"]]).any() and "NotoSansCJK-Regular.ttc" in fonts[1]
+        fonts[1].clear()
+        assert drawn([[0, 2, "plain"]]).any() and not fonts[1]                  # ASCII is the same everywhere
+
+
+@pytest.mark.parametrize("text", ["", "\x00a\x1f", "🙂", "a\u00a0b", "עברית", "e\u0301"])
+@pytest.mark.filterwarnings("ignore:subtitles")
+def test_odd_text_does_no_harm(text):
+    assert drawn([[0, 2, text], [0.75, 0.75, "x"]]).any()
+
+
+# ---- boxes -------------------------------------------------------------------------------------------------
+
+def test_a_box_is_held_half_a_second_either_side():
+    box = [200, 100, 300, 220]
+    seconds = [0.49, 0.5, 1.0, 1.5, 1.51]
+    change = drawn(faces=[[1.0, 3, *box]], seconds=seconds)
+    assert change.any((1, 2)).tolist() == [False, True, True, True, False]
+    border = np.zeros((H, W), bool)
+    border[100:221, 200:301] = True
+    border[105:216, 205:296] = False
+    label = np.zeros((H, W), bool)
+    label[70:101, 195:300] = True                                               # above the top-left corner
+    assert not (change[1] & ~border & ~label).any()
+    assert change[1][100, 200:301].all() and change[1][220, 200:301].all()
+    assert change[1][100:221, 200].all() and change[1][100:221, 300].all()
+    assert change[1][70:98, 195:300].sum() > 200
+
+
+@pytest.mark.parametrize("box", [
+    [-40, -30, 60, 50], [600, 320, 900, 700], [600.5, 2, 640, 90], [700, 400, 800, 500]])
+def test_a_box_at_the_edge_keeps_its_label_inside(box):
+    label = drawn(faces=[[1.0, 12, 300, 200, 301, 201]])[1]
+    rows, columns = (np.flatnonzero(label.any(axis))[[0, -1]] for axis in (1, 0))
+    change = drawn(faces=[[1.0, 12, *box]])[1]
+    assert change.any() and not change[0].any() and not change[:, 0].any() and not change[:, -1].any()
+    inside = np.flatnonzero(change.any(0))
+    assert inside[-1] - inside[0] >= columns[1] - columns[0] - 2
+
+
+def test_each_face_has_one_box_the_nearest():
+    moving = [[0.5, 3, 10, 100, 60, 150], [1.4, 3, 400, 100, 450, 150], [0.5, 4, 200, 100, 250, 150]]
+    change = drawn(faces=moving, seconds=[0.8, 1.0])
+    faces = change[:, 100:150]                                                  # below the labels
+    assert faces[0, :, :190].any() and faces[0, :, 198:300].any() and not faces[0, :, 380:].any()
+    assert not faces[1, :, :190].any() and faces[1, :, 198:300].any() and faces[1, :, 380:].any()
+
+
+# ---- clips -------------------------------------------------------------------------------------------------
+
+def make_video(path, frames=40, video_start=0.0, spans=(), rate=16000, quiet=(0, 0)):
+    """Grey frames, 10 a second, and a tone in the given spans, s, almost none in `quiet`."""
+    with av.open(str(path), "w") as box:
+        video = box.add_stream("libx264", rate=10, options={"threads": "1"})
+        video.width, video.height, video.pix_fmt = 160, 96, "yuv420p"
+        video.codec_context.time_base = Fraction(1, 1000)
+        sound = box.add_stream("aac", rate=rate, layout="mono") if spans else None
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.full((96, 160, 3), 90, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(1000 * (video_start + i / 10)), Fraction(1, 1000)
+            box.mux(video.encode(frame))
+        box.mux(video.encode())
+        for begin, end in spans:
+            for n in range(round(begin * rate), round(end * rate), 1024):
+                wave = np.sin(np.arange(n, n + 1024) * 2 * np.pi * 440 / rate)[None].astype(np.float32) / 2
+                wave *= 0.01 if quiet[0] <= n / rate < quiet[1] else 1
+                part = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+                part.rate, part.pts, part.time_base = rate, n, Fraction(1, rate)
+                box.mux(sound.encode(part))
+        if sound:
+            box.mux(sound.encode())
+    return path
+
+
+def test_a_clip_is_drawn_on_by_the_clock_of_its_stream(tmp_path, monkeypatch):
+    video = make_video(tmp_path / "a.mp4")
+    clip = {"clip": 7, "start": 102.0, "end": 104.0, "file": str(video), "offset": 2.0, "speech": []}
+    plain, at = loading.clip_frames(clip, 20)
+    assert len(at) == 4 and (plain == loading.read_frames(video, [2 + t for t in at])).all()
+    monkeypatch.setattr(loading, "draw", None)                                  # nothing to draw: not called
+    assert (loading.clip_frames(clip | {"faces": []}, 20)[0] == plain).all()
+    monkeypatch.undo()
+    said = loading.clip_frames(clip | {"speech": [[103.0, 104.0, "Hi"]]}, 20)[0]
+    assert (said != plain).any((1, 2, 3)).tolist() == [False, False, True, True]
+    seen = loading.clip_frames(clip | {"faces": [[102.5, 3, 20, 30, 60, 70]]}, 20)[0]
+    assert (seen != plain).any((1, 2, 3)).tolist() == [True, True, False, False]
+    gone = loading.clip_frames(clip | {"file": str(tmp_path / "no.mp4"), "speech": [[102, 104, "Hi"]]}, 20)[0]
+    assert (gone == 127).all()                                                  # nothing was seen or heard
+
+
+# ---- sidecar files -----------------------------------------------------------------------------------------
+
+ROW = {"time": 2.5, "face": 3, "box": [1, 2, 30.5, 40], "name": "Shure"}
+
+
+def test_read_faces(tmp_path):
+    path = tmp_path / "a.faces.jsonl"
+    assert stage.read_faces(path) == ([], {})
+    rows = [ROW, ROW | {"time": 0.5, "name": "Sure"}, {"time": 1, "face": 1, "box": [0, 0, 5, 5]}]
+    path.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    assert stage.read_faces(path) == (
+        [[0.5, 3, 1, 2, 30.5, 40], [1, 1, 0, 0, 5, 5], [2.5, 3, 1, 2, 30.5, 40]], {"Shure": 3, "Sure": 3})
+
+
+@pytest.mark.parametrize("bad", [
+    "{", "[]", "3", "{}", '"box"', *(json.dumps(ROW | {"name": "B"} | change) for change in (
+        {"name": "Shure", "face": 4}, {"face": "3"}, {"face": -1}, {"face": True}, {"time": None},
+        {"time": float("nan")}, {"box": 7}, {"box": [1, 2, 3]}, {"box": [1, 2, 3, 4, 5]},
+        {"box": [9, 2, 3, 4]}, {"box": [1, 9, 3, 4]}))])
+def test_read_faces_names_the_bad_row(tmp_path, bad):
+    path = tmp_path / "a.faces.jsonl"
+    path.write_text(json.dumps(ROW) + "\n\n" + bad + "\n")
+    with pytest.raises(SystemExit, match=r"a\.faces\.jsonl, line 3: "):
+        stage.read_faces(path)
+
+
+def test_by_face():
+    names = {"Shure": 3, "Lee": 4, "Ann Lee": 5}
+    assert stage.by_face("SHURE : Mark it", names) == "<face_3>: Mark it"
+    assert stage.by_face("Ann Lee: no. Lee： yes", names) == "<face_5>: no. <face_4>: yes"
+    for other in ("Mashure: no", "Jake: yes", "Shure said so", "at Lee 12:30", "<face_3>: Hi"):
+        assert stage.by_face(other, names) == other
+    assert stage.by_face("Shure: hi", {}) == "Shure: hi"
+
+
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data, a real transcript, is not here")
+def test_by_face_on_a_real_transcript():
+    cues = [text for _, _, text in stage.read_srt(SHARED / "data" / "A1_JAKE_DAY1_11000000.srt")]
+    faced = [stage.by_face(text, {"Jake": 1, "Shure": 3}) for text in cues]
+    assert faced[0] == "<face_1>: 好然后一个秒表 <face_1>: Okay, then we need a stopwatch."
+    assert faced[1] == "<face_3>: 时间戳呗 <face_3>: Mark a timestamp, right?"
+    assert not any("Jake:" in text or "Shure:" in text for text in faced)
+    assert all(a == b for a, b in zip(cues, faced) if "Jake" not in a and "Shure" not in a)
+
+
+# ---- faces found -------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def insightface(monkeypatch):
+    """A stand-in: `script` holds, frame by frame, (embedding, score) of its faces; like the real one it gives
+    those of a score of det_thresh or more."""
+    script, seen = [], []
+
+    class FaceAnalysis:
+        def __init__(self, name, allowed_modules):
+            assert name == "buffalo_l" and set(allowed_modules) == {"detection", "recognition"}
+
+        def prepare(self, ctx_id, det_thresh=0.5, det_size=(640, 640)):
+            self.least = det_thresh
+
+        def get(self, image):
+            assert image.flags["C_CONTIGUOUS"] and image.dtype == np.uint8
+            seen.append(image)
+            return [SimpleNamespace(bbox=np.float32([10 * n, 5, 10 * n + 8, 15]), det_score=score,
+                                    normed_embedding=vector / np.linalg.norm(vector))
+                    for n, (vector, score) in enumerate(script[len(seen) - 1]) if score >= self.least]
+    module = types.ModuleType("insightface.app")
+    module.FaceAnalysis = FaceAnalysis
+    monkeypatch.setitem(sys.modules, "insightface", types.ModuleType("insightface"))
+    monkeypatch.setitem(sys.modules, "insightface.app", module)
+    return script, seen
+
+
+S = SimpleNamespace(FACE_SCORE=0.6, FACE_MATCH=0.4, ASR="")
+
+
+def turned(degrees):
+    """A person's embedding: the angle between two is the difference of their degrees."""
+    return np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))] + [0.0] * 510)
+
+
+def test_find_faces_clusters_over_the_stream(insightface, monkeypatch):
+    script, seen = insightface
+    asked = []
+
+    def read(file, times):
+        asked.append((file, *times))
+        if (file, *times) == ("b", 21.5):
+            raise loading.VideoError(file, "is damaged")
+        return np.full((1, 4, 4, 3), (1, 2, 3), np.uint8)
+    monkeypatch.setattr(stage, "read_frames", read)
+    script += [[(turned(0), 0.9), (turned(200), 0.9)],
+               [(turned(195), 0.9), (turned(50), 0.9), (turned(120), 0.55)],     # 50 degrees from face 1
+               [(turned(90), 0.9)],                     # 90 from its first sight, 65 from its mean
+               [(turned(-10), 0.9)],                    # 100 from its last sight, 57 from its mean
+               [(turned(315), 0.7), (turned(318), 0.7)]]                        # two faces of one frame
+    boxes = stage.find_faces([("a", 0, 4, 0), ("b", 20, 22.2, -16)], S)
+    assert asked == [("a", 0.5), ("a", 1.5), ("a", 2.5), ("a", 3.5), ("b", 20.5), ("b", 21.5)]
+    assert [tuple(box[:2]) for box in boxes] == [
+        (0.5, 1), (0.5, 2), (1.5, 1), (1.5, 2), (2.5, 1), (3.5, 1), (4.5, 3), (4.5, 4)]
+    assert boxes[1] == [0.5, 2, 10.0, 5.0, 18.0, 15.0] and json.dumps(boxes)
+    assert (seen[0] == (3, 2, 1)).all()                                         # BGR, as insightface expects
+
+
+def test_find_faces_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "insightface", None)
+    with pytest.raises(SystemExit, match="pip install insightface onnxruntime"):
+        stage.find_faces([("a", 0, 3, 0)], S)
+
+
+# ---- speech ------------------------------------------------------------------------------------------------
+
+def listener(chunks):
+    """A callable of the pipeline's interface, which hears the same in each piece."""
+    pieces = []
+
+    def recognise(inputs, return_timestamps):
+        assert return_timestamps is True and inputs["sampling_rate"] == 16000
+        assert inputs["raw"].dtype == np.float32 and inputs["raw"].ndim == 1
+        pieces.append(inputs["raw"].copy())
+        return {"text": "", "chunks": [dict(timestamp=t, text=text) for t, text in chunks]}
+    return recognise, pieces
+
+
+def test_transcribe_keeps_the_clock_of_the_frames(tmp_path):
+    recognise, pieces = listener([((0.5, 1), " one"), ((1, None), "two "), ((1.5, 29), ""), ((90, 91), "x")])
+    times = lambda name, *rest, **named: np.array(
+        [cue[:2] for cue in stage.transcribe(make_video(tmp_path / name, *rest, **named), recognise)])
+    seen = times("gap.mp4", 80, spans=[(0, 2), (5, 7)], rate=44100)             # a gap stays where it is, and
+    assert np.allclose(seen, [[0.5, 1], [1, 2], [5.5, 6], [6, 7]], atol=0.1)    # no end is the piece's end
+    assert all(0.3 < np.abs(p).mean() < 0.34 for p in pieces)                   # 0.5 x 2 / pi: not silence
+    assert np.allclose(times("late.mp4", 40, spans=[(3, 5)]), [[3.5, 4], [4, 5]], atol=0.15)
+    # The sound begins 2 s before the first frame, which is 0 s to decord, and so to us.
+    assert np.allclose(times("early.mkv", 20, video_start=2.0, spans=[(0, 4)]), [[0, 2]], atol=0.1)
+    assert loading.probe_video(tmp_path / "early.mkv")["start"] == 0
+    assert stage.transcribe(tmp_path / "late.mp4", recognise)[0][2] == "one"
+
+
+def test_transcribe_in_pieces_of_whispers_window(tmp_path):
+    recognise, pieces = listener([((0.0, 0.5), "hm")])
+    cues = stage.transcribe(make_video(tmp_path / "long.mp4", 5, spans=[(0, 26), (26.25, 65)]), recognise)
+    lengths = [len(p) / 16000 for p in pieces]
+    assert all(length <= 30 for length in lengths) and sum(lengths) == pytest.approx(65, abs=0.5)
+    assert len(cues) == len(pieces) == 3
+
+
+def test_a_piece_ends_where_it_is_quiet(tmp_path):
+    video = make_video(tmp_path / "a.mp4", 5, spans=[(0, 40)], quiet=(25, 25.5))
+    assert [begin for begin, _ in stage.read_sound(video)] == [0, pytest.approx(25.1, abs=0.15)]
+
+
+def test_transcribe_without_sound_or_without_a_file(tmp_path):
+    recognise, pieces = listener([])
+    assert stage.transcribe(make_video(tmp_path / "silent.mp4", 5), recognise) == [] and not pieces
+    (tmp_path / "page.mp4").write_text("<html>")
+    for name in ("page.mp4", "missing.mp4"):
+        with pytest.raises(loading.VideoError, match=f"{name}: "):
+            stage.transcribe(tmp_path / name, recognise)
+    whole = make_video(tmp_path / "whole.mkv", 100, spans=[(0, 10)]).read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(whole[:len(whole) * 7 // 10])
+    stage.transcribe(tmp_path / "cut.mkv", recognise)
+    assert 1 < sum(map(len, pieces)) / 16000 < 9.9                              # what is there is heard
+
+
+@pytest.fixture(scope="session")
+def whisper(tmp_path_factory):
+    """A folder with a Whisper of 0.1 M random weights, its feature extractor, and a tokenizer of bytes."""
+    t = pytest.importorskip("transformers")
+    from tokenizers import pre_tokenizers
+    folder = tmp_path_factory.mktemp("whisper")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = t.WhisperTokenizerFast(vocab={c: i for i, c in enumerate(letters)}, merges=[])
+    special = [f"<|{name}|>" for name in "startoftranscript en translate transcribe startoflm startofprev "
+                                         "nospeech notimestamps".split()]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.add_tokens([f"<|{n * 0.02:.2f}|>" for n in range(1501)])
+    end, begin, *_, none = tokenizer.convert_tokens_to_ids(["<|endoftext|>", *special])
+    ids = dict(pad_token_id=end, bos_token_id=end, eos_token_id=end, decoder_start_token_id=begin)
+    importlib.import_module("torch").manual_seed(0)
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder")
+             for name, n in dict(layers=1, attention_heads=2, ffn_dim=32).items()}
+    model = t.WhisperForConditionalGeneration(t.WhisperConfig(
+        vocab_size=len(tokenizer), d_model=32, max_target_positions=64, suppress_tokens=None,
+        begin_suppress_tokens=None, **sizes, **ids))
+    model.generation_config = t.GenerationConfig(
+        no_timestamps_token_id=none, is_multilingual=False, max_length=64, max_initial_timestamp_index=50,
+        return_timestamps=True, **ids)
+    for part in (model, tokenizer, t.WhisperFeatureExtractor()):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_transcribe_by_the_real_pipeline(tmp_path, whisper):
+    recognise = stage.speech_pipeline(SimpleNamespace(ASR=str(whisper)))
+    cues = stage.transcribe(make_video(tmp_path / "a.mp4", 5, spans=[(0, 3), (40, 43)]), recognise)
+    assert cues and cues == sorted(cues)
+    for start, end, text in cues:
+        assert text and (0 <= start < end <= 3.2 or 39.8 <= start < end <= 43.2)
+    assert {start < 20 for start, *_ in cues} == {True, False}
+
+
+def test_speech_pipeline_says_what_is_missing(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="ASR=.*nothing.*no Whisper model"):
+        stage.speech_pipeline(SimpleNamespace(ASR=str(tmp_path / "nothing")))
+    with pytest.raises(SystemExit, match="no Whisper model"):
+        stage.speech_pipeline(SimpleNamespace(ASR=str(ROOT / "tiny" / "base")))
+    monkeypatch.setattr("transformers.pipeline", lambda *_, **__: SimpleNamespace(type="ctc", model=0))
+    with pytest.raises(SystemExit, match="no Whisper model.*tells no times"):
+        stage.speech_pipeline(SimpleNamespace(ASR="other"))
