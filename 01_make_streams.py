@@ -31,12 +31,14 @@ In:  the source
 Out: streams/streams.jsonl, tasks.jsonl; "tiny": videos/*.mp4, captions.jsonl, truth.jsonl; else files.jsonl
 Takes 10 s for the embedded world; for videos 0.4 s per clip of 720p on one core, far less with --CHECK=0.
 """
-import bisect, importlib, importlib.util, math, pathlib, re, time, warnings
+import bisect, importlib, importlib.util, json, math, pathlib, re, time, warnings
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
-from common import clock, read_json, read_jsonl, settings, start, write_jsonl
-from loading import DECODE_SECONDS, VideoError, frame_times, probe_video, read_frames
+from common import clock, np, read_json, read_jsonl, settings, start, write_json, write_jsonl, written_aside
+from loading import fingerprint
+from video import (DECODE_SECONDS, VideoError, by_face, face_finder, find_faces, frame_times, probe_video,
+                   read_faces, read_frames, read_srt, speech_pipeline, tell_apart, transcribe)
 
 # ------------------------------------------------------------------------------------------------------------
 SOURCE = "tiny"          # "tiny" | "videos" | "videomme" | "egolife" | "egotempo"
@@ -56,11 +58,14 @@ SPLIT = "online"         # of a video that lies below no folder named train, dep
 SHORTEST = 2             # s; a shorter rest at the end of a video is left out, unless it is all there is
 CHECK = 3                # frames tried in each clip ("videos") or file, to skip bad ones now; 0: only opened
 WORKERS = 4              # videos checked at a time
+ASR = ""                 # a Whisper model or its folder, for videos without .srt; "": speech goes unread
+FACES = 0                # 1: faces are found and told apart where no NAME.faces.jsonl is (insightface)
+FACE_SCORE = 0.6         # of the detector, at least, for a face to count
+FACE_MATCH = 0.4         # cosine to the mean of a face's embeddings so far, at least, to be that face
 SAVE_EVERY = 100         # files checked; an interruption loses no more
 # ------------------------------------------------------------------------------------------------------------
 
 SPLITS = {"train": "02", "deploy": "03 to 05", "test": "06", "online": "03 to 06"}    # and who reads them
-CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 SUFFIXES = set(".mp4 .m4v .mov .mkv .webm .avi .ts .m2ts .mts .mpg .mpeg .flv .wmv .3gp .ogv".split())
 
 
@@ -224,22 +229,59 @@ def indexed(S, out, folder, found):
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         write_jsonl(index, rows.values())
-    streams = []
+    skipped = [(file.relative_to(folder), why) for file in spans for why in rows[file]["skipped"]]
+    streams, recognise = [], speech_pipeline(S) if S.ASR and not all(f.cues for f in found) else None
+    finder = face_finder(S.FACE_SCORE) if S.FACES else None
     for f in found:
-        clips = []
+        clips, used = [], []
         for file, begin, end, first in f.parts:
-            shift = 0 if first is None else first - (begin or 0)
-            for clip in rows[file]["clips"][spans[file].index([begin, end])]:
-                # Numbered without gaps, as the rest of the project finds clip n at place n.
+            shift, good = 0 if first is None else first - (begin or 0), rows[file]["clips"][
+                spans[file].index([begin, end])]
+            for clip in good:   # numbered without gaps, as the rest of the project finds clip n at place n
                 times = {x: round(clip[x] + shift, 3) for x in ("start", "end")}
                 clips.append(clip | {"clip": len(clips)} | times)
-        starts, longest = [cue[0] for cue in f.cues], max((b - a for a, b, _ in f.cues), default=0)
-        for clip in clips:              # speech is not kept in files.jsonl: it may come later than its video
+            used += [(file, good[0]["start"], good[-1]["end"], shift)] if good else []
+        # Not kept in files.jsonl, as a video's speech and faces may come later than the video.
+        cues, boxes = speech_and_faces(S, out, f, used, recognise, finder, skipped)
+        starts, longest = [cue[0] for cue in cues], max((b - a for a, b, _ in cues), default=0)
+        seconds = [box[0] for box in boxes]
+        for clip in clips:
             near = bisect.bisect(starts, clip["start"] - longest), bisect.bisect_left(starts, clip["end"])
-            clip["speech"] = [cue for cue in f.cues[slice(*near)] if cue[1] > clip["start"]]
+            clip["speech"] = [cue for cue in cues[slice(*near)] if cue[1] > clip["start"]]
+            near = bisect.bisect_left(seconds, clip["start"] - 0.5), bisect.bisect(seconds, clip["end"] + 0.5)
+            clip |= {"faces": boxes[slice(*near)]} if boxes else {}
         if clips:
             streams.append({"stream": f.stream, "split": f.split, "source": S.SOURCE, "clips": clips})
-    return streams, [(file.relative_to(folder), why) for file in spans for why in rows[file]["skipped"]]
+    return streams, skipped
+
+
+def speech_and_faces(S, out, f, used, recognise, finder, skipped):
+    """(cues, boxes) of a stream, on its clock: what lies beside its files, or else what ASR and FACES find,
+    kept in `out` by file. used: [(file, begin, end, shift)], s of the file, and to add for the stream's."""
+    from tqdm import tqdm
+    kept = lambda file, *span: f"{fingerprint(str(file), file.stat().st_mtime_ns, *span)[:16]}"
+    cues, boxes, names, seen = list(f.cues), [], {}, []
+    for file, begin, end, shift in tqdm(used, f.stream, disable=not (recognise or finder), leave=False):
+        if recognise and not f.cues:
+            path = out / "speech" / f"{kept(file)}.json"
+            try:
+                if not path.exists():
+                    write_json(path, transcribe(file, recognise))
+                cues += [[a + shift, b + shift, text] for a, b, text in read_json(path)]
+            except VideoError as error:
+                skipped.append((file.name, error.reason))
+        mine, called = read_faces(file.with_suffix(".faces.jsonl"))
+        boxes += [[at + shift, *box] for at, *box in mine if begin - 0.5 <= at <= end + 0.5]
+        names |= called
+        if finder and not boxes:
+            path = out / "faces" / f"{kept(file, begin, end)}.npy"
+            if not path.exists():
+                with written_aside(path) as aside, open(aside, "wb") as opened:
+                    np.save(opened, find_faces(finder, file, begin, end))
+            seen.append(np.load(path).astype(float) + np.eye(1, 517) * shift)       # the first column: s
+    if seen and not boxes:
+        boxes = tell_apart(np.concatenate(seen), S.FACE_MATCH)
+    return sorted([a, b, by_face(text, names)] for a, b, text in cues), sorted(boxes)
 
 
 def check_video(file, spans, S):
@@ -309,33 +351,6 @@ def cut_clips(file, first, end, S):
 
 # ---- speech and tasks --------------------------------------------------------------------------------------
 
-def read_srt(path):
-    """[[start, end, text]] of an .srt file, by start, in s; [] where there is none. Overlaps stay.
-
-    Lines of a cue are joined; of a bilingual one, those in Chinese, Japanese or Korean go. Markup goes too
-    (<font ...>, {\\an8}), but face IDs such as <face_3> stay. A block without times is skipped: such files
-    are mended by hand, and one bad cue must not cost the others.
-    """
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
-    stamp = r"(\d+):(\d\d?):(\d\d?)(?:[,.](\d{1,3}))?"
-    times = re.compile(rf"^[ \t]*{stamp}[ \t]*-->[ \t]*{stamp}.*$", re.MULTILINE)
-    seconds = lambda h, m, s, ms: round(int(h) * 3600 + int(m) * 60 + int(s) + float(f"0.{ms or 0}"), 3)
-    cues, found = [], list(times.finditer(text))
-    for hit, after in zip(found, found[1:] + [None]):
-        body = text[hit.end():after.start() if after else len(text)]
-        body = re.split(r"\n[ \t]*\n", body)[0]         # a blank line ends a cue; where there is none, ...
-        body = re.sub(r"\n[ \t]*\d+[ \t]*\n\Z", "", body) if after else body  # ... the next number goes
-        body = re.sub(r"</?(?!face_)[a-zA-Z][^<>]*>|\{\\[^}]*\}", "", body)
-        lines = [line for line in body.splitlines() if line.strip()]
-        words = " ".join(" ".join([line for line in lines if not CJK.search(line)] or lines).split())
-        begin, end = seconds(*hit.groups()[:4]), seconds(*hit.groups()[4:])
-        if words and end > begin:
-            cues.append([begin, end, words])
-    return sorted(cues)
-
-
 def as_tasks(S, rows, streams):
     """(rows of tasks.jsonl, what was left out as (name, reason)). SystemExit on a row that is no task."""
     ends, tasks, lost = {s["stream"]: s["clips"][-1]["end"] for s in streams}, [], Counter()
@@ -362,12 +377,13 @@ def as_tasks(S, rows, streams):
 
 def summary(streams, tasks, skipped):
     """Prints what was made, what was not and why, and which stages can use it."""
-    print(f"\n{'split':8}{'streams':>9}{'clips':>8}{'hours':>8}{'cues':>8}   read by")
+    print(f"\n{'split':8}{'streams':>9}{'clips':>8}{'hours':>8}{'cues':>8}{'faces':>8}   read by")
     for split, stages in SPLITS.items():
         mine = [s["clips"] for s in streams if s["split"] == split]
         clips = [clip for row in mine for clip in row]
         hours, cues = sum(c["end"] - c["start"] for c in clips) / 3600, sum(len(c["speech"]) for c in clips)
-        print(f"{split:8}{len(mine):9}{len(clips):8}{hours:8.2f}{cues:8}   {stages}")
+        faces = len({(s, box[1]) for s, row in enumerate(mine) for c in row for box in c.get("faces", ())})
+        print(f"{split:8}{len(mine):9}{len(clips):8}{hours:8.2f}{cues:8}{faces:8}   {stages}")
     kinds = sorted(Counter(t["environment"] for t in tasks).items())
     print("tasks: " + (", ".join(f"{kind} {n}" for kind, n in kinds) or "none, so only memories can be made"))
     print(f"skipped: {len(skipped)}")

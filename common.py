@@ -8,8 +8,9 @@ import contextlib, csv, difflib, importlib, json, math, re, signal, sys, time
 from collections import namedtuple
 from types import SimpleNamespace
 
-from loading import (FILES, RANK, ROOT, WORLD, add_gradients, clip_frames, flash, gather, load_model, once,
-                     read_json, read_jsonl, write_json, write_jsonl, write_text, written_aside)
+from loading import (FILES, RANK, ROOT, WORLD, add_gradients, flash, gather, load_model, once, read_json,
+                     read_jsonl, write_json, write_jsonl, write_text, written_aside)
+from video import clip_frames
 
 try:                                   # --help must work before anything is installed
     import numpy as np
@@ -116,8 +117,7 @@ def load_streams(S, split):
 def clock(seconds):                             # stream time as HH:MM:SS, from the second day on with its day
     s = int(seconds)
     return f"day {s // 86400 + 1}, " * (s >= 86400) + f"{s // 3600 % 24:02}:{s // 60 % 60:02}:{s % 60:02}"
-def slug(name):                                                     # an environment's name as a folder's
-    return re.sub(r"[^\w+.-]+", "_", name)
+slug = lambda name: re.sub(r"[^\w+.-]+", "_", name)                   # an environment's name as a folder's
 # ================================================================ memory format
 class Context(namedtuple("Context", "stream clips history questions")):
     """The last k clips (rows of streams.jsonl), memories of all but the newest, and questions."""

@@ -22,7 +22,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from common import ROOT, Context, clock, logprobs, need, np, read_json, read_jsonl, rollout, torch, write_json
-from loading import clip_frames
+from video import clip_frames
 
 FRAMES = 8               # of the newest clip, that an endpoint sees; "local" sees FRAMES_PER_CLIP
 TRIES = 3                # a reply that can't be parsed is asked again, then its verdict is None

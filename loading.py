@@ -1,5 +1,4 @@
-"""Between disk, cards and the stages: 4-bit weights that are 4-bit, what fits the card, several ranks, files,
-video.
+"""Between disk, cards and the stages: 4-bit weights that are 4-bit, what fits the card, several ranks, files.
 
 The trick of the 4-bit experts. Qwen3-VL-30B-A3B keeps 93 % of its weights in two 3-D tensors a layer,
 (E, out, in), one slice per expert. Plain 4-bit loading replaces `nn.Linear` alone and leaves them in bf16: 56
@@ -9,16 +8,15 @@ sorts (token, expert) pairs by expert, unpacks the experts hit, multiplies, and 
 the backward pass unpacks them again. Router, norms, embeddings and head stay as they are. The arithmetic is
 the library's (`dequantize_4bit`, `grouped_mm`): outputs and LoRA gradients are bit-equal to unpacking all.
 """
-import contextlib, datetime, functools, hashlib, json, logging, os, pathlib, re, sys, threading, warnings
+import contextlib, datetime, functools, hashlib, json, logging, os, pathlib, re, sys
 
 RANK, WORLD = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))       # set by torchrun
 if RANK:                         # rank 0 alone speaks; set before torch imports tqdm
     sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
 try:
-    import numpy as np
     import torch
 except ImportError:              # the scripts' --help works before anything is installed
-    np = torch = None
+    torch = None
 
 ROOT = pathlib.Path(__file__).resolve().parent
 FILES = {"lora": "adapter_model.safetensors", "steer": "steer.safetensors", "all": "weights.safetensors"}
@@ -121,127 +119,6 @@ def add_gradients(params):
         torch.distributed.all_reduce(flat)
         for p, g, x in zip(params, grads, flat.split([g.numel() for g in grads])):
             p.grad = x.view_as(g)
-
-
-# ---------------------------------------------------------------- video: decord, each call under a time limit
-DECODE_SECONDS = 60     # s that one call may take: decord 0.6.0 hangs for ever on some files
-_videos = {}            # the 8 last used open files, since opening one scans all of it
-
-
-class VideoError(ValueError):
-    """A video that cannot be read; the text holds the file, the reason and the cure."""
-    def __init__(self, file, reason):
-        self.reason = f"{reason}. Leave it out, fetch it again, or re-encode it to H.264 in mp4"
-        super().__init__(f"{file}: {self.reason}")
-
-
-def _open_video(file, size):
-    """-> [decord reader, times (n,) of the frames, end, key frames]; times in s on the file's own clock."""
-    import decord
-    decord.logging.set_level(decord.logging.QUIET)
-    with open(file, "rb") as f:
-        head = f.read(189)
-    # One thread: with more, damage costs more good frames, and short reads gain little.
-    reader = decord.VideoReader(file, num_threads=1, **dict(zip(("height", "width"), size or ())))
-    stamps = reader.get_frame_timestamp(range(len(reader)))     # (n, 2) start, end
-    if len(stamps) == 1:        # a picture, whose time may be missing
-        stamps = np.array([[0, 0.04]])
-    if head[:1] == head[188:] == b"G" or abs(stamps[0, 0]) > 1e6:   # seen: a key frame late; wrong by a seek
-        raise VideoError(file, "is MPEG-TS or lacks time stamps (H.264 in AVI): decord gives wrong frames")
-    keys = np.array(reader.get_key_indices())
-    if stamps[0, 0] < -1e-3:    # Cut without re-encoding: the frames before 0 are counted, never delivered.
-        stamps, keys = stamps[stamps[:, 0] >= -1e-3], keys[:0]   # Index i is the i-th from 0 on (as in PyAV).
-    return [reader, stamps[:, 0], float(stamps[-1, 1]), keys]
-
-
-def _in_time(file, size, work):
-    """work(video) in a thread with a time limit, as signals end no hang (which leaves a sleeping thread)."""
-    file = os.fspath(file)
-    if not os.path.isfile(file) or not os.path.getsize(file):
-        raise VideoError(file, "is empty" if os.path.isfile(file) else "is not a file")
-    key = (file, size, os.stat(file).st_mtime_ns, os.getpid())  # pid: decord's threads do not survive a fork
-    kept, done = _videos.pop(key, None), []                     # popped: a reader serves one thread at a time
-
-    def body():
-        try:
-            video = kept or _open_video(file, size)
-            done.extend((work(video), video))
-        except Exception as error:      # decord's own DECORDError is a bare Exception
-            reason = f"not decodable, or no video, or AV1 ({' '.join(str(error).split())[-90:]})"
-            done.append(error if isinstance(error, VideoError) else VideoError(file, reason))
-    thread = threading.Thread(target=body, daemon=True)
-    thread.start()
-    thread.join(DECODE_SECONDS)
-    if len(done) < 2:
-        raise done[0] if done else VideoError(file, f"did not decode in DECODE_SECONDS = {DECODE_SECONDS}")
-    _videos[key] = done[1]
-    for old in list(_videos)[:-8]:
-        _videos.pop(old, None)
-    return done[0]
-
-
-def read_frames(file, times, size=None):
-    """The frames nearest to times (s on the file's own clock, which begins at probe_video's start) by their
-    real time stamps -> uint8 (n, H, W, 3), resized to size = (H, W) if given. Where the file is damaged the
-    nearest other wanted frame stands in, with a warning. VideoError: under half decode, or a time is > 1 s
-    outside the video."""
-    times = np.asarray(times, dtype=float)
-    span = f"from {times.min():.1f} to {times.max():.1f} s"
-
-    def work(video):
-        _, stamps, end, keys = video
-        if times.min() < stamps[0] - 1 or times.max() > end + 1:
-            raise VideoError(file, f"has no frames {span}, only from {stamps[0]:.1f} to {end:.1f} s")
-        wanted, back = np.unique(np.abs(stamps - times[:, None]).argmin(1), return_inverse=True)
-        # A seek to the key frame of an open group, as HEVC has them, drops the frames that lead up to it, and
-        # decord miscounts: what follows a key frame at once is read on from the group before.
-        group, lead = np.searchsorted(keys, wanted, "right") - 1, [wanted]
-        for i, n in zip(wanted, group):
-            if n > 0 and i - keys[n] < 8 < keys[n] - keys[n - 1]:
-                lead.append(np.arange(keys[n] - 1, i))
-        read = np.unique(np.concatenate(lead))
-        try:
-            return video[0].get_batch(read).asnumpy()[np.searchsorted(read, wanted)][back]
-        except Exception:       # one by one, and after a failure on a fresh reader: only the bad ones go
-            good, video[0] = {}, _open_video(file, size)[0]
-        for i in wanted.tolist():
-            try:
-                good[i] = video[0][i].asnumpy()     # (H, W, 3)
-            except Exception:
-                video[0] = _open_video(file, size)[0]
-        lost = f"is damaged: {len(wanted) - len(good)} of {len(wanted)} frames {span} are lost"
-        if 2 * len(good) < len(wanted):
-            raise VideoError(file, lost)
-        warnings.warn(f"{file} {lost}")
-        return np.stack([good[min(good, key=lambda j: abs(j - i))] for i in wanted])[back]
-    return _in_time(file, size, work)
-
-
-def frame_times(clip, n):
-    """Seconds in the clip's file of its frames; a shorter last clip gets fewer, two at least."""
-    length = clip["end"] - clip["start"]
-    n = max(2, round(n * min(1, length / 10)))
-    return [clip["offset"] + (i + 0.5) * length / n for i in range(n)]
-
-
-def clip_frames(clip, n):
-    """Frames (n, H, W, 3) uint8 of a clip, and their seconds in it. Grey frames, said so, where it can't be
-    read: the check tried some frames of every clip, and this one is broken elsewhere."""
-    at = frame_times(clip, n)
-    try:
-        frames = read_frames(clip["file"], at)
-    except VideoError as error:
-        print(f"*** {error}. Clip {clip['clip']} is watched as grey frames ***")
-        frames = np.full((len(at), 64, 64, 3), 127, np.uint8)
-    return frames, [t - clip["offset"] for t in at]
-
-
-def probe_video(file):
-    """-> {duration, start: s, frames, width, height}; decodes the first frame. Raises VideoError."""
-    def work(video):
-        (height, width), start = video[0][0].shape[:2], float(video[1][0])
-        return dict(duration=video[2] - start, start=start, frames=len(video[1]), width=width, height=height)
-    return _in_time(file, None, work)
 
 
 # ---------------------------------------------------------------- packed experts

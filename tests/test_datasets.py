@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from test_streams import SHARED, common, loading, make_video, numbers, run, stage
+from test_streams import SHARED, common, make_video, media, numbers, run, stage
 
 real_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="no ../shared/data, real annotations")
 
@@ -188,7 +188,7 @@ def test_egotempo(tmp_path, egotempo, capsys):
     assert where("11aa-22_-0.35_5.5") == [(0.0, 5.5, 0.0)]                      # a negative start: 0
     assert where("33bb-44_100.25_112.5") == [(0.0, 10.0, 0.0), (10.0, 12.2, 10.0)]
     clip = streams["11aa-22_4.0_17.0"]["clips"][1]
-    assert numbers(loading.read_frames(clip["file"], [clip["offset"] + 0.5])) == [145]
+    assert numbers(media.read_frames(clip["file"], [clip["offset"] + 0.5])) == [145]
     assert tasks[0] == {"task": "11aa-22_4.0_17.0_0", "stream": "11aa-22_4.0_17.0", "time": 13.0,
                         "environment": "counting objects", "question": "How many?", "options": [],
                         "answer": "Two."}
@@ -219,12 +219,12 @@ def test_annotations_of_another_form_are_named(tmp_path, egotempo, egolife):
 
 
 def test_a_damaged_file_of_a_data_set_gives_its_good_clips(tmp_path, egolife, capsys, monkeypatch):
-    tried, read = [], loading.read_frames
+    tried, read = [], media.read_frames
 
     def hole(file, times, size=None):
         tried.append(file.name)
         if "DAY2" in file.name and any(10 <= t < 20 for t in times):
-            raise loading.VideoError(file, "is damaged")
+            raise media.VideoError(file, "is damaged")
         return read(file, times, size)
     monkeypatch.setattr(stage, "read_frames", hole)
     streams, _ = run(tmp_path, "--SOURCE=egolife", f"--DATA={egolife}")
@@ -249,7 +249,7 @@ def test_real_egolife(tmp_path):
     assert len(tasks) == 42 and tasks == sorted(tasks, key=lambda t: t["time"])
     assert tasks[0]["time"] == 11 * 3600 + 21 * 60 + 2.85 and tasks[-1]["time"] > 6 * 86400
     heard = {text for clip in streams["A1_JAKE"]["clips"] for _, _, text in clip["speech"]}
-    assert "Jake: Okay, then we need a stopwatch." in heard and not any(stage.CJK.search(x) for x in heard)
+    assert "Jake: Okay, then we need a stopwatch." in heard and not any(media.CJK.search(x) for x in heard)
 
 
 @real_data

@@ -19,7 +19,7 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("decord")
 
 import common                                                               # noqa: E402
-import loading                                                              # noqa: E402
+import video as media                                                       # noqa: E402
 from tiny import world                                                      # noqa: E402
 
 stage = importlib.import_module("01_make_streams")
@@ -74,7 +74,7 @@ def make_sound(path):
 
 
 def quickly(monkeypatch, seconds=10):
-    monkeypatch.setattr(loading, "DECODE_SECONDS", seconds)
+    monkeypatch.setattr(media, "DECODE_SECONDS", seconds)
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------
@@ -82,23 +82,23 @@ def quickly(monkeypatch, seconds=10):
 @pytest.mark.parametrize("name", ["plain.mp4", "-dash first.mp4", "two words é.mkv"])
 def test_frames_are_those_of_the_wanted_times(tmp_path, name):
     video = make_video(tmp_path / name)
-    frames = loading.read_frames(video, [0.0, 5.9, 2.52, 2.48, 2.5])         # any order, twice the same
+    frames = media.read_frames(video, [0.0, 5.9, 2.52, 2.48, 2.5])         # any order, twice the same
     assert frames.dtype == np.uint8 and frames.shape == (5, 96, 96, 3)
     assert numbers(frames) == [0, 59, 25, 25, 25]
-    assert loading.read_frames(str(video), [1.0], size=(32, 64)).shape == (1, 32, 64, 3)
-    seen = loading.probe_video(video)
+    assert media.read_frames(str(video), [1.0], size=(32, 64)).shape == (1, 32, 64, 3)
+    seen = media.probe_video(video)
     assert (seen["frames"], seen["width"], seen["height"], seen["start"]) == (60, 96, 96, 0.0)
     assert seen["duration"] == pytest.approx(6, abs=0.05)
-    with pytest.raises(loading.VideoError, match="100.0"):                    # never silently the last frame
-        loading.read_frames(video, [100.0])
+    with pytest.raises(media.VideoError, match="100.0"):                    # never silently the last frame
+        media.read_frames(video, [100.0])
 
 
 def test_a_changed_file_is_opened_anew(tmp_path):
     video = make_video(tmp_path / "a.mp4", frames=20)
-    assert numbers(loading.read_frames(video, [1.9])) == [19]
+    assert numbers(media.read_frames(video, [1.9])) == [19]
     make_video(video, frames=40)
     os.utime(video, ns=(1, 1))
-    assert numbers(loading.read_frames(video, [3.9])) == [39]
+    assert numbers(media.read_frames(video, [3.9])) == [39]
 
 
 def test_variable_frame_rate(tmp_path):
@@ -106,7 +106,7 @@ def test_variable_frame_rate(tmp_path):
     video = make_video(tmp_path / "vfr.mkv", times=times)
     wanted = np.arange(0.013, times[-1], 0.31)
     nearest = [int(np.abs(np.array(times) - t).argmin()) for t in wanted]
-    assert numbers(loading.read_frames(video, wanted)) == nearest
+    assert numbers(media.read_frames(video, wanted)) == nearest
     by_rate = [min(59, round(t * 60 / times[-1])) for t in wanted]
     assert max(abs(a - b) for a, b in zip(by_rate, nearest)) > 3    # index by rate would be wrong here
 
@@ -117,8 +117,8 @@ def test_cut_without_encoding(tmp_path, monkeypatch, at):
     cut = cut_without_encoding(make_video(tmp_path / "whole.mp4"), tmp_path / "cut.mp4", at)
     with av.open(str(cut)) as box:              # PyAV decodes one after the other: the plain reference
         shown = [(f.time, numbers([f.to_ndarray(format="rgb24")])[0]) for f in box.decode(video=0)]
-    assert loading.probe_video(cut)["frames"] == len(shown) < 60
-    frames = loading.read_frames(cut, [t for t, _ in reversed(shown)])
+    assert media.probe_video(cut)["frames"] == len(shown) < 60
+    frames = media.read_frames(cut, [t for t, _ in reversed(shown)])
     assert numbers(frames) == [n for _, n in reversed(shown)]
 
 
@@ -127,15 +127,15 @@ def test_cut_without_encoding(tmp_path, monkeypatch, at):
 def test_every_frame_of_every_codec_is_the_right_one(tmp_path, codec, name):
     """HEVC's groups are open: after a seek to a key frame decord, left alone, is wrong by up to 8 frames."""
     video, rng = make_video(tmp_path / name, frames=120, codec=codec), np.random.default_rng(0)
-    assert [numbers(loading.read_frames(video, [i / 10]))[0] for i in range(120)] == list(range(120))
+    assert [numbers(media.read_frames(video, [i / 10]))[0] for i in range(120)] == list(range(120))
     for wanted in rng.integers(0, 120, (20, 4)):
-        loading._videos.clear()                                             # as by a fresh reader
-        assert numbers(loading.read_frames(video, wanted / 10)) == wanted.tolist()
+        media._videos.clear()                                             # as by a fresh reader
+        assert numbers(media.read_frames(video, wanted / 10)) == wanted.tolist()
 
 
 def test_av1_is_named(tmp_path):
-    with pytest.raises(loading.VideoError, match="a.mp4: not decodable, or no video, or AV1"):
-        loading.probe_video(make_video(tmp_path / "a.mp4", frames=5, codec="libsvtav1"))
+    with pytest.raises(media.VideoError, match="a.mp4: not decodable, or no video, or AV1"):
+        media.probe_video(make_video(tmp_path / "a.mp4", frames=5, codec="libsvtav1"))
 
 
 def test_odd_sizes_and_a_tenth_of_a_second(tmp_path):
@@ -146,7 +146,7 @@ def test_odd_sizes_and_a_tenth_of_a_second(tmp_path):
         frame.pts, frame.time_base = 0, Fraction(1, 10)
         box.mux(stream.encode(frame))
         box.mux(stream.encode())
-    frames = loading.read_frames(tmp_path / "odd.mkv", [0.0, 0.05])
+    frames = media.read_frames(tmp_path / "odd.mkv", [0.0, 0.05])
     assert frames.shape == (2, 51, 99, 3) and abs(frames.astype(int) - 200).max() < 12
 
 
@@ -154,8 +154,8 @@ def test_odd_sizes_and_a_tenth_of_a_second(tmp_path):
 def test_containers_that_decord_seeks_wrongly_give_right_frames_or_an_error(tmp_path, name):
     video, times = make_video(tmp_path / name), [4.0, 0.5, 2.2]
     try:
-        assert numbers(loading.read_frames(video, times)) == [40, 5, 22]
-    except loading.VideoError as error:
+        assert numbers(media.read_frames(video, times)) == [40, 5, 22]
+    except media.VideoError as error:
         assert name in str(error)
 
 
@@ -164,11 +164,11 @@ def test_truncated_file_gives_its_good_frames(tmp_path, monkeypatch):
     whole = make_video(tmp_path / "whole.mkv", frames=200).read_bytes()
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(whole[:len(whole) * 6 // 10])
-    last = loading.probe_video(cut)["frames"] - 3
+    last = media.probe_video(cut)["frames"] - 3
     assert 60 < last < 180
-    assert numbers(loading.read_frames(cut, [1.0, last / 10 - 1])) == [10, last - 10]
-    with pytest.raises(loading.VideoError, match="cut.mkv"):
-        loading.read_frames(cut, [19.0, 19.5])
+    assert numbers(media.read_frames(cut, [1.0, last / 10 - 1])) == [10, last - 10]
+    with pytest.raises(media.VideoError, match="cut.mkv"):
+        media.read_frames(cut, [19.0, 19.5])
 
 
 def test_no_video_at_all(tmp_path, monkeypatch):
@@ -180,8 +180,8 @@ def test_no_video_at_all(tmp_path, monkeypatch):
     head = make_video(tmp_path / "whole.mp4").read_bytes()
     (tmp_path / "no_moov.mp4").write_bytes(head[:len(head) // 2])            # its index stood at the end
     for name in ("empty", "page", "folder", "sound", "no_moov", "missing"):
-        for read in (loading.probe_video, lambda file: loading.read_frames(file, [0])):
-            with pytest.raises(loading.VideoError, match=f"{name}.mp4: "):
+        for read in (media.probe_video, lambda file: media.read_frames(file, [0])):
+            with pytest.raises(media.VideoError, match=f"{name}.mp4: "):
                 read(tmp_path / f"{name}.mp4")
 
 
@@ -191,8 +191,8 @@ def test_a_hang_ends_within_the_limit(tmp_path, monkeypatch):
     quickly(monkeypatch, 0.3)
     monkeypatch.setattr(decord, "VideoReader", lambda *_, **__: threading.Event().wait(20))
     began = time.monotonic()
-    with pytest.raises(loading.VideoError, match="hang.mp4.*DECODE_SECONDS"):
-        loading.read_frames(video, [0])
+    with pytest.raises(media.VideoError, match="hang.mp4.*DECODE_SECONDS"):
+        media.read_frames(video, [0])
     assert time.monotonic() - began < 3
 
 
@@ -202,12 +202,12 @@ def test_real_videos(monkeypatch):
     bad = {"audio_only.mp4", "html_error_page.mp4", "zero_byte.mp4"}
     for video in sorted((SHARED / "videos").glob("*.m*")):
         if video.name in bad:
-            with pytest.raises(loading.VideoError, match=video.name):
-                loading.probe_video(video)
+            with pytest.raises(media.VideoError, match=video.name):
+                media.probe_video(video)
             continue
-        seen = loading.probe_video(video)
+        seen = media.probe_video(video)
         times = seen["start"] + np.linspace(0.013, max(0.013, seen["duration"] - 0.3), 7)
-        frames = loading.read_frames(video, times)
+        frames = media.read_frames(video, times)
         assert frames.shape == (7, seen["height"], seen["width"], 3) and frames.std() > 5
         if video.name in ("vfr.mp4", "hang_cut_copy_ss_before_i.mp4"):
             with av.open(str(video)) as box:
@@ -227,17 +227,17 @@ def test_srt(tmp_path):
                      "4\r\n01:00:00.250 --> 01:00:01\r\n<face_3>: 你好\r\n<face_3>: hello 42\r\n\r\n"
                      "5\r\n00:00:09,000 --> 00:00:08,000\r\nbackwards\r\n\r\n"
                      "6\r\n00:00:10,000 --> 00:00:11,000\r\n\r\n".encode())
-    cues = stage.read_srt(path)
+    cues = media.read_srt(path)
     assert cues == [
         [1.5, 4.0, "two lines"], [3.0, 5.0, "overlapping"], [3600.25, 3601.0, "<face_3>: hello 42"]]
-    assert stage.read_srt(tmp_path / "none.srt") == []
+    assert media.read_srt(tmp_path / "none.srt") == []
     path.write_text("00:00:01,000 --> 00:00:02,000\n只有中文\n一二三\n", encoding="utf-8")
-    assert stage.read_srt(path) == [[1.0, 2.0, "只有中文 一二三"]]          # all there is
+    assert media.read_srt(path) == [[1.0, 2.0, "只有中文 一二三"]]          # all there is
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data, a real transcript, is not here")
 def test_real_transcript():
-    cues = stage.read_srt(SHARED / "data" / "A1_JAKE_DAY1_11000000.srt")
+    cues = media.read_srt(SHARED / "data" / "A1_JAKE_DAY1_11000000.srt")
     assert cues[0] == [587.1, 590.766, "Jake: Okay, then we need a stopwatch."]
     assert len(cues) == 80 and all(end > begin and "-->" not in text for begin, end, text in cues)
 
@@ -301,11 +301,11 @@ def test_videos_again_looks_only_at_what_is_new(tmp_path, folder, monkeypatch):
 
 
 def test_a_clip_that_does_not_decode_is_left_out_by_name(tmp_path, monkeypatch, capsys):
-    video, read = make_video(tmp_path / "hole.mp4", frames=230), loading.read_frames
+    video, read = make_video(tmp_path / "hole.mp4", frames=230), media.read_frames
 
     def hole(file, times, size=None):
         if 10 <= times[0] < 20:
-            raise loading.VideoError(file, "is damaged")
+            raise media.VideoError(file, "is damaged")
         return read(file, times, size)
     monkeypatch.setattr(stage, "read_frames", hole)
     streams, _ = run(tmp_path, "--SOURCE=videos", f"--DATA={video}")
@@ -384,7 +384,7 @@ def test_tiny(tmp_path):
         for clip in stream["clips"]:
             t = clip["clip"]
             drawn = world.draw_frames(facts[name, t])
-            seen = loading.read_frames(out / clip["file"], loading.frame_times(clip, 4))
+            seen = media.read_frames(out / clip["file"], media.frame_times(clip, 4))
             nearest = [np.abs(drawn.astype(int) - f).mean((1, 2, 3)).min() for f in seen]
             assert max(nearest) < 8                         # the pixels of this very clip, but for the codec
             history = [captions[name, t - 1]] if t else []

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import common
 import loading
+import video
 from tiny import world
 
 stage2 = importlib.import_module("02_phase1_train")
@@ -159,7 +160,7 @@ def decoded_stream(index):
         path = f"{folder}/{index}.mp4"
         world.write_video(path, np.concatenate([world.draw_frames(clip) for clip in truth]))
         length = world.CLIP_SECONDS
-        times = [loading.frame_times({"start": 0, "end": length, "offset": c * length}, 4)
+        times = [video.frame_times({"start": 0, "end": length, "offset": c * length}, 4)
                  for c in range(len(truth))]
         at = [int(t * world.FPS) for clip in times for t in clip]
         frames = decord.VideoReader(path, num_threads=1).get_batch(at).asnumpy()
