@@ -197,17 +197,13 @@ SOURCES = {source.__name__: source for source in (videos, videomme, egolife, ego
 
 # ---- files to clips ----------------------------------------------------------------------------------------
 
-def indexed(S, out, folder, found):
-    """(streams, skipped [(name, reason)]) of what a source has found.
-
-    files.jsonl keeps what was found in each file; a later run looks only at files that are new or changed.
-    """
+def check_files(S, out, spans):
+    """{file: row of `check_video`}; spans: {file: [[begin, end] ..]}. files.jsonl keeps the rows; a later run
+    looks only at files that are new or changed."""
     from tqdm import tqdm
     if importlib.util.find_spec("decord") is None:
         raise SystemExit("decord is missing: ./run.sh setup (or pip install -r requirements.txt)")
-    spans, index = {}, out / "files.jsonl"
-    for file, begin, end, _ in (part for f in found for part in f.parts):
-        spans.setdefault(file, []).append([begin, end])
+    index = out / "files.jsonl"
     known, rows, new = {row["file"]: row for row in read_jsonl(index)} if index.exists() else {}, {}, []
     for file in spans:
         row, stat = known.get(str(file)), file.stat()
@@ -229,6 +225,15 @@ def indexed(S, out, folder, found):
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         write_jsonl(index, rows.values())
+    return rows
+
+
+def indexed(S, out, folder, found):
+    """(streams, skipped [(name, reason)]) of what a source has found."""
+    spans = {}
+    for file, begin, end, _ in (part for f in found for part in f.parts):
+        spans.setdefault(file, []).append([begin, end])
+    rows = check_files(S, out, spans)
     skipped = [(file.relative_to(folder), why) for file in spans for why in rows[file]["skipped"]]
     streams, recognise = [], speech_pipeline(S) if S.ASR and not all(f.cues for f in found) else None
     finder = face_finder(S.FACE_SCORE) if S.FACES else None
@@ -259,11 +264,11 @@ def speech_and_faces(S, out, f, used, recognise, finder, skipped):
     """(cues, boxes) of a stream, on its clock: what lies beside its files, or else what ASR and FACES find,
     kept in `out` by file. used: [(file, begin, end, shift)], s of the file, and to add for the stream's."""
     from tqdm import tqdm
-    kept = lambda file, *span: f"{fingerprint(str(file), file.stat().st_mtime_ns, *span)[:16]}"
+    key = lambda file, *span: fingerprint(str(file), file.stat().st_mtime_ns, *span)[:16]
     cues, boxes, names, seen = list(f.cues), [], {}, []
     for file, begin, end, shift in tqdm(used, f.stream, disable=not (recognise or finder), leave=False):
         if recognise and not f.cues:
-            path = out / "speech" / f"{kept(file)}.json"
+            path = out / "speech" / f"{key(file)}.json"
             try:
                 if not path.exists():
                     write_json(path, transcribe(file, recognise))
@@ -274,7 +279,7 @@ def speech_and_faces(S, out, f, used, recognise, finder, skipped):
         boxes += [[at + shift, *box] for at, *box in mine if begin - 0.5 <= at <= end + 0.5]
         names |= called
         if finder and not boxes:
-            path = out / "faces" / f"{kept(file, begin, end)}.npy"
+            path = out / "faces" / f"{key(file, begin, end)}.npy"
             if not path.exists():
                 with written_aside(path) as aside, open(aside, "wb") as opened:
                     np.save(opened, find_faces(finder, file, begin, end))
