@@ -89,6 +89,7 @@ def test_the_model_judges_itself(policy, contexts):
 def server(monkeypatch, tmp_path):
     """An endpoint on loopback that answers, fails, waits and talks nonsense, as `plan` says; `seen`: requests."""
     pytest.importorskip("openai")
+    monkeypatch.setattr(judges.atexit, "register", lambda report: None)     # the tests' end is no run's end
     seen, plan = [], []
 
     class Handler(BaseHTTPRequestHandler):
