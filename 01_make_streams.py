@@ -276,7 +276,7 @@ def speech_and_faces(S, out, f, used, recognise, finder, skipped):
             except VideoError as error:
                 skipped.append((file.name, error.reason))
         mine, called = read_faces(file.with_suffix(".faces.jsonl"))
-        boxes += [[at + shift, *box] for at, *box in mine if begin - 0.5 <= at <= end + 0.5]
+        boxes += [[at + shift, *box] for at, *box in mine]
         names |= called
         if finder and not boxes:
             path = out / "faces" / f"{key(file, begin, end)}.npy"

@@ -109,9 +109,14 @@ def test_each_question_is_asked_once_and_counted(long):
     assert answers("dpo-steer.place") == {"life-place-2", "life-place-3", "life-place-4"}     # TRANSFER=0
     assert len(answers("base")) == 10 and len(answers("phase1")) == 6
     assert R["gains"]["dpo-steer"]["mismatched"] is None
-    accuracy, = [r["accuracy"] for r in R["rows"] if (r["method"], r["environment"], r["scope"]) == (
-        "base", "all", "all")]
-    assert accuracy["low"] is not None              # of one stream: the questions are what is resampled
+    of = {(r["method"], r["environment"], r["scope"]): r["accuracy"] for r in R["rows"]}
+    assert of["base", "all", "all"]["low"] is not None      # of one stream: the questions are what is resampled
+    # Phase One's first answers are those of 03, the base's its own
+    first = [t for asked in common.read_json(long / "tasks" / "recent.json").values() for t in asked[:2]]
+    right = lambda slug: [r["correct"] for r in common.read_jsonl(long / "eval" / "answers" / f"{slug}.jsonl")[1:]]
+    assert of["phase1", "all", "all"]["mean"] == sum(right("phase1") + [t["correct"] for t in first]) / 10
+    assert of["base", "all", "all"]["mean"] == sum(right("base")) / 10
+    assert right("base") != right("phase1")
 
 
 def test_the_tables_of_a_data_set(long, capsys):
