@@ -1,12 +1,12 @@
 """Stage 1: turn a source of video into streams of 10-second clips, and questions into tasks about them.
 
 SOURCE="tiny" renders the embedded world: real mp4 files whose facts are known, so all can be judged exactly.
-Every other source indexes video files in the folder DATA. It copies nothing and tries a few frames, to know
-now what can be used; what can't is skipped by name, and nothing hangs.
+Every other source indexes video files in the folder DATA. It copies nothing and tries a few frames; what
+can't be used is skipped by name, and nothing hangs.
   "videos"     any video file, or every video in a folder and below, a stream each. Beside it, if wanted:
                NAME.srt, its speech. In the folder: tasks.jsonl, a question per line,
                {"video": "trip/day1.mp4", "question": "Who drove?", "options": ["A. Ann", "B. Bob"],
-               "answer": "B"} with, if wanted, "time" (s of the stream after which it is asked; else its end),
+               "answer": "B"} with, if wanted, "time" (s of the stream, when it is asked; else its end),
                "environment" (questions of one kind share an adapter; else all are "questions") and "task" (a
                unique name). No options: an open question.
   "videomme"   Video-MME as published: videomme/*.parquet (by the optional pyarrow; or videomme.jsonl, the
@@ -22,16 +22,14 @@ none. Faces: from NAME.faces.jsonl beside a video, a line per box,
 "<face_3>: hello"), or found and clustered with FACES=1. Without any of this the frames stay as they are.
 
 Each later stage reads one split: 02 "train", 03 to 05 "deploy", 06 "test". "online" serves 03 to 06: the
-first questions of each kind go to Phase One, those after them to the adapter. Videos in DATA/train,
-DATA/deploy or DATA/test are of that split, all others of SPLIT. 03 takes Phase One from another run:
---FROM=RUN.
+first questions of each kind go to Phase One, those after them to the adapter. "videos" in DATA/train,
+DATA/deploy or DATA/test are of that split, all else is of SPLIT.
 
 Run: python 01_make_streams.py [--NAME=value ...]       e.g. --SOURCE=videos --DATA=~/Videos --RUN=mine
-In:  the source
 Out: streams/streams.jsonl, tasks.jsonl; "tiny": videos/*.mp4, captions.jsonl, truth.jsonl; else files.jsonl
 Takes 10 s for the embedded world; for videos 0.4 s per clip of 720p on one core, far less with --CHECK=0.
 """
-import bisect, importlib, importlib.util, json, math, pathlib, re, time, warnings
+import bisect, importlib, importlib.util, math, pathlib, re, time, warnings
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
@@ -59,7 +57,7 @@ SHORTEST = 2             # s; a shorter rest at the end of a video is left out, 
 CHECK = 3                # frames tried in each clip ("videos") or file, to skip bad ones now; 0: only opened
 WORKERS = 4              # videos checked at a time
 ASR = ""                 # a Whisper model or its folder, for videos without .srt; "": speech goes unread
-FACES = 0                # 1: faces are found and told apart where no NAME.faces.jsonl is (insightface)
+FACES = 0                # 1: faces are found where a stream has no NAME.faces.jsonl (insightface)
 FACE_SCORE = 0.6         # of the detector, at least, for a face to count
 FACE_MATCH = 0.4         # cosine to the mean of a face's embeddings so far, at least, to be that face
 SAVE_EVERY = 100         # files checked; an interruption loses no more
@@ -71,10 +69,9 @@ SUFFIXES = set(".mp4 .m4v .mov .mkv .webm .avi .ts .m2ts .mts .mpg .mpeg .flv .w
 
 # ---- what a source holds: streams of parts of files, and rows of questions about them ----------------------
 
+# A stream to be made. parts: (file, begin, end, first): from `begin` to `end` in s of the file's clock (None:
+# all of it), put at `first` s of the stream (None: on the file's own clock). cues: as `read_srt`.
 Found = namedtuple("Found", "stream split parts cues")
-Found.__doc__ = """A stream to be made. parts: (file, begin, end, first): from `begin` to `end` in s of the
-file's clock (None: all of it), put at `first` s of the stream (None: on the file's own clock). cues: as
-`read_srt`, in s of the stream."""
 
 
 def videos(S, folder, data):
@@ -88,22 +85,28 @@ def videos(S, folder, data):
     bare = {file: file.relative_to(folder).with_suffix("") for file in files}
     count = Counter(bare.values())
     for file, path in bare.items():
-        name = (path if count[path] == 1 else file.relative_to(folder)).as_posix()   # a.mp4 beside a.mkv
+        whole = file.relative_to(folder)                    # where a.mp4 lies beside a.mkv, or a.mp4.mkv
+        name = (path if count[path] == 1 and folder / path not in bare else whole).as_posix()
         split = next((p for p in path.parts[:1] if p in SPLITS), S.SPLIT)
         found.append(Found(name, split, [(file, None, None, None)], read_srt(file.with_suffix(".srt"))))
-        names |= {pathlib.PurePath(alias): name for alias in (name, file.relative_to(folder))}
+        names |= {pathlib.PurePath(alias): name for alias in (name, whole, file)}
     path = folder / "tasks.jsonl"
     try:
         rows = list(enumerate(read_jsonl(path) if path.exists() else [], 1))
     except ValueError as error:
         raise SystemExit(f"{path}: not one JSON object per line ({error})") from None
     for n, row in rows:
-        if not {"video", "question", "answer"} <= set(row):
-            raise SystemExit(f"{path}, task {n}: needs video, question and answer; has {', '.join(row)}")
+        if not isinstance(row, dict) or not {"video", "question", "answer"} <= set(row):
+            raise SystemExit(f"{path}, task {n}: needs video, question and answer; is {str(row)[:200]}")
+        texts = [row.get(k, "") for k in ("video", "question", "answer", "environment", "task")]
+        options, at = row.get("options", []), row.get("time", 0)
+        if not (isinstance(options, list) and all(isinstance(text, str) for text in texts + options)
+                and isinstance(at, (int, float)) and math.isfinite(at)):
+            raise SystemExit(f"{path}, task {n}: options is a list, time a number, all else text; is {row}")
     tasks = [{"environment": "questions"} | row | {
         "video": names.get(pathlib.PurePath(row["video"]), row["video"]), "row": f"{path}, task {n}"}
         for n, row in rows]
-    return found, of_types(S, tasks, "environment")
+    return found, chosen(S, "TYPES", tasks, "environment")
 
 
 def videomme(S, folder, _):
@@ -117,54 +120,53 @@ def videomme(S, folder, _):
                          f"{folder / 'videomme.jsonl'}, one JSON object a line")
     rows = (importlib.import_module("pyarrow.parquet").read_table(table).to_pylist()
             if table.suffix == ".parquet" else read_jsonl(table))
-    durations = S.DURATION.split(",")
-    if unknown := set(durations) - {r["duration"] for r in rows}:
-        raise SystemExit(f"DURATION={S.DURATION}: {table} has no video of {', '.join(sorted(unknown))}")
-    rows = of_types(S, [r for r in rows if r["duration"] in durations], "task_type")
-    ids = list(dict.fromkeys(r["videoID"] for r in rows))[:S.LIMIT or None]
+    rows = chosen(S, "TYPES", chosen(S, "DURATION", rows, "duration"), "task_type")
     files = by_stem(folder, "data", "video")
+    ids = limited(S, [r["videoID"] for r in rows], files)
     found = [Found(i, S.SPLIT, [(files[i], None, None, None)], read_srt(folder / "subtitle" / f"{i}.srt"))
              for i in ids if i in files]
     return found, [{"video": r["videoID"], "task": r["question_id"], "environment": r["task_type"],
                     "question": r["question"], "options": r["options"], "answer": r["answer"]}
-                   for r in rows if r["videoID"] in set(ids)]
+                   for r in rows if r["videoID"] in ids]
 
 
 def egolife(S, folder, _):
     """EgoLife: all files of one wearer are one stream, with gaps, in s since DAY1 00:00."""
     found, tasks = [], []
     at = lambda path: instant(*re.search(r"(DAY\d+).*_(\d{8})$", path.stem).groups())
-    for table in sorted(folder.rglob("EgoLifeQA_*.json")):
+    for table in sorted(folder.glob("EgoLifeQA/EgoLifeQA_*.json")):
         who, eight = re.match(r"EgoLifeQA_(\w+)", table.name)[1], "[0-9]" * 8
-        files, rows = sorted(folder.rglob(f"DAY*_{who}_{eight}.mp4"), key=at), read_json(table)
+        files, rows = sorted(folder.glob(f"{who}/DAY*/DAY*_{who}_{eight}.mp4"), key=at), read_json(table)
         rows = [r | {"at": instant(*(r["query_time"][x] for x in ("date", "time")))} for r in rows]
         if S.LIMIT and S.LIMIT < len(files):          # what is asked later than the last file is left out
             rows, files = [r for r in rows if r["at"] <= at(files[S.LIMIT])], files[:S.LIMIT]
-        cues = [[a + at(path), b + at(path), text] for path in folder.rglob(f"{who}_DAY*_{eight}.srt")
-                for a, b, text in read_srt(path)]
+        spoken = folder.glob(f"EgoLifeCap/Transcript/{who}/DAY*/{who}_DAY*_{eight}.srt")
+        cues = [[a + at(path), b + at(path), text] for path in spoken for a, b, text in read_srt(path)]
         if files:
             found.append(Found(who, S.SPLIT, [(file, None, None, at(file)) for file in files], sorted(cues)))
         tasks += [{"video": who, "task": f"{who}-{r['ID']}", "environment": r["type"], "time": r["at"],
                    "question": r["question"], "options": [r[f"choice_{x}"] for x in "abcd"],
                    "answer": r["answer"]} for r in sorted(rows, key=lambda r: r["at"])]
-    return found, of_types(S, tasks, "environment")
+    return found, chosen(S, "TYPES", tasks, "environment")
 
 
 def egotempo(S, folder, _):
     """EgoTempo: a stream per clip. The published way of trimming breaks about 4 clips in 10, so the full
     video is preferred."""
     table = next(iter(sorted(folder.glob("egotempo_openQA*.json"))), folder / "egotempo_openQA.json")
-    rows = of_types(S, read_json(table)["annotations"], "question_type")
+    rows = chosen(S, "TYPES", read_json(table)["annotations"], "question_type")
     full, cut = by_stem(folder, "video_540ss"), by_stem(folder, "trimmed_clips")
-    ids, found = list(dict.fromkeys(r["clip_id"] for r in rows))[:S.LIMIT or None], []
-    for i in ids:
+    parts = {}
+    for i in [r["clip_id"] for r in rows]:
         video, begin, end = i.rsplit("_", 2)
-        part = (full.get(video), max(0.0, float(begin)), float(end), 0) if video in full else (
-            cut.get(i), None, None, None)
-        found += [Found(i, S.SPLIT, [part], [])] * bool(part[0])
+        if video in full or i in cut:
+            parts[i] = (full[video], max(0.0, float(begin)), float(end), 0) if video in full else (
+                cut[i], None, None, None)
+    ids = limited(S, [r["clip_id"] for r in rows], parts)
+    found = [Found(i, S.SPLIT, [parts[i]], []) for i in ids if i in parts]
     return found, [{"video": r["clip_id"], "task": r["question_id"], "environment": r["question_type"],
                     "question": r["question"], "answer": r["answer"]}
-                   for r in rows if r["clip_id"] in set(ids)]
+                   for r in rows if r["clip_id"] in ids]
 
 
 def instant(day, stamp):
@@ -182,13 +184,18 @@ def by_stem(folder, *places):
             for file in sorted((folder / place).iterdir()) if file.suffix.lower() in SUFFIXES}
 
 
-def of_types(S, rows, key):
-    """The rows whose type TYPES names. SystemExit where it names one that none has."""
+def limited(S, ids, there):
+    """The first LIMIT of those that are there, as a dict in order; without LIMIT all, so that the summary can
+    name those that are not."""
+    return dict.fromkeys([i for i in dict.fromkeys(ids) if i in there][:S.LIMIT] if S.LIMIT else ids)
+
+
+def chosen(S, constant, rows, key):
+    """The rows whose `key` the constant names; "": all. SystemExit where it names one that none has."""
     kinds = sorted({r[key] for r in rows})
-    wanted = [x.strip().casefold() for x in S.TYPES.split(",") if x.strip()]
+    wanted = [x.strip().casefold() for x in getattr(S, constant).split(",") if x.strip()]
     if unknown := set(wanted) - {kind.casefold() for kind in kinds}:
-        raise SystemExit(f"TYPES={S.TYPES}: no question is of the type {', '.join(sorted(unknown))}, but of "
-                         f"{', '.join(kinds)}")
+        raise SystemExit(f"{constant}: no question is of {', '.join(unknown)}, but of {', '.join(kinds)}")
     return [r for r in rows if not wanted or r[key].casefold() in wanted]
 
 
@@ -196,6 +203,10 @@ SOURCES = {source.__name__: source for source in (videos, videomme, egolife, ego
 
 
 # ---- files to clips ----------------------------------------------------------------------------------------
+
+def stamp(file):                # bytes and ns of the last change: another file has another
+    return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
+
 
 def check_files(S, out, spans):
     """{file: row of `check_video`}; spans: {file: [[begin, end] ..]}. files.jsonl keeps the rows; a later run
@@ -206,9 +217,9 @@ def check_files(S, out, spans):
     index = out / "files.jsonl"
     known, rows, new = {row["file"]: row for row in read_jsonl(index)} if index.exists() else {}, {}, []
     for file in spans:
-        row, stat = known.get(str(file)), file.stat()
-        now = [stat.st_size, stat.st_mtime_ns, spans[file]]
-        if row and [row["bytes"], row["changed"], row["spans"]] == now:
+        row = known.get(str(file))
+        slow = row and any("DECODE_SECONDS" in why for why in row["skipped"])       # of a busy disk, perhaps
+        if row and not slow and (row["stamp"], row["spans"]) == (stamp(file), spans[file]):
             rows[file] = row
         else:
             new.append(file)
@@ -246,7 +257,6 @@ def indexed(S, out, folder, found):
                 times = {x: round(clip[x] + shift, 3) for x in ("start", "end")}
                 clips.append(clip | {"clip": len(clips)} | times)
             used += [(file, good[0]["start"], good[-1]["end"], shift)] if good else []
-        # Not kept in files.jsonl, as a video's speech and faces may come later than the video.
         cues, boxes = speech_and_faces(S, out, f, used, recognise, finder, skipped)
         starts, longest = [cue[0] for cue in cues], max((b - a for a, b, _ in cues), default=0)
         seconds = [box[0] for box in boxes]
@@ -264,9 +274,9 @@ def speech_and_faces(S, out, f, used, recognise, finder, skipped):
     """(cues, boxes) of a stream, on its clock: what lies beside its files, or else what ASR and FACES find,
     kept in `out` by file. used: [(file, begin, end, shift)], s of the file, and to add for the stream's."""
     from tqdm import tqdm
-    key = lambda file, *span: fingerprint(str(file), file.stat().st_mtime_ns, *span)[:16]
+    key = lambda file, *span: fingerprint(str(file), stamp(file), *span)[:16]
     cues, boxes, names, seen = list(f.cues), [], {}, []
-    for file, begin, end, shift in tqdm(used, f.stream, disable=not (recognise or finder), leave=False):
+    for file, begin, end, shift in tqdm(used, f"speech of {f.stream}", disable=not recognise, leave=False):
         if recognise and not f.cues:
             path = out / "speech" / f"{key(file)}.json"
             try:
@@ -277,25 +287,29 @@ def speech_and_faces(S, out, f, used, recognise, finder, skipped):
                 skipped.append((file.name, error.reason))
         mine, called = read_faces(file.with_suffix(".faces.jsonl"))
         boxes += [[at + shift, *box] for at, *box in mine]
-        names |= called
-        if finder and not boxes:
-            path = out / "faces" / f"{key(file, begin, end)}.npy"
-            if not path.exists():
-                with written_aside(path) as aside, open(aside, "wb") as opened:
-                    np.save(opened, find_faces(finder, file, begin, end))
-            seen.append(np.load(path).astype(float) + np.eye(1, 517) * shift)       # the first column: s
-    if seen and not boxes:
+        for name, n in called.items():
+            if names.setdefault(name, n) != n:
+                raise SystemExit(f"{file}: {name} is face {n} here, but {names[name]} in an earlier file of "
+                                 f"the stream {f.stream}: a face keeps its number over a stream")
+    look = used if finder and not boxes else ()
+    for file, begin, end, shift in tqdm(look, f"faces of {f.stream}", disable=not look, leave=False):
+        path = out / "faces" / f"{key(file, begin, end)}.npy"
+        if not path.exists():
+            with written_aside(path) as aside, open(aside, "wb") as opened:
+                np.save(opened, find_faces(finder, file, begin, end))
+        seen.append(np.load(path).astype(float) + np.eye(1, 517) * shift)       # the first column: s
+    if seen:
         boxes = tell_apart(np.concatenate(seen), S.FACE_MATCH)
     return sorted([a, b, by_face(text, names)] for a, b, text in cues), sorted(boxes)
 
 
 def check_video(file, spans, S):
-    """A row of files.jsonl: {file, bytes, changed, spans, clips: [[clip ..] per span], skipped: [reasons]}.
+    """A row of files.jsonl: {file, stamp, spans, clips: [[clip ..] per span], skipped: [reasons]}.
 
     Times are the file's own, by its time stamps, in which subtitles count too; decord calls the first frame
     0 s even where the sound starts earlier. Raises nothing: an unusable file has no clips.
     """
-    stat, clips, skipped = file.stat(), [[] for _ in spans], []
+    clips, skipped = [[] for _ in spans], []
     try:
         seen = probe_video(file)
         first, last = seen["start"], seen["start"] + seen["duration"]
@@ -308,18 +322,18 @@ def check_video(file, spans, S):
             skipped += bad
     except VideoError as error:
         skipped.append(error.reason)
-    return {"file": str(file), "bytes": stat.st_size, "changed": stat.st_mtime_ns, "spans": spans,
-            "clips": clips, "skipped": skipped}
+    return {"file": str(file), "stamp": stamp(file), "spans": spans, "clips": clips, "skipped": skipped}
 
 
 def decodable(file, clips, S):
-    """(the clips that can be read, why others can't). A data set's files, thousands and short, are tried as a
-    whole; where that fails, clip by clip, as any other video."""
+    """(the clips that can be read, why others can't). A data set's files, thousands of them, are tried as a
+    whole, by CHECK frames and one a minute; where that fails, clip by clip, as any other video."""
     if not S.CHECK:
         return clips, []
     if S.SOURCE != "videos":
         try:
-            for at in frame_times(clips[0] | {"end": clips[-1]["end"]}, S.CHECK):
+            length = clips[-1]["end"] - clips[0]["start"]
+            for at in frame_times(clips[0] | {"end": clips[-1]["end"]}, max(S.CHECK, round(length / 60))):
                 read_frames(file, [at])
             return clips, []
         except VideoError:
@@ -357,12 +371,14 @@ def cut_clips(file, first, end, S):
 # ---- speech and tasks --------------------------------------------------------------------------------------
 
 def as_tasks(S, rows, streams):
-    """(rows of tasks.jsonl, what was left out as (name, reason)). SystemExit on a row that is no task."""
+    """(rows of tasks.jsonl in the order of streams and times, what was left out as (name, reason)).
+    SystemExit on a row that is no task."""
     ends, tasks, lost = {s["stream"]: s["clips"][-1]["end"] for s in streams}, [], Counter()
     for n, row in enumerate(rows, 1):
-        stream, options = row["video"], row.get("options") or []
-        options = [o if re.match(r"[A-Z]\. ", o) else f"{letter}. {o}"
-                   for letter, o in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options)]
+        stream, options = row["video"], [" ".join(option.split()) for option in row.get("options") or ()]
+        letters = [f"{letter}. " for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+        if not all(option.startswith(letter) for letter, option in zip(letters, options)):
+            options = [letter + option for letter, option in zip(letters, options)]
         name, answer = row.get("task", f"{stream}-{n}"), " ".join(str(row["answer"]).split())
         if options and answer not in [o[0] for o in options]:
             raise SystemExit(f"{row.get('row', name)}: the answer {answer!r} is no letter of {options}")
@@ -375,7 +391,9 @@ def as_tasks(S, rows, streams):
             lost[stream] += 1
     if double := [name for name, count in Counter(t["task"] for t in tasks).items() if count > 1]:
         raise SystemExit(f"{S.DATA}: the task name {double[0]!r} stands twice; task names must be unique")
-    return tasks, [(video, f"{n} tasks left out: no usable video of that name") for video, n in lost.items()]
+    place = {stream: i for i, stream in enumerate(ends)}
+    return sorted(tasks, key=lambda t: (place[t["stream"]], t["time"])), [
+        (video, f"{n} tasks left out: no usable video of that name") for video, n in lost.items()]
 
 
 # ---- the stage ---------------------------------------------------------------------------------------------
@@ -391,21 +409,19 @@ def summary(streams, tasks, skipped):
         print(f"{split:8}{len(mine):9}{len(clips):8}{hours:8.2f}{cues:8}{faces:8}   {stages}")
     kinds = sorted(Counter(t["environment"] for t in tasks).items())
     print("tasks: " + (", ".join(f"{kind} {n}" for kind, n in kinds) or "none, so only memories can be made"))
-    print(f"skipped: {len(skipped)}")
-    for name, why in skipped:
-        print(f"  {name}: {why}")
+    print(f"skipped: {len(skipped)}", *(f"  {name}: {why}" for name, why in skipped), sep="\n")
     have = {s["split"] for s in streams}
     have |= {"deploy", "test"} if "online" in have else {"online"}
     for split in sorted(SPLITS.keys() - have):
-        print(f"no {split} stream: stage {SPLITS[split]} would want videos in a folder DATA/{split}"
-              + (", or skip it with --FROM=RUN, a run that has done it" if split == "train" else ""))
+        print(f"no {split} stream: stage {SPLITS[split]} wants some, by --SPLIT={split} or from DATA/{split}"
+              + ("; or a run that has done it: --FROM=RUN" if split == "train" else ""))
 
 
 def main(argv=None):
     S = settings(globals(), argv)
-    for name, known in (("SOURCE", ("tiny", *SOURCES)), ("SPLIT", SPLITS)):
-        if getattr(S, name) not in known:
-            raise SystemExit(f"{name}={getattr(S, name)!r}: expected one of {', '.join(known)}")
+    for name, value, known in (("SOURCE", S.SOURCE, ("tiny", *SOURCES)), ("SPLIT", S.SPLIT, SPLITS)):
+        if value not in known:
+            raise SystemExit(f"{name}={value!r}: expected one of {', '.join(known)}")
     data = pathlib.Path(S.DATA).expanduser().resolve()
     if S.SOURCE != "tiny" and not (S.DATA and (data.is_dir() or S.SOURCE == "videos" and data.is_file())):
         raise SystemExit(f"SOURCE={S.SOURCE} needs --DATA=FOLDER, see the head of this file; DATA={S.DATA}: "
@@ -422,8 +438,8 @@ def main(argv=None):
         tasks, lost = as_tasks(S, rows, streams)
         skipped += lost
     if not streams:
-        lines = "\n".join(f"  {name}: {why}" for name, why in skipped)
-        raise SystemExit(f"no stream could be made of {S.DATA or S.SOURCE}:\n{lines}")
+        raise SystemExit("\n  ".join([f"no stream could be made of {S.DATA or S.SOURCE}:", *(
+            f"{name}: {why}" for name, why in skipped)]))
     write_jsonl(out / "tasks.jsonl", tasks)
     write_jsonl(out / "streams.jsonl", streams)     # last: until it is there, later stages ask for 01
     summary(streams, tasks, skipped)

@@ -11,10 +11,12 @@ In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02)
 Out: tasks/memories.jsonl, memories/STREAM.txt (to be read), recent.json, cache.jsonl
 """
 import importlib
+import math
 import time
+import zlib
 
-from common import (both, clock, load_policy, load_streams, logprobs, make_context, need, read_jsonl, rollout,
-                    settings, start, torch, write_json, write_jsonl, write_text)
+from common import (both, clock, load_policy, load_streams, logprobs, make_context, need, read_json, read_jsonl,
+                    rollout, settings, start, torch, write_json, write_jsonl, write_text)
 from judges import Retriever, load_judge
 from loading import RANK, WORLD, gather, load_adapter, load_tokenizer, once
 
@@ -87,15 +89,18 @@ def watch(policy, S, streams, questions=(), desc="watch", path=None, begun=None)
     from tqdm import tqdm
     kept = {s["stream"]: list((begun or {}).get(s["stream"], [])) for s in streams}
     for row in once(lambda: read_jsonl(path, torn=True) if path and path.exists() else []):
-        kept[row["stream"]].append(row)
+        mine = kept.get(row["stream"])                      # None: a stream that has gone
+        if mine is not None and row["clip"] == len(mine):
+            mine.append(row)
     for t in tqdm(range(max((len(s["clips"]) for s in streams), default=0)), desc=desc, leave=False):
-        now = [(i, s) for i, s in enumerate(streams) if len(kept[s["stream"]]) == t < len(s["clips"])]
+        now = [s for s in streams if len(kept[s["stream"]]) == t < len(s["clips"])]
         mine = now[RANK::WORLD]                                            # of several GPUs, this one's
         contexts = [make_context(s, t, [m["memory"] for m in kept[s["stream"]]], questions, S.K)
-                    for _, s in mine]
-        groups = rollout(policy, contexts, 1, [(S.SEED, 7, i, t) for i, _ in mine], 0.6, 0.95, 20)
+                    for s in mine]
+        keys = [(S.SEED, 7, zlib.crc32(s["stream"].encode()), t) for s in mine]
+        groups = rollout(policy, contexts, 1, keys, 0.6, 0.95, 20)
         rows = gather([dict(stream=s["stream"], clip=t, start=s["clips"][t]["start"], end=s["clips"][t]["end"],
-                            memory=m.memory or "", text=m.text) for (_, s), (m,) in zip(mine, groups)])
+                            memory=m.memory or "", text=m.text) for s, (m,) in zip(mine, groups)])
         for row in rows:
             kept[row["stream"]].append(row)
         if path and rows:
@@ -159,6 +164,23 @@ def last_asked(tasks):
     return {t["stream"]: t["time"] for t in sorted(tasks, key=lambda t: t["time"])}
 
 
+def cached(S, streams):
+    """{environment: rows of cache.jsonl on which Phase Two may train}: all but those of online streams on
+    which its adapter will be examined, as later questions of its kind are about the stream, and the clip comes
+    after the last of the RECENT ones."""
+    rows, recent = (read(need(S, f"tasks/{name}")) for read, name in (
+        (read_jsonl, "cache.jsonl"), (read_json, "recent.json")))
+    ends = {(s["stream"], c["clip"]): c["end"] for s in streams if s["split"] == "online" for c in s["clips"]}
+    tasks, may = read_jsonl(need(S, "streams/tasks.jsonl")) if ends else [], {}
+    for environment, asked in recent.items():
+        last, early = last_asked(asked[:S.RECENT]), {t["task"] for t in asked[:S.RECENT]}
+        over = {t["stream"]: last.get(t["stream"], 0.0) for t in tasks
+                if t["environment"] == environment and t["task"] not in early}
+        may[environment] = [r for r in rows if ends.get((r["stream"], r["clip"]), 0.0)
+                            <= over.get(r["stream"], math.inf)]
+    return may
+
+
 def seen_by_then(S, streams, recent):
     """What was watched when the recent questions had been asked. Online streams go on after that: those which
     the questions are about end at the last of them; others, whole, fill up to CACHE_STREAMS."""
@@ -207,7 +229,8 @@ def main(argv=None):
     policy = load_policy(S)
     load_adapter(policy, "phase1", adapter)
 
-    recent = first_questions(spread(tasks), S.RECENT)
+    online = any(s["split"] == "online" for s in streams)
+    recent = first_questions(tasks if online else spread(tasks), S.RECENT)
     streams = seen_by_then(S, streams, recent) if tasks else streams
     clips = sum(len(s["clips"]) for s in streams)
     print(f"{len(streams)} streams of {clips} clips to watch, {len(tasks)} questions to come")

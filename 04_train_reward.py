@@ -107,13 +107,13 @@ def compare(S, judge, cache, questions, path):
         write_jsonl(path, rows[-len(part):], "a")
     return [r["verdicts"] for r in rows]
 
-def preferences(S, judge, cache, questions, folder, name=""):
-    """Groups (what R learns from), pairs (what DPO learns from) and yield figures; questions: {environment:
-    [text]}. A group: environment, stream, clip, history; memories and tokens of all samples ("" and 0 where
-    malformed, which no preference names); preferences [(winner, loser)]."""
+def preferences(S, judge, caches, questions, folder, name=""):
+    """Groups (what R learns from), pairs (what DPO learns from) and yield figures; caches, questions: rows
+    and texts of each environment. A group: environment, stream, clip, history; memories and tokens of all
+    samples ("" and 0 where malformed, which no preference names); preferences [(winner, loser)]."""
     groups, pairs, yields = [], [], {}
     folder.mkdir(exist_ok=True)
-    for environment, asked in questions.items():
+    for (environment, asked), cache in zip(questions.items(), caches.values()):
         verdicts = compare(S, judge, cache, asked, folder / f"{slug(environment)}{name}.jsonl")
         yields[environment] = figures = Counter(contexts=len(cache), judged=sum(map(len, verdicts)))
         for c, mine in zip(cache, verdicts):
@@ -130,11 +130,11 @@ def preferences(S, judge, cache, questions, folder, name=""):
                            with_pair=bool(pair))
     return groups, pairs, yields
 
-def trl_rows(S, cache, pairs, tokenizer):
+def trl_rows(S, streams, cache, pairs, tokenizer):
     """The pairs in TRL's preference format. Each clip is one <|video_pad|>, which Qwen3-VL's processor
     expands into frames and their times; pairs.jsonl and streams.jsonl tell which files those are."""
     build_prompt = importlib.import_module("02_phase1_train").build_prompt
-    streams = {s["stream"]: s for s in load_streams(S, "deploy")}
+    streams = {s["stream"]: s for s in streams}
     cached = {(c["stream"], c["clip"]): c for c in cache}
     for p in pairs:
         t, c = p["clip"], cached[p["stream"], p["clip"]]
@@ -156,16 +156,14 @@ class RewardModel:
         self.policy, self.S, self.read, writer = policy, S, 0, policy.who
         self.params = policy.add("reward", "lora", folder)
         policy.use(writer)
-        head = (load_file(str(folder / "head.safetensors")) if folder
-                else {"weight": torch.zeros(policy.hidden)})
+        head = load_file(str(folder / "head.safetensors")) if folder else {"weight": torch.zeros(policy.hidden)}
         self.spread, self.head = (float(head.get("spread", 1)),
                                   torch.nn.Parameter(head["weight"].to(policy.device)))
         self.params.append(self.head)                                  # (d,)
 
     def tokens(self, questions, history, memories):
-        """Ids of what a context's memories share, then of each memory. A memory stands where the
-        policy would write it after a task prompt, so that the LoRA starts from what the base
-        already makes of questions."""
+        """Ids of what a context's memories share, then of each memory. A memory stands where the policy would
+        write it after a task prompt, so that the LoRA starts from what the base already makes of questions."""
         encode = lambda text: self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
         task_prompt = importlib.import_module("02_phase1_train").TASK_PROMPT
         history = [m or "(nothing)" for m in history[max(0, len(history) - self.S.HISTORY):]]
@@ -182,8 +180,7 @@ class RewardModel:
         ids = pad(rows, self.policy.end)                                                          # (B, T)
         owner = pad([[[j] * len(part) for j, part in enumerate(row)] for row in rows], -1)        # (B, T)
         starts = [[0] + [len(row[0])] * (len(row) - 1) for row in rows]  # memories follow the shared part
-        place = pad([[range(at, at + len(m)) for at, m in zip(*x)]
-                     for x in zip(starts, rows)], 0)                                              # (B, T)
+        place = pad([[range(at, at + len(m)) for at, m in zip(*x)] for x in zip(starts, rows)], 0)   # (B, T)
         self.policy.attend(owner)
         hidden = self.policy.lm(input_ids=ids, position_ids=place.expand(3, -1, -1), use_cache=False,
                                 attention_mask=visible(owner, owner).tril()).last_hidden_state  # (B, T, d)
@@ -278,22 +275,25 @@ def validate(S, model, groups, questions):
 def main(argv=None):
     S = settings(globals(), argv)
     out = start(S, "reward")
-    recent, cache = read_json(need(S, "tasks/recent.json")), read_jsonl(need(S, "tasks/cache.jsonl"))
+    recent = read_json(need(S, "tasks/recent.json"))
     asked = {e: [r["question"] for r in rows[:S.RECENT]] for e, rows in recent.items()}
     later = {e: [r["question"] for r in rows[S.RECENT:2 * S.RECENT]] or asked[e] for e, rows in recent.items()}
     if any(q is asked[e] for e, q in later.items()):
         print("*** too few questions to hold some out: where they lack, R is validated on its own ***")
-    unit = lambda c: c["stream"] if len({c["stream"] for c in cache}) > 1 else (c["stream"], c["clip"])
-    units = sorted({unit(c) for c in cache})         # streams; of a single endless one, its clips
+    streams, stage3 = load_streams(S, "deploy"), importlib.import_module("03_collect_tasks")
+    caches = stage3.cached(S, streams)
+    every = [c for mine in caches.values() for c in mine]
+    unit = lambda c: c["stream"] if len({c["stream"] for c in every}) > 1 else (c["stream"], c["clip"])
+    units = sorted({unit(c) for c in every})         # streams; of a single endless one, its clips
     held = set(units[len(units) - max(1, round(S.HELD_OUT * len(units))):])
-    unseen = [c for c in cache if unit(c) in held]
-    calls = 2 * len(asked) * sum(len(comparable(c["samples"])) for c in cache + unseen)
-    print(f"cost: {calls} judge calls in both orders on {len(cache)} contexts x {len(asked)} environments, "
-          f"and on {len(unseen)} of these contexts once more with held-out questions")
+    unseen = {e: [c for c in mine if unit(c) in held] for e, mine in caches.items()}
+    asks = lambda parts: sum(len(comparable(c["samples"])) for mine in parts.values() for c in mine)
+    print(f"cost: {2 * asks(caches) + 2 * asks(unseen)} judge calls, both orders, on {len(every)} contexts of "
+          f"{len(asked)} environments; {len(held)} of {len(units)} streams once more with held-out questions")
     # ---- preferences
     policy = load_policy(S)
     judge = load_judge(S, lambda: policy)
-    groups, pairs, yields = preferences(S, judge, cache, asked, out / "verdicts")
+    groups, pairs, yields = preferences(S, judge, caches, asked, out / "verdicts")
     tests, _, _ = preferences(S, judge, unseen, later, out / "verdicts", "-later")
     write_jsonl(out / "pairs.jsonl", pairs)
     write_jsonl(out / "preferences.jsonl", [
@@ -305,7 +305,7 @@ def main(argv=None):
               *(f"{y[k]} {k}, " for k in ("judged", "failed", "tied", "contradicted", "cyclic", "kept")),
               f"{y['with_pair'] / y['contexts']:.2%} of contexts have a pair (paper: 29.17 %)")
     # ---- reward model
-    write_jsonl(out / "pairs_trl.jsonl", trl_rows(S, cache, pairs, policy.tokenizer))
+    write_jsonl(out / "pairs_trl.jsonl", trl_rows(S, streams, every, pairs, policy.tokenizer))
     learn = [g for g in groups if unit(g) not in held]
     if not learn or not tests:
         raise SystemExit(f"preferences in {len(learn)} contexts to learn from, in {len(tests)} to test on: too "

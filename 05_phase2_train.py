@@ -19,7 +19,6 @@ import importlib
 import random
 import re
 import time
-from collections import Counter
 
 from common import (F, Training, both, grpo, load_policy, load_streams, logprobs, make_context, need, read_json,
                     read_jsonl, settings, slug, start, torch)
@@ -145,6 +144,14 @@ def cached_pairs(S, environment, streams):
     return [(c, s[r["winner"]]["ids"], s[r["loser"]]["ids"]) for c, s, r in zip(contexts, samples, rows)]
 
 
+def seen(S, streams, environment):
+    """The streams up to their last context of which the environment may learn."""
+    rows, last = importlib.import_module("03_collect_tasks").cached(S, streams)[environment], {}
+    for row in rows:
+        last[row["stream"]] = max(row["clip"], last.get(row["stream"], 0))
+    return [s | {"clips": s["clips"][:last[s["stream"]] + 1]} for s in streams if s["stream"] in last]
+
+
 def show_pair(policy, pair, environment, beta):
     """The teaching view of DPO: one pair in full, and the loss that it starts from."""
     context, *answers = pair
@@ -172,7 +179,7 @@ def train_environment(policy, S, out, environment, questions, streams, judge, mo
         train_dpo(policy, S, out, params, pairs)
     else:
         phase1 = importlib.import_module("02_phase1_train")
-        batch = phase1.RollingBatch(S, streams, {})
+        batch = phase1.RollingBatch(S, seen(S, streams, environment), {})
         score = lambda contexts, samples: rewards(S, judge, model, questions, contexts, samples)
         shown = grpo(policy, S, out, params, batch, score, phase1.log_row, reference="phase1")
         if shown:
@@ -202,8 +209,6 @@ def main(argv=None):
             and (S.SHOW or not any((out / slug(e) / "adapter").glob("*.safetensors")))]
     if not todo:
         return print(f"finished before: {out}; next: python 06_eval.py --RUN={S.RUN}")
-    seen = Counter(r["stream"] for r in read_jsonl(need(S, "tasks/memories.jsonl")))
-    streams = [s | {"clips": s["clips"][:seen[s["stream"]]]} for s in streams if seen[s["stream"]]]
     adapter, _ = (need(S, "phase1/adapter"),
                   need(S, "reward/pairs.jsonl" if S.ALGORITHM == "dpo" else "reward/model"))
     policy = load_policy(S)

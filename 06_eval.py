@@ -3,8 +3,9 @@
 A policy watches each test stream once, clip by clip, with its own memories as history. The reader answers the
 questions of *every* environment from them, so the cross-task transfer matrix costs no second watching;
 without TRANSFER an adapter watches what its own environment asks about. Only "+ task prompt" watches once for
-each. All are validated in Phase One's contexts: win / tie / loss. Online streams go on from 03: what was seen
-up to an environment's last recent question keeps the memories of the policy without its adapter.
+each. All are validated in Phase One's contexts: win / tie / loss. Of online streams, what was seen up to an
+environment's last recent question keeps the memories of the policy without its adapter, and what 03 cached is
+not validated on.
 
 Differences from the paper: 95 % intervals, by a bootstrap over streams (questions about one stream share its
 memories, so the stream is the independent unit; below 5 streams it is the question); the questions after the
@@ -12,7 +13,7 @@ update (scope "after") stand apart from "all", which pools the first recent ques
 reply that the judge failed to give is dropped and counted, never a miss. results/report.py lays it all out.
 
 Run:  python 06_eval.py     (finished policies are kept: interrupt it, or train another adapter, and go on)
-In:   streams/*.jsonl  phase1/adapter  tasks/recent.json  phase2/*/*/adapter (whichever exist)
+In:   streams/*.jsonl  phase1/adapter  tasks/recent.json, cache.jsonl  phase2/*/*/adapter (whichever exist)
 Out:  eval/results.json, results.md, report.html (one file, opens offline), memories.jsonl
 """
 import importlib, random
@@ -280,7 +281,8 @@ def main(argv=None):
                                lambda _: answer(S, judge, asked[j.slug], memories[j.slug]))
     # ---- every method writes in the same contexts, with Phase One's memories as history
     past = {s: [row["memory"] for row in memories["phase1"] if row["stream"] == s] for s in ids}
-    spots = [(s, t) for s in seen["phase1"] for t in range(1, len(s["clips"]))]
+    old = {(r["stream"], r["clip"]) for r in common.read_jsonl(common.need(S, "tasks/cache.jsonl"))}
+    spots = [(s, t) for s in seen["phase1"] for t in range(1, len(s["clips"])) if (s["stream"], t) not in old]
     spots = random.Random(S.SEED).sample(spots, min(S.VALIDATE, len(spots)))
     contexts = [common.make_context(s, t, past[s["stream"]], (), S.K) for s, t in spots]
     reference = kept(out / "checked" / "reference.jsonl", world, lambda _: validate(

@@ -13,6 +13,8 @@ import contextlib, datetime, functools, hashlib, json, logging, os, pathlib, re,
 RANK, WORLD = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))       # set by torchrun
 if RANK:                         # rank 0 alone speaks; set before torch imports tqdm
     sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
+sys.excepthook = lambda kind, *rest: (print("\nstopped; the same command goes on", file=sys.stderr)
+                                      if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest))
 try:
     import torch
 except ImportError:              # the scripts' --help works before anything is installed

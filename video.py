@@ -74,7 +74,7 @@ def read_frames(file, times, size=None):
     real time stamps -> uint8 (n, H, W, 3), resized to size = (H, W) if given. Where the file is damaged the
     nearest other wanted frame stands in, with a warning. VideoError: under half decode, or a time is > 1 s
     outside the video."""
-    times = np.asarray(times, dtype=float)
+    file, times = os.fspath(file), np.asarray(times, dtype=float)
     span = f"from {times.min():.1f} to {times.max():.1f} s"
 
     def work(video):
@@ -169,7 +169,7 @@ def draw(frames, seconds, clip):
 
 def clip_frames(clip, n):
     """Frames (n, H, W, 3) uint8 of a clip, and their seconds in it. Grey frames, said so, where it can't be
-    read: the check tried some frames of every clip, and this one is broken elsewhere."""
+    read: 01 tried some frames, and the file is broken elsewhere."""
     at = frame_times(clip, n)
     try:
         frames = read_frames(clip["file"], at)

@@ -58,8 +58,30 @@ def test_videomme(tmp_path, videomme, capsys):
     assert "data/broken.mp4: not decodable" in said and "broken: 2 tasks left out" in said
 
 
+def test_a_link_to_nowhere_is_named(tmp_path, egolife, capsys):
+    (egolife / "A1_JAKE" / "DAY1" / "DAY1_A1_JAKE_15000000.mp4").symlink_to(tmp_path / "gone.mp4")
+    streams, _ = run(tmp_path, "--SOURCE=egolife", f"--DATA={egolife}")
+    assert len(streams["A1_JAKE"]["clips"]) == 12
+    assert "DAY1_A1_JAKE_15000000.mp4: is not a file" in capsys.readouterr().out
+
+
+def test_folders_may_be_links(tmp_path, egolife):
+    (egolife / "A1_JAKE").rename(tmp_path / "elsewhere")
+    (egolife / "A1_JAKE").symlink_to(tmp_path / "elsewhere")
+    assert len(run(tmp_path, "--SOURCE=egolife", f"--DATA={egolife}")[0]["A1_JAKE"]["clips"]) == 12
+
+
+def test_a_long_file_is_tried_once_a_minute(tmp_path, videomme, monkeypatch):
+    tried = []
+    monkeypatch.setattr(stage, "probe_video", lambda file: {"start": 0.0, "duration": 900.0})
+    monkeypatch.setattr(stage, "read_frames", lambda file, times: tried.append((file.stem, *times)))
+    run(tmp_path, "--SOURCE=videomme", f"--DATA={videomme}", "--LIMIT=1")
+    assert len(tried) == 15 and max(b[1] - a[1] for a, b in zip(tried, tried[1:])) == pytest.approx(60)
+
+
 @pytest.mark.parametrize("chosen, streams, tasks", [
     (["--LIMIT=2"], {"-O6m", "_u8"}, 4), (["--DURATION=long"], {"long"}, 1),
+    (["--LIMIT=1", "--DURATION= medium, long"], {"mid"}, 1),
     (["--TYPES=counting problem"], {"-O6m", "_u8", "UP"}, 3),
     (["--TYPES=OCR Problems", "--DURATION=medium"], {"mid"}, 1)])
 def test_a_part_of_videomme(tmp_path, videomme, chosen, streams, tasks):
@@ -68,8 +90,8 @@ def test_a_part_of_videomme(tmp_path, videomme, chosen, streams, tasks):
 
 
 @pytest.mark.parametrize("chosen, message", [
-    (["--TYPES=OCR"], "no question is of the type ocr, but of Counting Problem, OCR Problems"),
-    (["--DURATION=brief"], "no video of brief")])
+    (["--TYPES=OCR"], "TYPES: no question is of ocr, but of Counting Problem, OCR Problems"),
+    (["--DURATION=brief"], "DURATION: no question is of brief, but of long, medium, short")])
 def test_an_unknown_part_is_named(tmp_path, videomme, chosen, message):
     with pytest.raises(SystemExit, match=message):
         run(tmp_path, "--SOURCE=videomme", f"--DATA={videomme}", *chosen)
@@ -121,6 +143,9 @@ def egolife(tmp_path):
     spoken.parent.mkdir(parents=True)
     spoken.write_text("1\n00:09:47,100 --> 00:09:50,766\nJake: 好\nJake: Okay.\n\n"
                       "2\n00:10:50,000 --> 00:10:55,000\nin the gap\n", encoding="utf-8")
+    notes = data / "EgoLifeCap" / "DenseCaption" / "A1_JAKE" / "DAY1" / spoken.name
+    notes.parent.mkdir(parents=True)
+    notes.write_text("1\n00:09:47,100 --> 00:09:50,766\nI pick up a screwdriver\n")       # nobody says that
     return data
 
 

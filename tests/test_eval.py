@@ -214,6 +214,7 @@ def run(tmp_path, monkeypatch):
     early = [t | {"reply": "insufficient", "correct": False} for t in tasks if t["stream"][0] == "d"]
     recent = {e: [t for t in early if t["environment"] == e] for e in world.CATEGORIES[:3]}
     common.write_json(tmp_path / "tasks" / "recent.json", recent)
+    common.write_jsonl(tmp_path / "tasks" / "cache.jsonl", [])
     common.write_text(tmp_path / "phase1" / "adapter" / "adapter_model.safetensors", "x")
     common.write_text(tmp_path / "phase1" / "log.csv", "step,reward,note\n0,-0.5,\n1,0.2,\n2,nan,\n")
     for e in recent:

@@ -75,6 +75,14 @@ def test_phase2_sees_what_lay_before_the_update_alone(long):
     memories = common.read_jsonl(long / "tasks" / "memories.jsonl")
     assert [m["clip"] for m in memories] == list(range(9))                # up to 90 s, the last recent question
     assert {r["clip"] for r in common.read_jsonl(long / "tasks" / "cache.jsonl")} == set(range(9))
+    # of these, each environment's pairs and preferences know no clip after its own second question
+    for name in ("pairs", "preferences"):
+        rows = common.read_jsonl(long / "reward" / f"{name}.jsonl")
+        assert {r["environment"] for r in rows} == set(KINDS)
+        assert max(r["clip"] for r in rows if r["environment"] == "place") < 5
+        assert max(r["clip"] for r in rows if r["environment"] == "object") < 6
+    rows = common.read_jsonl(long / "eval" / "checked" / "phase1.jsonl")[1:]
+    assert rows and min(r["clip"] for r in rows) >= 9                   # what was cached is not validated on
 
 
 def test_on_policy_too_trains_on_what_was_seen(long, tmp_path, monkeypatch):
@@ -84,7 +92,7 @@ def test_on_policy_too_trains_on_what_was_seen(long, tmp_path, monkeypatch):
         seen.extend(streams), rolling(S, streams, captions))[1])
     stage("05_phase2_train", tmp_path, f"--FROM={long}", "--ALGORITHM=grpo", "--GRPO_STEPS=1",
           "--ENVIRONMENT=place")
-    assert [len(s["clips"]) for s in seen] == [9]
+    assert [len(s["clips"]) for s in seen] == [5]               # the second "place" question comes at 50 s
 
 
 def test_the_adapter_takes_over_after_its_questions(long):
@@ -141,6 +149,9 @@ def test_many_short_streams(tmp_path, policy):
     assert {m["stream"] for m in memories} == {"v0", "v1", "v2", "v3"}      # three with questions, one to fill up
     cache = common.read_jsonl(run / "tasks" / "cache.jsonl")
     assert len(cache) == 7 and {r["stream"] for r in cache} == {"v0", "v1", "v2", "v3"}
+    S = common.settings({"__doc__": "", "RECENT": 2}, [f"--RUN={run}"])
+    may = importlib.import_module("03_collect_tasks").cached(S, common.load_streams(S, "deploy"))
+    assert {e: {r["stream"] for r in rows} for e, rows in may.items()} == dict.fromkeys(KINDS, {"v0", "v1"})
     for name in ("04_train_reward", "05_phase2_train"):
         stage(name, run)
     R = stage("06_eval", run, "--TRANSFER=1")
@@ -154,3 +165,27 @@ def test_many_short_streams(tmp_path, policy):
     for e in steered:                                   # v0 and v1 were seen before the update
         early = {k: v for k, v in wrote["phase1", ""].items() if k[0] in ("v0", "v1")}
         assert early.items() <= wrote["dpo-steer", e].items()
+
+
+def test_memories_first_questions_later(tmp_path, policy, capsys):
+    """Streams may go, come and be cut between two runs of 03; what was written stays."""
+    truths = {f"v{i}": world.make_stream(world.stream_seed(5, "test", i), 4) for i in range(3)}
+    run = write_run(tmp_path, "videos", truths, [], policy)
+    policy.drop("phase1")
+    stage("03_collect_tasks", run)
+    before = common.read_jsonl(run / "tasks" / "memories.jsonl")
+    assert len(before) == 12 and "no tasks ask about these streams" in capsys.readouterr().out
+    common.write_jsonl(run / "streams" / "tasks.jsonl", [
+        t for kind in KINDS for t in asked_at(truths["v1"], kind, (20, 30, 40), "v1")])
+    rows = common.read_jsonl(run / "streams" / "streams.jsonl")
+    common.write_jsonl(run / "streams" / "streams.jsonl", rows[1:])             # v0 has gone
+    stage("03_collect_tasks", run)
+    assert common.read_jsonl(run / "tasks" / "memories.jsonl") == before
+    assert {r["stream"] for r in common.read_jsonl(run / "tasks" / "cache.jsonl")} == {"v1", "v2"}
+
+
+def test_a_stream_is_watched_alike_in_any_company(policy, streams):
+    S, stage3 = policy.S, importlib.import_module("03_collect_tasks")
+    both, = [stage3.watch(policy, S, streams[:2])]
+    alone = stage3.watch(policy, S, streams[1:2])
+    assert alone[streams[1]["stream"]] == both[streams[1]["stream"]]

@@ -153,7 +153,7 @@ def settings(run, *more):
 def test_malformed_and_equal_texts_are_never_compared_and_both_orders_are_asked(run, tmp_path):
     cache, judge = common.read_jsonl(run / "tasks/cache.jsonl"), Judge()
     questions = ["Where were the people at 00:00:10?"]
-    groups, pairs, figures = stage.preferences(settings(run), judge, cache, {"place": questions},
+    groups, pairs, figures = stage.preferences(settings(run), judge, {"place": cache}, {"place": questions},
                                                tmp_path / "v")
     asked = {(a, b) for _, a, b in judge.asked}
     assert all(a and b and a != b for a, b in asked) and asked == {(b, a) for a, b in asked}
@@ -163,7 +163,7 @@ def test_malformed_and_equal_texts_are_never_compared_and_both_orders_are_asked(
         assert {i for p in g["preferences"] for i in p} <= set(wellformed[g["stream"], g["clip"]])
     assert pairs and figures["place"]["judged"] * 2 == len(judge.asked)
     again = Judge()
-    assert stage.preferences(settings(run), again, cache, {"place": questions},
+    assert stage.preferences(settings(run), again, {"place": cache}, {"place": questions},
                              tmp_path / "v")[:2] == (groups, pairs)
     assert not again.asked                                              # a finished file is not asked again
 
@@ -171,12 +171,12 @@ def test_malformed_and_equal_texts_are_never_compared_and_both_orders_are_asked(
 def test_a_failed_verdict_drops_out_and_a_failed_judge_stops(run, tmp_path):
     cache, asked = (common.read_jsonl(run / "tasks/cache.jsonl"),
                     {"place": ["Where were the people at 00:00:10?"]})
-    all_of_them, _, _ = stage.preferences(settings(run), Judge(), cache, asked, tmp_path / "a")
-    some, _, figures = stage.preferences(settings(run), Judge(fail=0.3), cache, asked, tmp_path / "b")
+    all_of_them, _, _ = stage.preferences(settings(run), Judge(), dict.fromkeys(asked, cache), asked, tmp_path / "a")
+    some, _, figures = stage.preferences(settings(run), Judge(fail=0.3), dict.fromkeys(asked, cache), asked, tmp_path / "b")
     count = lambda groups: sum(len(g["preferences"]) for g in groups)
     assert figures["place"]["failed"] > 0 and 0 < count(some) < count(all_of_them)
     with pytest.raises(SystemExit, match="the judge failed on"):
-        stage.preferences(settings(run), Judge(fail=0.9), cache, asked, tmp_path / "c")
+        stage.preferences(settings(run), Judge(fail=0.9), dict.fromkeys(asked, cache), asked, tmp_path / "c")
 
 
 # ================================================================ the whole stage, the model, TRL's format

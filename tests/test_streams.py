@@ -171,6 +171,26 @@ def test_truncated_file_gives_its_good_frames(tmp_path, monkeypatch):
         media.read_frames(cut, [19.0, 19.5])
 
 
+def test_one_bad_frame_costs_no_other(tmp_path, monkeypatch):
+    """And with a Path, as 01 hands it over: after a failure the file is opened anew."""
+    import decord
+
+    class Reader(decord.VideoReader):
+        def get_batch(self, indices):
+            raise decord.DECORDError("a hole")
+
+        def __getitem__(self, i):
+            if i == 25:
+                raise decord.DECORDError("a hole")
+            return super().__getitem__(i)
+    video = make_video(tmp_path / "hole.mp4")
+    monkeypatch.setattr(decord, "VideoReader", Reader)
+    with pytest.warns(UserWarning, match="hole.mp4 is damaged: 1 of 3 frames"):
+        assert numbers(media.read_frames(video, [1.0, 2.5, 4.0])) == [10, 10, 40]
+    with pytest.raises(media.VideoError, match="1 of 1 frames"):
+        media.read_frames(video, [2.5])
+
+
 def test_no_video_at_all(tmp_path, monkeypatch):
     quickly(monkeypatch)
     (tmp_path / "empty.mp4").touch()
@@ -316,7 +336,7 @@ def test_a_clip_that_does_not_decode_is_left_out_by_name(tmp_path, monkeypatch, 
 
 def test_tasks_of_videos(tmp_path, folder, capsys):
     good = {"video": "-day one.mp4", "question": "Who?", "options": ["Ann", "Bob"], "answer": "B"}
-    rows = [good, {"video": "./train/b.MKV", "question": "What?", "answer": "a cat", "time": 7,
+    rows = [good, {"video": str(folder / "train" / "b.MKV.mkv"), "question": "What?", "answer": "a cat", "time": 7,
                    "environment": "cats", "task": "cat"},
             {"video": "page.webm", "question": "Lost?", "answer": "yes"}]
     write = lambda: (folder / "tasks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -330,7 +350,11 @@ def test_tasks_of_videos(tmp_path, folder, capsys):
     assert "page: 1 tasks left out" in capsys.readouterr().out
     for wrong, message in ((good | {"answer": "C"}, "task 1: the answer 'C' is no letter"),
                            (good | {"task": "cat"}, "'cat' stands twice"),
-                           ({"video": "-day one.mp4"}, "task 1: needs video, question and answer")):
+                           ({"video": "-day one.mp4"}, "task 1: needs video, question and answer"),
+                           ("text", "task 1: needs video, question and answer"),
+                           *((good | change, "task 1: options is a list, time a number, all else text")
+                             for change in ({"time": "00:10"}, {"time": float("nan")}, {"environment": 3},
+                                            {"options": "A. x"}, {"options": [1]}, {"answer": None}))):
         rows[0] = wrong
         write()
         with pytest.raises(SystemExit, match=message):
@@ -354,6 +378,40 @@ def test_a_folder_of_broken_files_is_an_error_with_reasons(tmp_path):
     (tmp_path / "a.mp4").touch()
     with pytest.raises(SystemExit, match="a.mp4: is empty"):
         run(tmp_path, "--SOURCE=videos", f"--DATA={tmp_path}")
+
+
+def test_tasks_come_in_the_order_in_which_they_are_asked(tmp_path, folder):
+    ask = lambda video, time, **more: {"video": video, "question": "Who?", "answer": "B", "time": time} | more
+    rows = [ask("one.mkv", 3), ask("-day one", 20), ask("-day one", 5, options=["A. Ann", "A. Bob"]),
+            ask("-day one", 5, options=["B. x", "A. y\nz"])]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    _, tasks = run(tmp_path, "--SOURCE=videos", f"--DATA={folder}")
+    assert [(t["stream"], t["time"]) for t in tasks] == [
+        ("-day one", 5), ("-day one", 5), ("-day one", 20), ("one.mkv", 3)]
+    assert [t["options"] for t in tasks[:2]] == [["A. A. Ann", "B. A. Bob"], ["A. B. x", "B. A. y z"]]
+
+
+def test_names_that_differ_in_the_suffix(tmp_path):
+    (tmp_path / "v").mkdir()
+    for name in ("a.mp4", "a.mkv", "a.mp4.mkv"):
+        make_video(tmp_path / "v" / name, frames=30)
+    streams, _ = run(tmp_path, "--SOURCE=videos", f"--DATA={tmp_path / 'v'}")
+    assert set(streams) == {"a.mp4", "a.mkv", "a.mp4.mkv"}
+    assert all(s["clips"][0]["file"].endswith("/" + name) for name, s in streams.items())
+
+
+def test_what_took_too_long_is_tried_again(tmp_path, monkeypatch):
+    video, probe = make_video(tmp_path / "slow.mp4", frames=30), media.probe_video
+    make_video(tmp_path / "good.mp4", frames=30)
+
+    def busy(file):
+        if "slow" in str(file):
+            raise media.VideoError(file, "did not decode in DECODE_SECONDS = 60")
+        return probe(file)
+    monkeypatch.setattr(stage, "probe_video", busy)
+    assert set(run(tmp_path, "--SOURCE=videos", f"--DATA={tmp_path}")[0]) == {"good"}
+    monkeypatch.undo()
+    assert set(run(tmp_path, "--SOURCE=videos", f"--DATA={tmp_path}")[0]) == {"good", video.stem}
 
 
 @real_videos
