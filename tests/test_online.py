@@ -100,6 +100,8 @@ def test_the_adapter_takes_over_after_its_questions(long):
     for r in common.read_jsonl(long / "eval" / "memories.jsonl"):
         rows.setdefault((r["method"], r["environment"]), []).append(r["memory"])
     assert {len(memories) for memories in rows.values()} == {16}
+    first = [m["memory"] for m in common.read_jsonl(long / "tasks" / "memories.jsonl")]
+    assert rows["phase1", ""][:9] == first                  # those from which 03 answered the recent questions
     # by 06's RECENT of 2 the update of "place" comes at 50 s, that of "object" at 60 s
     for kind, n in (("place", 5), ("object", 6)):
         assert rows["dpo-steer", kind][:n] == rows["phase1", ""][:n]
