@@ -239,6 +239,8 @@ def test_annotations_of_another_form_are_named(tmp_path, egotempo, egolife):
     (egotempo / "egotempo_openQA.json").write_text("not JSON")
     with pytest.raises(SystemExit, match="no egotempo as published"):
         run(tmp_path / "b", "--SOURCE=egotempo", f"--DATA={egotempo}")
+    with pytest.raises(SystemExit, match="no egolife as published .FileNotFoundError.*EgoLifeQA_A1_JAKE.json"):
+        run(tmp_path / "d", "--SOURCE=egolife", f"--DATA={egotempo}")
     with pytest.raises(SystemExit, match="needs --DATA=FOLDER"):
         run(tmp_path / "c", "--SOURCE=egolife", f"--DATA={egolife}/none")
 

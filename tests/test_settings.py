@@ -202,3 +202,13 @@ def test_help_shows_both_values(script, capsys):
         if name.isupper() and isinstance(value, both):
             values = re.escape(f"{value.tiny!r} | {value.full!r}")
             assert re.search(rf"^  {name} +{values}$", said, re.MULTILINE)
+
+
+def test_an_interruption_is_a_sentence():
+    """Ctrl-C outside of a training loop, which saves first: no traceback, as all stages go on where they were."""
+    code = "import loading\nraise {}"
+    ended = lambda error: subprocess.run([sys.executable, "-c", code.format(error)], cwd=ROOT, text=True,
+                                         capture_output=True)
+    assert "stopped; the same command goes on" in ended("KeyboardInterrupt").stderr
+    assert "Traceback" not in ended("KeyboardInterrupt").stderr and ended("KeyboardInterrupt").returncode
+    assert "Traceback" in ended("ValueError('x')").stderr
