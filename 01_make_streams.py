@@ -29,7 +29,7 @@ Run: python 01_make_streams.py [--NAME=value ...]       e.g. --SOURCE=videos --D
 Out: streams/streams.jsonl, tasks.jsonl; "tiny": videos/*.mp4, captions.jsonl, truth.jsonl; else files.jsonl
 Takes 10 s for the embedded world; for videos 0.4 s per clip of 720p on one core, far less with --CHECK=0.
 """
-import bisect, importlib, importlib.util, math, pathlib, re, time, warnings
+import bisect, importlib, importlib.util, math, pathlib, re, string, time, warnings
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
@@ -205,8 +205,8 @@ SOURCES = {source.__name__: source for source in (videos, videomme, egolife, ego
 
 # ---- files to clips ----------------------------------------------------------------------------------------
 
-def stamp(file):                # bytes and ns of the last change: another file has another
-    return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
+# bytes and ns of the last change: another file has another
+stamp = lambda file: [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
 
 
 def check_files(S, out, spans):
@@ -371,30 +371,30 @@ def cut_clips(file, first, end, S):
 
 # ---- speech and tasks --------------------------------------------------------------------------------------
 
-def as_tasks(S, rows, streams):
+def as_tasks(rows, streams):
     """(rows of tasks.jsonl in the order of streams and times, what was left out as (name, reason)).
-    SystemExit on a row that is no task."""
-    ends, tasks, lost = {s["stream"]: s["clips"][-1]["end"] for s in streams}, [], Counter()
+    SystemExit on a bad row of a tasks.jsonl; one of a data set is left out, or gets a name of its own."""
+    ends, tasks, lost, names = {s["stream"]: s["clips"][-1]["end"] for s in streams}, [], Counter(), Counter()
     for n, row in enumerate(rows, 1):
         stream, options = row["video"], [" ".join(option.split()) for option in row.get("options") or ()]
-        letters = [f"{letter}. " for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
-        if not all(option.startswith(letter) for letter, option in zip(letters, options)):
-            options = [letter + option for letter, option in zip(letters, options)]
+        if not all(option.startswith(f"{letter}. ") for letter, option in zip(string.ascii_uppercase, options)):
+            options = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options)]
         name, answer = row.get("task", f"{stream}-{n}"), " ".join(str(row["answer"]).split())
-        if options and answer not in [o[0] for o in options]:
-            raise SystemExit(f"{row.get('row', name)}: the answer {answer!r} is no letter of {options}")
-        if stream in ends:
-            question = " ".join(str(row["question"]).split())
-            tasks.append({"task": name, "stream": stream, "environment": row["environment"],
-                          "time": float(row.get("time", ends[stream])), "question": question,
-                          "options": options, "answer": answer})
+        names[name] += 1
+        wrong = bool(options) and answer not in [option[0] for option in options] and (
+            f"the answer {answer!r} is no letter of {options}")
+        if "row" in row and (wrong or names[name] > 1):
+            raise SystemExit(f"{row['row']}: {wrong or f'the task name {name!r} stands twice'}")
+        if stream in ends and not wrong:
+            tasks.append({"task": name + f"-{names[name]}" * (names[name] > 1), "stream": stream,
+                          "environment": row["environment"], "time": float(row.get("time", ends[stream])),
+                          "question": " ".join(str(row["question"]).split()), "options": options,
+                          "answer": answer})
         else:
-            lost[stream] += 1
-    if double := [name for name, count in Counter(t["task"] for t in tasks).items() if count > 1]:
-        raise SystemExit(f"{S.DATA}: the task name {double[0]!r} stands twice; task names must be unique")
+            lost[wrong or "no usable video of that name", stream] += 1
     place = {stream: i for i, stream in enumerate(ends)}
     return sorted(tasks, key=lambda t: (place[t["stream"]], t["time"])), [
-        (video, f"{n} tasks left out: no usable video of that name") for video, n in lost.items()]
+        (video, f"{n} tasks left out: {why}") for (why, video), n in lost.items()]
 
 
 # ---- the stage ---------------------------------------------------------------------------------------------
@@ -436,7 +436,7 @@ def main(argv=None):
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise SystemExit(f"{data}: no {S.SOURCE} as published ({type(error).__name__} {error})") from None
         streams, skipped = indexed(S, out, folder, found)
-        tasks, lost = as_tasks(S, rows, streams)
+        tasks, lost = as_tasks(rows, streams)
         skipped += lost
     if not streams:
         raise SystemExit("\n  ".join([f"no stream could be made of {S.DATA or S.SOURCE}:", *(

@@ -232,6 +232,17 @@ def test_one_part_outside_of_a_video_costs_the_others_nothing(tmp_path, egotempo
 
 # ---- all of them -------------------------------------------------------------------------------------------
 
+def test_odd_rows_of_a_data_set_cost_no_others(tmp_path, egolife, egotempo, capsys):
+    rows = json.loads((egolife / "EgoLifeQA" / "EgoLifeQA_A1_JAKE.json").read_text())
+    rows[1] |= {"answer": "?"}
+    rows[3] |= {"ID": "1", "choice_b": "A. Smith"}
+    write(egolife / "EgoLifeQA" / "EgoLifeQA_A1_JAKE.json", rows)
+    _, tasks = run(tmp_path, "--SOURCE=egolife", f"--DATA={egolife}")
+    assert [t["task"] for t in tasks] == ["A1_JAKE-1", "A1_JAKE-3", "A1_JAKE-1-2"]
+    assert tasks[2]["options"] == ["A. Ann", "B. A. Smith", "C. Ann", "D. Eve"]
+    assert "A1_JAKE: 1 tasks left out: the answer '?' is no letter" in capsys.readouterr().out
+
+
 def test_annotations_of_another_form_are_named(tmp_path, egotempo, egolife):
     write(egotempo / "egotempo_openQA.json", {"annotations": [{"clip": "x"}]})
     with pytest.raises(SystemExit, match="no egotempo as published .KeyError 'question_type'"):
