@@ -3,6 +3,7 @@ many short ones as in Video-MME. What Phase Two may see, and when its adapter ta
 import importlib
 import json
 import random
+import re
 
 import pytest
 
@@ -191,3 +192,28 @@ def test_a_stream_is_watched_alike_in_any_company(policy, streams):
     both, = [stage3.watch(policy, S, streams[:2])]
     alone = stage3.watch(policy, S, streams[1:2])
     assert alone[streams[1]["stream"]] == both[streams[1]["stream"]]
+
+
+def test_a_folder_of_videos_gives_memories_to_read(tmp_path, policy, capfd):
+    """Real videos, where ../shared/videos has them, through 01 and 03; no questions."""
+    from loading import save_adapter
+    from test_streams import SHARED, make_video
+    folder, real = tmp_path / "my videos", [SHARED / "videos" / name for name in ("nasa_13013.mp4", "bikes.mp4")]
+    folder.mkdir()
+    for file in real:
+        if file.exists():
+            (folder / file.name).write_bytes(file.read_bytes())
+        else:
+            make_video(folder / file.name, frames=110)
+    policy.add("phase1", "lora")
+    save_adapter(policy, "phase1", tmp_path / "run" / "phase1" / "adapter")
+    policy.drop("phase1")
+    importlib.import_module("01_make_streams").main(
+        ["--SOURCE=videos", f"--DATA={folder}", f"--RUN={tmp_path / 'run'}"])
+    stage("03_collect_tasks", tmp_path / "run", "--JUDGE=local")
+    said = capfd.readouterr()
+    assert "no tasks ask about these streams" in said.out
+    assert re.search(r"watch: .*\d\d:\d\d<\d\d:\d\d", said.err)                 # time gone < time left
+    for file in real:
+        text = (tmp_path / "run" / "tasks" / "memories" / f"{file.stem}.txt").read_text()
+        assert re.fullmatch(r"(\d\d:\d\d:\d\d-\d\d:\d\d:\d\d\n\S.*\n\n)+", text), text
