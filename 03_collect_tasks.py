@@ -3,8 +3,9 @@ asks its first questions, which are answered from memory alone; and one rollout 
 all environments share.
 
 The questions are all that Phase Two learns from (no answers are used); the cache is sampled once, so
-that a new environment costs no rollout (paper, section 3). Nobody has to ask: without tasks the script
-ends with the memories.
+that a new environment costs no rollout (paper, section 3). Of online streams (see 01) only what came before
+the last recent question is watched here, and Phase Two learns nothing from the clips that its adapter will be
+examined on (`cached`). Nobody has to ask: without tasks the script ends with the memories.
 
 Run: python 03_collect_tasks.py [--NAME=value ...]
 In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02)
