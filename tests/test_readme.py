@@ -64,6 +64,18 @@ def test_results_are_those_of_the_committed_evidence():
         k: F[k] for k in evidence.figures(F["records"])}
 
 
+def test_figures_of_the_search_are_those_of_the_committed_run():
+    R = common.read_json(ROOT / "results" / "retrieval.json")
+    text = " ".join(README[README.index("**Memories beyond"):README.index("What the tricks")].split())
+    share = lambda how, case="right": round(100 * sum(R[case]["kept"][how]["10"]["all"]) / R["streams"])
+    for pattern, value in ((r"keeps (\d+) %", share("BM25, neighbours")), (r"without neighbours (\d+) %", share("BM25")),
+                           (r"small base (\d+) %", share("embeddings, neighbours")),
+                           (r"last entries (\d+) %", share("the last entries")),
+                           (r"it is (\d+) %", share("BM25, neighbours", "untimed"))):
+        assert int(re.search(pattern, text)[1]) == value, pattern
+    assert f"five embedded streams of {R['clips']} clips" in text and R["streams"] == 5
+
+
 def test_numbers_in_the_text():
     """Every `{key}`-like claim in "What you should see" and the ablation table stands
     in the evidence, rounded."""
