@@ -103,7 +103,7 @@ def tables(R):
     scope = lambda name: [line(r, named(R, r["method"])) for r in pooled(R["rows"], name)]
     dropped, parts = sum(R["dropped"].values()), sum(r["retrieved"] for r in R["rows"])
     yield ("Answers from memory", "Per cent of the questions asked after the update; 95 % intervals over "
-           "streams. Accuracy: answered right. Coverage: the memory was enough. Precision: right among the "
+           f"{'streams' if R['units'] == R['streams'] else 'questions'}. Accuracy: answered right. Coverage: the memory was enough. Precision: right among the "
            "covered." + " Retrieved: not all fit the reader, who saw the most relevant." * bool(parts)
            + f" {dropped} verdicts that the judge failed to give are left out." * bool(dropped),
            ["Method", *asked], scope("after"), "")
@@ -334,7 +334,7 @@ def headline(R):
     mean = lambda x, scale=100: cell({**x, "low": None, "high": None}, scale)
     after = {r["method"]: mean(r["accuracy"]) for r in R["rows"]
              if r["scope"] == "after" and r["environment"] == "all"}
-    text = (f"From nothing but its own memories of {R['streams']} unseen streams, the base answers "
+    text = (f"From nothing but its own memories of {R['streams']} test stream{'s' * (R['streams'] != 1)}, the base answers "
             f"{after['base']}% of the questions and Phase One {after['phase1']}%.")
     for m in [m for m in R["transfer"] if m != "phase1"]:
         gain, others = R["gains"][m]["over_phase1"], R["gains"][m]["mismatched"]
