@@ -298,8 +298,8 @@ def main(argv=None):
     first = sorted({t["stream"] for rows in recent.values() for t in rows[:S.RECENT]} - set(ids))
     units = {s: i for i, s in enumerate(ids + first)}
     weights = resamples([len(ids), len(first)], S.BOOTSTRAP, S.SEED)
-    R = {"run": S.RUN, "source": streams[0]["source"], "streams": len(streams), "units": len(ids), "readers": {},
-         **summarise(jobs, answers, recent, units, weights, S)}
+    R = {"run": S.RUN, "source": streams[0]["source"], "streams": len(streams), "units": len(ids),
+         "readers": {}, **summarise(jobs, answers, recent, units, weights, S)}
     for name in filter(None, S.READERS.split(",")):
         reader, replies = load_judge(SimpleNamespace(**vars(S) | {"JUDGE": name}), writer.load), {}
         for j in tqdm(jobs, desc=name):

@@ -102,9 +102,9 @@ def tables(R):
     pooled = lambda rows, name: [r for r in rows if r["environment"] == "all" and r["scope"] == name]
     scope = lambda name: [line(r, named(R, r["method"])) for r in pooled(R["rows"], name)]
     dropped, parts = sum(R["dropped"].values()), sum(r["retrieved"] for r in R["rows"])
-    yield ("Answers from memory", "Per cent of the questions asked after the update; 95 % intervals over "
-           f"{'streams' if R['units'] == R['streams'] else 'questions'}. Accuracy: answered right. Coverage: the memory was enough. Precision: right among the "
-           "covered." + " Retrieved: not all fit the reader, who saw the most relevant." * bool(parts)
+    unit = "streams" if R["units"] == R["streams"] else "questions"
+    yield ("Answers from memory", f"Per cent of the questions asked after the update; 95 % intervals over {unit}. "
+           "Accuracy: answered right. Coverage: the memory was enough. Precision: right among the covered." + " Retrieved: not all fit the reader, who saw the most relevant." * bool(parts)
            + f" {dropped} verdicts that the judge failed to give are left out." * bool(dropped),
            ["Method", *asked], scope("after"), "")
     points = lambda g, name, metric: cell((g[name] or {}).get(metric), 1)
@@ -334,8 +334,8 @@ def headline(R):
     mean = lambda x, scale=100: cell({**x, "low": None, "high": None}, scale)
     after = {r["method"]: mean(r["accuracy"]) for r in R["rows"]
              if r["scope"] == "after" and r["environment"] == "all"}
-    text = (f"From nothing but its own memories of {R['streams']} test stream{'s' * (R['streams'] != 1)}, the base answers "
-            f"{after['base']}% of the questions and Phase One {after['phase1']}%.")
+    text = (f"From nothing but its own memories of {R['streams']} test stream{'s' * (R['streams'] != 1)}, the "
+            f"base answers {after['base']}% of the questions and Phase One {after['phase1']}%.")
     for m in [m for m in R["transfer"] if m != "phase1"]:
         gain, others = R["gains"][m]["over_phase1"], R["gains"][m]["mismatched"]
         text += (f" The adapters of {named(R, m)} answer {after[m]}% in the environment whose recent "
