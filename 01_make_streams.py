@@ -33,10 +33,10 @@ import bisect, importlib, importlib.util, math, pathlib, re, string, time, warni
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
-from common import clock, np, read_json, read_jsonl, settings, start, write_json, write_jsonl, written_aside
-from loading import fingerprint
-from video import (DECODE_SECONDS, VideoError, by_face, face_finder, find_faces, frame_times, probe_video,
-                   read_faces, read_frames, read_srt, speech_pipeline, tell_apart, transcribe)
+from common import clock, read_json, read_jsonl, settings, start, write_jsonl
+from loading import stamp
+from video import (DECODE_SECONDS, VideoError, face_finder, frame_times, probe_video, read_frames, read_srt,
+                   speech_and_faces, speech_pipeline)
 
 # ------------------------------------------------------------------------------------------------------------
 SOURCE = "tiny"          # "tiny" | "videos" | "videomme" | "egolife" | "egotempo"
@@ -94,10 +94,12 @@ def videos(S, folder, data):
     try:
         rows = list(enumerate(read_jsonl(path) if path.exists() else [], 1))
     except ValueError as error:
-        raise SystemExit(f"{path}: not one JSON object per line ({error})") from None
+        raise SystemExit(f"not one JSON object per line: {error}") from None
     for n, row in rows:
-        if not isinstance(row, dict) or not {"video", "question", "answer"} <= set(row):
-            raise SystemExit(f"{path}, task {n}: needs video, question and answer; is {str(row)[:200]}")
+        if not isinstance(row, dict) or not {"video", "question", "answer"} <= set(row) <= {
+                "video", "question", "answer", "options", "time", "environment", "task"}:
+            raise SystemExit(f"{path}, task {n}: needs video, question and answer, may have options, time, "
+                             f"environment and task; is {str(row)[:200]}")
         texts = [row.get(k, "") for k in ("video", "question", "answer", "environment", "task")]
         options, at = row.get("options", []), row.get("time", 0)
         if not (isinstance(options, list) and all(isinstance(text, str) for text in texts + options)
@@ -196,7 +198,8 @@ def chosen(S, constant, rows, key):
     kinds = sorted({r[key] for r in rows})
     wanted = [x.strip().casefold() for x in getattr(S, constant).split(",") if x.strip()]
     if unknown := set(wanted) - {kind.casefold() for kind in kinds}:
-        raise SystemExit(f"{constant}: no question is of {', '.join(unknown)}, but of {', '.join(kinds)}")
+        raise SystemExit(f"{constant}: no question is of {', '.join(unknown)}, but of "
+                         f"{', '.join(kinds) or 'no type, as there are none'}")
     return [r for r in rows if not wanted or r[key].casefold() in wanted]
 
 
@@ -204,10 +207,6 @@ SOURCES = {source.__name__: source for source in (videos, videomme, egolife, ego
 
 
 # ---- files to clips ----------------------------------------------------------------------------------------
-
-# bytes and ns of the last change: another file has another
-stamp = lambda file: [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
-
 
 def check_files(S, out, spans):
     """{file: row of `check_video`}; spans: {file: [[begin, end] ..]}. files.jsonl keeps the rows; a later run
@@ -220,7 +219,8 @@ def check_files(S, out, spans):
     for file in spans:
         row = known.get(str(file))
         slow = row and any("DECODE_SECONDS" in why for why in row["skipped"])       # of a busy disk, perhaps
-        if row and not slow and (row["stamp"], row["spans"]) == (stamp(file), spans[file]):
+        how = [S.SOURCE, S.CLIP_SECONDS, S.SHORTEST, S.CHECK]
+        if row and not slow and (row["stamp"], row["spans"], row["how"]) == (stamp(file), spans[file], how):
             rows[file] = row
         else:
             new.append(file)
@@ -242,13 +242,12 @@ def check_files(S, out, spans):
 
 def indexed(S, out, folder, found):
     """(streams, skipped [(name, reason)]) of what a source has found."""
-    spans = {}
+    recognise = speech_pipeline(S) if S.ASR and not all(f.cues for f in found) else None
+    finder, spans, streams = face_finder(S.FACE_SCORE) if S.FACES else None, {}, []
     for file, begin, end, _ in (part for f in found for part in f.parts):
         spans.setdefault(file, []).append([begin, end])
     rows = check_files(S, out, spans)
     skipped = [(file.relative_to(folder), why) for file in spans for why in rows[file]["skipped"]]
-    streams, recognise = [], speech_pipeline(S) if S.ASR and not all(f.cues for f in found) else None
-    finder = face_finder(S.FACE_SCORE) if S.FACES else None
     for f in found:
         clips, used = [], []
         for file, begin, end, first in f.parts:
@@ -271,41 +270,8 @@ def indexed(S, out, folder, found):
     return streams, skipped
 
 
-def speech_and_faces(S, out, f, used, recognise, finder, skipped):
-    """(cues, boxes) of a stream, on its clock: what lies beside its files, or else what ASR and FACES find,
-    kept in `out` by file. used: [(file, begin, end, shift)], s of the file, and to add for the stream's."""
-    from tqdm import tqdm
-    key = lambda file, *span: fingerprint(str(file), stamp(file), *span)[:16]
-    cues, boxes, names, seen = list(f.cues), [], {}, []
-    for file, begin, end, shift in tqdm(used, f"speech of {f.stream}", disable=not recognise, leave=False):
-        if recognise and not f.cues:
-            path = out / "speech" / f"{key(file)}.json"
-            try:
-                if not path.exists():
-                    write_json(path, transcribe(file, recognise))
-                cues += [[a + shift, b + shift, text] for a, b, text in read_json(path)]
-            except VideoError as error:
-                skipped.append((file.name, error.reason))
-        mine, called = read_faces(file.with_suffix(".faces.jsonl"))
-        boxes += [[at + shift, *box] for at, *box in mine]
-        for name, n in called.items():
-            if names.setdefault(name, n) != n:
-                raise SystemExit(f"{file}: {name} is face {n} here, but {names[name]} in an earlier file of "
-                                 f"the stream {f.stream}: a face keeps its number over a stream")
-    look = used if finder and not boxes else ()
-    for file, begin, end, shift in tqdm(look, f"faces of {f.stream}", disable=not look, leave=False):
-        path = out / "faces" / f"{key(file, begin, end)}.npy"
-        if not path.exists():
-            with written_aside(path) as aside, open(aside, "wb") as opened:
-                np.save(opened, find_faces(finder, file, begin, end))
-        seen.append(np.load(path).astype(float) + np.eye(1, 517) * shift)       # the first column: s
-    if seen:
-        boxes = tell_apart(np.concatenate(seen), S.FACE_MATCH)
-    return sorted([a, b, by_face(text, names)] for a, b, text in cues), sorted(boxes)
-
-
 def check_video(file, spans, S):
-    """A row of files.jsonl: {file, stamp, spans, clips: [[clip ..] per span], skipped: [reasons]}.
+    """A row of files.jsonl: {file, stamp, spans, clips: [[clip ..] per span], skipped: [reasons], how}.
 
     Times are the file's own, by its time stamps, in which subtitles count too; decord calls the first frame
     0 s even where the sound starts earlier. Raises nothing: an unusable file has no clips.
@@ -323,7 +289,8 @@ def check_video(file, spans, S):
             skipped += bad
     except VideoError as error:
         skipped.append(error.reason)
-    return {"file": str(file), "stamp": stamp(file), "spans": spans, "clips": clips, "skipped": skipped}
+    return {"file": str(file), "stamp": stamp(file), "spans": spans, "clips": clips, "skipped": skipped,
+            "how": [S.SOURCE, S.CLIP_SECONDS, S.SHORTEST, S.CHECK]}
 
 
 def decodable(file, clips, S):
@@ -410,7 +377,10 @@ def summary(streams, tasks, skipped):
         print(f"{split:8}{len(mine):9}{len(clips):8}{hours:8.2f}{cues:8}{faces:8}   {stages}")
     kinds = sorted(Counter(t["environment"] for t in tasks).items())
     print("tasks: " + (", ".join(f"{kind} {n}" for kind, n in kinds) or "none, so only memories can be made"))
-    print(f"skipped: {len(skipped)}", *(f"  {name}: {why}" for name, why in skipped), sep="\n")
+    print(f"skipped: {len(skipped)}")
+    for why in dict.fromkeys(why for _, why in skipped):
+        names = [str(name) for name, same in skipped if same == why]
+        print(f"  {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}: {why}")
     have = {s["split"] for s in streams}
     have |= {"deploy", "test"} if "online" in have else {"online"}
     for split in sorted(SPLITS.keys() - have):
@@ -420,6 +390,8 @@ def summary(streams, tasks, skipped):
 
 def main(argv=None):
     S = settings(globals(), argv)
+    if min(S.CLIP_SECONDS, S.WORKERS, S.SAVE_EVERY) < 1:
+        raise SystemExit("CLIP_SECONDS, WORKERS and SAVE_EVERY must be 1 or more")
     for name, value, known in (("SOURCE", S.SOURCE, ("tiny", *SOURCES)), ("SPLIT", S.SPLIT, SPLITS)):
         if value not in known:
             raise SystemExit(f"{name}={value!r}: expected one of {', '.join(known)}")

@@ -31,7 +31,7 @@ import sys
 from common import (both, clock, grpo, load_policy, load_streams, make_context, need, np, read_jsonl, settings,
                     start, torch)
 from judges import load_judge
-from loading import save_adapter
+from loading import command, save_adapter
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 LR = both(5e-4, 1e-5)            # paper: 1e-6 on all parameters; LoRA takes about ten times that
@@ -268,7 +268,7 @@ def main(argv=None):
     if S.TRAIN not in ("lora", "all"):
         raise SystemExit(f'TRAIN={S.TRAIN}: take "lora" or "all"')
     if any((out / "adapter").glob("*.safetensors")) and not S.SHOW:
-        return print(f"finished before: {out}; next: python 03_collect_tasks.py --RUN={S.RUN}")
+        return print(f"finished before: {out}; next: {command(S, '03_collect_tasks.py')}")
     streams, judge = load_streams(S, "train"), load_judge(S, lambda: policy)
     policy = load_policy(S)
     batch = RollingBatch(S, streams, histories(S, policy, streams, out))
@@ -281,7 +281,7 @@ def main(argv=None):
     if shown:
         return show_group(policy, *shown)
     save_adapter(policy, "phase1", out / "adapter")
-    print(f"Phase One is in {out / 'adapter'}; next: python 03_collect_tasks.py --RUN={S.RUN}")
+    print(f"Phase One is in {out / 'adapter'}; next: {command(S, '03_collect_tasks.py')}")
 
 
 if __name__ == "__main__":

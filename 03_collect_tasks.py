@@ -19,7 +19,7 @@ import zlib
 from common import (both, clock, load_policy, load_streams, logprobs, make_context, need, read_json, read_jsonl,
                     rollout, settings, start, torch, write_json, write_jsonl, write_text)
 from judges import Retriever, load_judge
-from loading import RANK, WORLD, gather, load_adapter, load_tokenizer, once
+from loading import RANK, WORLD, command, fingerprint, gather, load_adapter, load_tokenizer, once
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 CACHE_STREAMS = both(24, 100)   # streams whose contexts are cached (paper: about 100 videos) ...
@@ -221,11 +221,16 @@ def fill_cache(S, out, policy, judge, streams, memories):
 def main(argv=None):
     S = settings(globals(), argv)
     out = start(S, "tasks")
-    if (out / "cache.jsonl").exists():
-        return print(f"finished before: {out}; next: python 04_train_reward.py --RUN={S.RUN}")
     streams = load_streams(S, "deploy")
     tasks = [t for t in read_jsonl(need(S, "streams/tasks.jsonl"))
              if t["stream"] in {s["stream"] for s in streams}]
+    made_of = fingerprint(streams, tasks)
+    if (out / "cache.jsonl").exists():
+        if made_of != read_json(out / "made_of.json"):
+            print(f"*** streams or tasks have changed since {out} was made, and are not in it. To take them "
+                  "up: --RUN=NEWNAME, from 01 on ***")
+        return print(f"finished before: {out}; next: {command(S, '04_train_reward.py')}")
+    write_json(out / "made_of.json", made_of)
     adapter, judge = need(S, "phase1/adapter"), load_judge(S, lambda: policy) if tasks else None
     policy = load_policy(S)
     load_adapter(policy, "phase1", adapter)
@@ -234,7 +239,13 @@ def main(argv=None):
     recent = first_questions(tasks if online else spread(tasks), S.RECENT)
     streams = seen_by_then(S, streams, recent) if tasks else streams
     clips = sum(len(s["clips"]) for s in streams)
-    print(f"{len(streams)} streams of {clips} clips to watch, {len(tasks)} questions to come")
+    print(f"{len(streams)} streams of {clips} clips to watch, {len(tasks)} questions to come" + (
+        ": what precedes the last recent question" if tasks and online else ""))
+    blind = [t for asked in recent.values() for t in asked if not any(
+        c["end"] <= t["time"] for s in streams if s["stream"] == t["stream"] for c in s["clips"])]
+    if blind:
+        print(f"*** {len(blind)} recent questions are asked before any clip has ended, when nothing is known, "
+              f"e.g. {blind[0]['task']} at {blind[0]['time']:g} s ***")
     cached = streams[:S.CACHE_STREAMS] if tasks else []
     if cached:
         announce(S, policy, [make_context(s, len(s["clips"]) // 2, {}, k=S.K) for s in cached],
@@ -254,11 +265,13 @@ def main(argv=None):
         for task, reply, part, correct in zip(asked, replies, retrieved, right(judge, asked, replies)):
             task |= {"reply": reply if correct is not None else None, "correct": correct}
             task |= {"retrieved": True} if part else {}
+        failed = sum(t["correct"] is None for t in asked)
         print(f"  {environment:24} {sum(bool(t['correct']) for t in asked[:5])} of the first "
-              f"{len(asked[:5])} answered, e.g. {asked[0]['question']!r} -> {asked[0]['reply']}")
+              f"{len(asked[:5])} answered right, e.g. {asked[0]['question']!r} -> {asked[0]['reply']}"
+              + f"; {failed} without a verdict" * bool(failed))
     write_json(out / "recent.json", recent)
     fill_cache(S, out, policy, judge, cached, memories)
-    print(f"next: python 04_train_reward.py --RUN={S.RUN}")
+    print(f"next: {command(S, '04_train_reward.py')}")
 
 
 if __name__ == "__main__":

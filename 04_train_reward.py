@@ -13,7 +13,7 @@ In:  streams/streams.jsonl (01), tasks/recent.json, cache.jsonl (03), and what t
 Out: reward/verdicts/, preferences.jsonl, pairs.jsonl, pairs_trl.jsonl (the same pairs in TRL's preference
      format), log.csv, checkpoint.pt, model/, report.json
 """
-import importlib, random, time
+import importlib, random, sys, time
 from collections import Counter
 from itertools import combinations, groupby
 from types import SimpleNamespace
@@ -134,8 +134,7 @@ def trl_rows(S, streams, cache, pairs, tokenizer):
     """The pairs in TRL's preference format. Each clip is one <|video_pad|>, which Qwen3-VL's processor
     expands into frames and their times; pairs.jsonl and streams.jsonl tell which files those are."""
     build_prompt = importlib.import_module("02_phase1_train").build_prompt
-    streams = {s["stream"]: s for s in streams}
-    cached = {(c["stream"], c["clip"]): c for c in cache}
+    streams, cached = {s["stream"]: s for s in streams}, {(c["stream"], c["clip"]): c for c in cache}
     for p in pairs:
         t, c = p["clip"], cached[p["stream"], p["clip"]]
         context = make_context(streams[p["stream"]], t,
@@ -308,8 +307,9 @@ def main(argv=None):
     write_jsonl(out / "pairs_trl.jsonl", trl_rows(S, streams, every, pairs, policy.tokenizer))
     learn = [g for g in groups if unit(g) not in held]
     if not learn or not tests:
-        raise SystemExit(f"preferences in {len(learn)} contexts to learn from, in {len(tests)} to test on: too "
-                         "few for R. Cache more streams with 03; 05 with dpo needs no more than what is written")
+        few = (f"no reward model: preferences in {len(learn)} contexts to learn from, in {len(tests)} to test on; "
+               f"{yields['all']['tied']} of {yields['all']['judged']} comparisons were ties")
+        return print(f"*** {few}. 05 with dpo has {len(pairs)} pairs ***") if pairs else sys.exit(few)
     torch.manual_seed(S.SEED)                                          # of the LoRA's first values
     model, began, few = RewardModel(policy, S), time.time(), random.Random(S.SEED).choices(learn, k=64)
     model.measure(few, [asked[g["environment"]] for g in few])

@@ -23,7 +23,7 @@ import time
 from common import (F, Training, both, grpo, load_policy, load_streams, logprobs, make_context, need, read_json,
                     read_jsonl, settings, slug, start, torch)
 from judges import load_judge
-from loading import RANK, WORLD, gather, load_adapter, save_adapter
+from loading import RANK, WORLD, command, gather, load_adapter, save_adapter
 
 # ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
 LR = both(1e-2, 1e-3)            # of the vector (paper: 1e-3) ...
@@ -208,7 +208,7 @@ def main(argv=None):
     todo = [e for e in recent if e == (S.ENVIRONMENT or e)
             and (S.SHOW or not any((out / slug(e) / "adapter").glob("*.safetensors")))]
     if not todo:
-        return print(f"finished before: {out}; next: python 06_eval.py --RUN={S.RUN}")
+        return print(f"finished before: {out}; next: {command(S, '06_eval.py')}")
     adapter, _ = (need(S, "phase1/adapter"),
                   need(S, "reward/pairs.jsonl" if S.ALGORITHM == "dpo" else "reward/model"))
     policy = load_policy(S)
@@ -226,7 +226,8 @@ def main(argv=None):
         train_environment(policy, S, out / slug(environment), environment, questions, streams, judge, model)
         if S.SHOW:
             return
-    print(f"adapters are in {out}; next: python 06_eval.py --RUN={S.RUN}")
+    made = sum(any((out / slug(e) / "adapter").glob("*.safetensors")) for e in recent)
+    print(f"{made} of {len(recent)} adapters are in {out}; next: {command(S, '06_eval.py')}")
 
 
 if __name__ == "__main__":

@@ -138,8 +138,9 @@ def find_jobs(S, environments):
                  if (method, common.slug(e)) in found]
         if lacks := [e for e in environments if (method, common.slug(e)) not in found]:
             names = zip(("ALGORITHM", "ADAPTER", "NAME"), method.split("-", 2))
-            print(f"!! {method}: no adapter for {', '.join(lacks)}, left out here. To make it: python "
-                  f"05_phase2_train.py --RUN={S.RUN} " + " ".join(f"--{k}={v}" for k, v in names))
+            how = loading.command(S, "05_phase2_train.py", *(f"--{k}={v}" for k, v in names))
+            print(f"!! {method}: no adapter for {', '.join(lacks)}, left out here (05 makes none where there is no "
+                  f"pair). To make it: {how}")
     return [j for j in jobs if wanted(j.method)]
 
 
@@ -267,7 +268,7 @@ def main(argv=None):
     seen = {j.slug: [s for s in streams if s["stream"] in {t["stream"] for t in asked[j.slug]}] for j in jobs}
     clips = sum(len(s["clips"]) for j in jobs for s in seen[j.slug])
     print(f"{len(jobs)} policies, {len(ids)} test streams: {clips} memories, {sum(map(len, asked.values()))} "
-          f"answers, {S.VALIDATE} validated memories a method; less what is kept")
+          f"answers, up to {S.VALIDATE} validated memories a method; less what is kept")
     # ---- every policy watches and answers; new adapters, streams or questions make its part anew
     world = fingerprint({k: v for k, v in vars(S).items() if k not in common.HARMLESS}, phase1, streams,
                         questions, sorted(early))
@@ -321,9 +322,8 @@ def main(argv=None):
     common.write_text(out / "results.md", report.markdown(R))
     common.write_text(out / "report.html", report.page(R, S, jobs, memories, streams, phase1))
     report.show(R, "Answers from memory", "Gains", "By type", "Beside the paper", "Other readers")
-    print(f"\nThe report, which opens offline: {out / 'report.html'}\nTry next, an adapter or an ablation:\n"
-          f"  python 05_phase2_train.py --RUN={S.RUN} --ADAPTER=lora && python 06_eval.py --RUN={S.RUN}\n"
-          f"  python 02_phase1_train.py --RUN=norich --FROM={S.RUN} --RICHNESS=0")
+    print(f"\nThe report, which opens offline: {out / 'report.html'}\nTry an ablation (README), or another adapter:\n"
+          f"  {loading.command(S, '05_phase2_train.py', '--ADAPTER=lora')} && {loading.command(S, '06_eval.py')}")
 
 
 if __name__ == "__main__":

@@ -83,13 +83,14 @@ def start(S, stage):
     out = ROOT / "runs" / S.RUN / stage                             # an absolute RUN stays as it is
     out.mkdir(parents=True, exist_ok=True)
     now, file = {n: v for n, v in vars(S).items() if n not in HARMLESS}, out / "settings.json"
-    begun = once(lambda: file.exists() and len(list(out.iterdir())) > 1)  # a try that made nothing binds none
+    binds = lambda p: p.name not in ("settings.json", "files.jsonl", "speech", "faces")     # a failed try: none
+    begun = once(lambda: file.exists() and any(map(binds, out.iterdir())))
     saved = read_json(file) if begun else now
     changed = [f"  {n}: {saved.get(n)!r} in the run, {now.get(n)!r} now\n" for n in sorted(saved | now)
                if saved.get(n) != now.get(n)]
     if changed:
-        raise SystemExit(f"{out} was made with other settings:\n{''.join(changed)}Take a new name and read "
-                         f"the earlier stages from this run: --RUN=NEWNAME --FROM={S.RUN}")
+        raise SystemExit(f"{out} was made with other settings:\n{''.join(changed)}Take a new name and read the "
+                         f"earlier stages from this run: --RUN=NEWNAME --FROM={S.RUN}; or delete that folder")
     print(f"---- {stage} -> {out}\n" + "  ".join(f"{n}={v}" for n, v in now.items()))
     if not getattr(S, "SHOW", 0):
         write_json(file, now)
@@ -531,9 +532,8 @@ def _group(context, samples, score, gate):
     if len(kept) < 2:
         return None
     gates = [score["gate"][i] for i in kept] if gate else None
-    advantages, counts = group_advantages([score["total"][i] for i in kept], gates)
-    return dict(context=context, ids=[samples[i].ids for i in kept], advantages=advantages, counts=counts,
-                kept=kept)
+    A, counts = group_advantages([score["total"][i] for i in kept], gates)
+    return dict(context=context, ids=[samples[i].ids for i in kept], advantages=A, counts=counts, kept=kept)
 # ================================================================ keeping a run alive
 class Training:
     """The steps of a run still to do, for 02, 04 and 05: `for step in run:`, ending in run.log(row). Resumes

@@ -8,7 +8,7 @@ sorts (token, expert) pairs by expert, unpacks the experts hit, multiplies, and 
 the backward pass unpacks them again. Router, norms, embeddings and head stay as they are. The arithmetic is
 the library's (`dequantize_4bit`, `grouped_mm`): outputs and LoRA gradients are bit-equal to unpacking all.
 """
-import contextlib, datetime, functools, hashlib, json, logging, os, pathlib, re, sys
+import contextlib, datetime, functools, hashlib, json, logging, os, pathlib, re, shlex, sys
 
 RANK, WORLD = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))       # set by torchrun
 if RANK:                         # rank 0 alone speaks; set before torch imports tqdm
@@ -65,12 +65,28 @@ def read_json(path):
 
 
 def read_jsonl(path, torn=False):
-    """Rows of a JSONL file; torn: a last line without its line end is cut off the file first."""
+    """Rows of a JSONL file; torn: a last line without its line end is cut off the file first. ValueError names
+    the line that is no JSON."""
     text = pathlib.Path(path).read_text(encoding="utf-8")
     if torn and not text.endswith("\n"):
         text = text[:text.rfind("\n") + 1]
         write_text(path, text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    rows = []
+    for n, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"{path}, line {n}: {error}") from None
+    return rows
+
+
+def command(S, script, *more):
+    """How to call another stage of this run: with what differs from the defaults that all stages share."""
+    import common
+    usual = vars(common.settings({"__doc__": ""}, [f"--MODEL={S.MODEL}"]))
+    given = [shlex.quote(f"--{n}={v}") for n, v in vars(S).items()
+             if n == "RUN" or n in usual and n not in common.HARMLESS and v != usual[n]]
+    return " ".join(["python", script, *given, *more])
 
 
 def fingerprint(*things):
@@ -81,6 +97,11 @@ def fingerprint(*things):
         for data in (p.read_bytes() for p in files) if files else [json.dumps(thing, default=str).encode()]:
             digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()
+
+
+def stamp(file):
+    """[bytes, ns of the last change] of a file, [] where there is none."""
+    return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
 
 
 # ---------------------------------------------------------------- several ranks (torchrun)

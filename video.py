@@ -6,6 +6,8 @@ insightface, speech by a Whisper model of transformers.
 """
 import contextlib, functools, json, os, re, textwrap, threading, warnings
 
+from loading import fingerprint, read_json, stamp, write_json, written_aside
+
 try:
     import numpy as np
     import torch
@@ -322,3 +324,36 @@ def speech_pipeline(S):
         raise SystemExit(f"ASR={S.ASR}: no Whisper model, such as openai/whisper-small, or its folder "
                          f"({' '.join(str(error).split())[:200]})") from None
     return recognise
+
+
+def speech_and_faces(S, out, f, used, recognise, finder, skipped):
+    """(cues, boxes) of a stream, on its clock: what lies beside its files, or else what ASR and FACES find,
+    kept in `out` by file. used: [(file, begin, end, shift)], s of the file, and to add for the stream's."""
+    from tqdm import tqdm
+    key = lambda file, *span: fingerprint(str(file), stamp(file), *span)[:16]
+    cues, boxes, names, seen = list(f.cues), [], {}, []
+    for file, begin, end, shift in tqdm(used, f"speech of {f.stream}", disable=not recognise, leave=False):
+        if recognise and not f.cues:
+            path = out / "speech" / f"{key(file)}.json"
+            try:
+                if not path.exists():
+                    write_json(path, transcribe(file, recognise))
+                cues += [[a + shift, b + shift, text] for a, b, text in read_json(path)]
+            except VideoError as error:
+                skipped.append((file.name, error.reason))
+        mine, called = read_faces(file.with_suffix(".faces.jsonl"))
+        boxes += [[at + shift, *box] for at, *box in mine]
+        for name, n in called.items():
+            if names.setdefault(name, n) != n:
+                raise SystemExit(f"{file}: {name} is face {n} here, but {names[name]} in an earlier file of "
+                                 f"the stream {f.stream}: a face keeps its number over a stream")
+    look = used if finder and not boxes else ()
+    for file, begin, end, shift in tqdm(look, f"faces of {f.stream}", disable=not look, leave=False):
+        path = out / "faces" / f"{key(file, begin, end)}.npy"
+        if not path.exists():
+            with written_aside(path) as aside, open(aside, "wb") as opened:
+                np.save(opened, find_faces(finder, file, begin, end))
+        seen.append(np.load(path).astype(float) + np.eye(1, 517) * shift)       # the first column: s
+    if seen:
+        boxes = tell_apart(np.concatenate(seen), S.FACE_MATCH)
+    return sorted([a, b, by_face(text, names)] for a, b, text in cues), sorted(boxes)

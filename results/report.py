@@ -178,6 +178,8 @@ def show(R, *names):
             print(f"\n{name}")
             for row in [head, *rows]:
                 print("  " + "  ".join(text.ljust(w) for text, w in zip(row, wide)).rstrip())
+    if any(R["dropped"].values()):
+        print("\nleft out, as the judge failed: " + ", ".join(f"{n} {name}" for name, n in R["dropped"].items()))
 
 
 # ------------------------------------------------------------------------------------------------ the page

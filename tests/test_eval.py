@@ -288,7 +288,7 @@ def test_methods_and_forks(run, capsys, tmp_path):
     # a fork with a Phase One of its own must not wear the adapters of the run that it came from
     fork = tmp_path / "fork"
     common.write_text(fork / "phase1" / "adapter" / "adapter_model.safetensors", "another")
-    S = SimpleNamespace(RUN=str(fork), FROM=str(run.folder), METHODS="", EXPECT="dpo-steer")
+    S = SimpleNamespace(RUN=str(fork), FROM=str(run.folder), METHODS="", EXPECT="dpo-steer", MODEL="tiny")
     assert "dpo-steer" not in {j.method for j in stage.find_jobs(S, ["place"])}
     (fork / "phase1" / "adapter" / "adapter_model.safetensors").unlink()
     (fork / "phase1" / "adapter").rmdir()

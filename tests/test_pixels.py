@@ -478,6 +478,6 @@ def test_sound_that_cannot_be_read_costs_the_video_nothing(tmp_path, whisper, mo
 
     def broken(file, recognise):
         raise media.VideoError(file, "has sound that can't be read")
-    monkeypatch.setattr(stage, "transcribe", broken)
+    monkeypatch.setattr(media, "transcribe", broken)
     assert len(make(tmp_path, f"--ASR={whisper}")["a"]) == 1
     assert "a.mp4: has sound that can't be read" in capsys.readouterr().out
