@@ -83,7 +83,7 @@ def read_jsonl(path, torn=False):
 def command(S, script, *more):
     """How to call another stage of this run: with what differs from the defaults that all stages share."""
     import common
-    usual = vars(common.settings({"__doc__": ""}, [f"--MODEL={S.MODEL}"]))
+    usual = vars(common.settings({"__doc__": ""}, [f"--MODEL={S.MODEL}"])) | {"MODEL": "tiny"}
     given = [shlex.quote(f"--{n}={v}") for n, v in vars(S).items()
              if n == "RUN" or n in usual and n not in common.HARMLESS and v != usual[n]]
     return " ".join(["python", script, *given, *more])

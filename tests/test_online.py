@@ -185,6 +185,30 @@ def test_memories_first_questions_later(tmp_path, policy, capsys):
     stage("03_collect_tasks", run)
     assert common.read_jsonl(run / "tasks" / "memories.jsonl") == before
     assert {r["stream"] for r in common.read_jsonl(run / "tasks" / "cache.jsonl")} == {"v1", "v2"}
+    stage("03_collect_tasks", run)
+    assert "have changed since" not in capsys.readouterr().out
+    common.write_jsonl(run / "streams" / "streams.jsonl", rows)                 # v0 is there again
+    stage("03_collect_tasks", run)
+    assert "streams or tasks have changed since" in capsys.readouterr().out
+
+
+def test_questions_before_anything_was_seen_are_counted(tmp_path, policy, capsys):
+    truth = world.make_stream(world.stream_seed(6, "test", 0), 4)
+    tasks = [t | {"time": 5.0} for t in asked_at(truth, "place", (30,), "v")] + asked_at(truth, "object", (40,), "v")
+    run = write_run(tmp_path, "videos", {"v": truth}, tasks, policy)
+    policy.drop("phase1")
+    stage("03_collect_tasks", run)
+    said = capsys.readouterr().out
+    assert "1 recent questions are asked before any clip has ended" in said and "v-place-0 at 5 s" in said
+
+
+def test_without_preferences_04_says_why(long, tmp_path, monkeypatch):
+    class Undecided(world.Judge):
+        def prefer(self, questions, first, second):
+            return "tie"
+    monkeypatch.setattr(importlib.import_module("04_train_reward"), "load_judge", lambda S, policy: Undecided())
+    with pytest.raises(SystemExit, match=r"no reward model: preferences in 0 contexts.*; (\d+) of \1 .* were ties"):
+        stage("04_train_reward", tmp_path, f"--FROM={long}")
 
 
 def test_a_stream_is_watched_alike_in_any_company(policy, streams):

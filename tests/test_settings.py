@@ -204,6 +204,15 @@ def test_help_shows_both_values(script, capsys):
             assert re.search(rf"^  {name} +{values}$", said, re.MULTILINE)
 
 
+def test_the_command_of_another_stage_repeats_what_all_stages_share():
+    S = common.settings(vars(importlib.import_module("03_collect_tasks")),
+                        ["--RUN=my run", "--JUDGE=local", "--K=3", "--GROUP=4", "--CPU_THREADS=1"])
+    said = loading.command(S, "04_train_reward.py", "--ADAPTER=lora")
+    assert said == "python 04_train_reward.py '--RUN=my run' --JUDGE=local --K=3 --ADAPTER=lora"
+    S = common.settings({"__doc__": ""}, ["--MODEL=some/model"])
+    assert loading.command(S, "06_eval.py") == "python 06_eval.py --RUN=tiny --MODEL=some/model"
+
+
 def test_an_interruption_is_a_sentence():
     """Ctrl-C outside of a training loop, which saves first: no traceback, as all stages go on where they were."""
     code = "import loading\nraise {}"

@@ -352,6 +352,7 @@ def test_tasks_of_videos(tmp_path, folder, capsys):
                            (good | {"task": "cat"}, "'cat' stands twice"),
                            ({"video": "-day one.mp4"}, "task 1: needs video, question and answer"),
                            ("text", "task 1: needs video, question and answer"),
+                           (good | {"enviroment": "cats"}, "may have options, time"),
                            *((good | change, "task 1: options is a list, time a number, all else text")
                              for change in ({"time": "00:10"}, {"time": float("nan")}, {"environment": 3},
                                             {"options": "A. x"}, {"options": [1]}, {"answer": None}))):
@@ -366,7 +367,8 @@ def test_tasks_of_videos(tmp_path, folder, capsys):
     (["--SOURCE=videos", "--DATA=/no/such"], "no such file"),
     (["--SOURCE=videos", "--DATA=."], "no video file"),
     (["--SOURCE=videos", "--DATA=.", "--SPLIT=dev"], "expected one of train, deploy, test"),
-    (["--CLIP_SECONDS=5"], "are 10 s long")])
+    (["--CLIP_SECONDS=5"], "are 10 s long"), (["--CLIP_SECONDS=0"], "must be 1 or more"),
+    (["--WORKERS=0"], "must be 1 or more")])
 def test_errors_say_what_to_do(tmp_path, monkeypatch, arguments, message):
     (tmp_path / "nothing").mkdir()
     monkeypatch.chdir(tmp_path / "nothing")
@@ -378,6 +380,32 @@ def test_a_folder_of_broken_files_is_an_error_with_reasons(tmp_path):
     (tmp_path / "a.mp4").touch()
     with pytest.raises(SystemExit, match="a.mp4: is empty"):
         run(tmp_path, "--SOURCE=videos", f"--DATA={tmp_path}")
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path, folder):
+    (folder / "tasks.jsonl").write_text('{"video": "one.mkv", "question": "a", "answer": "b"}\n\n{"video": "o"\n')
+    with pytest.raises(SystemExit, match="tasks.jsonl, line 3: "):
+        run(tmp_path, "--SOURCE=videos", f"--DATA={folder}")
+
+
+def test_a_try_that_made_no_stream_binds_nothing(tmp_path, folder, monkeypatch):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.mp4").touch()
+    with pytest.raises(SystemExit, match="no stream could be made"):
+        run(tmp_path, "--SOURCE=videos", f"--DATA={tmp_path / 'bad'}")
+    looked, check = [], stage.check_video
+    monkeypatch.setattr(stage, "check_video", lambda file, *more: looked.append(file.name) or check(file, *more))
+    with pytest.raises(SystemExit, match="pip install insightface"):            # said before any file is checked
+        run(tmp_path, "--SOURCE=videos", f"--DATA={folder}", "--FACES=1")
+    assert not looked
+    streams, _ = run(tmp_path, "--SOURCE=videos", f"--DATA={folder}", "--CLIP_SECONDS=5")
+    assert streams["-day one"]["clips"][1]["start"] == 5.0
+    with pytest.raises(SystemExit, match="CLIP_SECONDS: 5 in the run, 10 now.*delete that folder".replace(".*", "(?s:.)*")):
+        run(tmp_path, "--SOURCE=videos", f"--DATA={folder}")
+    (tmp_path / "run" / "streams" / "streams.jsonl").unlink()
+    (tmp_path / "run" / "streams" / "tasks.jsonl").unlink()
+    streams, _ = run(tmp_path, "--SOURCE=videos", f"--DATA={folder}")           # other clips: checked anew
+    assert streams["-day one"]["clips"][1]["start"] == 10.0
 
 
 def test_tasks_come_in_the_order_in_which_they_are_asked(tmp_path, folder):
