@@ -19,8 +19,8 @@ Identity and speech are drawn into the frames, as the paper does. Speech: from .
 none. Faces: from NAME.faces.jsonl beside a video, a line per box,
     {"time": 12.5, "face": 3, "box": [left, top, right, bottom], "name": "Ann"}
 (s of the file's clock, held half a second either side; pixels of the video; "name" only if cues name their
-speaker: "Ann: hello" is then drawn as "<face_3>: hello"), or found and clustered with FACES=1. A face keeps its
-number over a stream. Without any of this the frames stay as they are.
+speaker: "Ann: hello" is then drawn as "<face_3>: hello"), or found and clustered with FACES=1. A face keeps
+its number over a stream. Without any of this the frames stay as they are.
 
 Each later stage reads one split: 02 "train", 03 to 05 "deploy", 06 "test". "online" serves 03 to 06: the
 first questions of each kind go to Phase One, those after them to the adapter. "videos" in DATA/train,

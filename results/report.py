@@ -104,7 +104,8 @@ def tables(R):
     dropped, parts = sum(R["dropped"].values()), sum(r["retrieved"] for r in R["rows"])
     unit = "streams" if R["units"] == R["streams"] else "questions"
     yield ("Answers from memory", f"Per cent of the questions asked after the update; 95 % intervals over {unit}. "
-           "Accuracy: answered right. Coverage: the memory was enough. Precision: right among the covered." + " Retrieved: not all fit the reader, who saw the most relevant." * bool(parts)
+           "Accuracy: answered right. Coverage: the memory was enough. Precision: right among the covered."
+           + " Retrieved: not all fit the reader, who saw the most relevant." * bool(parts)
            + f" {dropped} verdicts that the judge failed to give are left out." * bool(dropped),
            ["Method", *asked], scope("after"), "")
     points = lambda g, name, metric: cell((g[name] or {}).get(metric), 1)
@@ -125,7 +126,7 @@ def tables(R):
         rows = [(r, PAPER[R["source"]][r["method"]]) for r in pooled(R["rows"], "all")
                 if r["method"] in PAPER[R["source"]]]
         yield ("Beside the paper", "Over all questions, the first ones included, as the paper counts them; "
-               "its numbers are those of Qwen3-VL-30B-A3B.",
+               "its numbers are those of Qwen3-VL-30B-A3B, on Video-MME for short and medium videos.",
                ["Method", *(x for m in asked[:3] for x in (m, "Paper"))],
                [[named(R, r["method"]), *(x for m, theirs in zip(asked, paper)
                                           for x in (cell(r[m.lower()]), f"{theirs}"))]
