@@ -320,3 +320,17 @@ def test_marks_and_cells():
     assert report.cell({"mean": 12.34, "low": -1, "high": 20}, 1) == "12.3 (-1.0 to 20.0)"
     flat = report.chart("a<b", {"x": [(0, 1.0)], "y&": [(0, 1.0)]})      # no range on either axis
     assert Page(flat).text.startswith("a<b")
+
+
+def test_before_the_update_the_base_answers_for_itself():
+    """In online streams: of two early questions the base had one right, Phase One none."""
+    job = lambda m: SimpleNamespace(method=m, environment="", slug=m)
+    early = [reply("w", "x", "B") | {"task": n} for n in ("first", "second")]
+    after = [reply("s", "x", "A"), reply("t", "x", "insufficient")]
+    own = [reply("w", "x", "A") | {"task": "first"}, reply("w", "x", "B") | {"task": "second"}]
+    units, weights = dict(zip("stw", range(3))), stage.resamples([3], 50, 0)
+    R = stage.summarise([job("base"), job("phase1")], {"base": own + after, "phase1": after}, {"x": early},
+                        units, weights, SimpleNamespace(RECENT=2))
+    row = {(r["method"], r["scope"]): r for r in R["rows"] if r["environment"] == "all"}
+    assert [row[m, "after"]["questions"] for m in ("base", "phase1")] == [2, 2]
+    assert row["base", "all"]["accuracy"]["mean"] == 0.5 and row["phase1", "all"]["accuracy"]["mean"] == 0.25
