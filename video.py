@@ -71,6 +71,16 @@ def _in_time(file, size, work):
     return done[0]
 
 
+def _frame(video, file, size, i):
+    """Frame i (H, W, 3), or None. Tried three times, each on a fresh reader: decord's worker runs ahead, and
+    whether it meets damage behind a frame before it hands that out is a matter of luck."""
+    for _ in range(3):
+        try:
+            return video[0][i].asnumpy()
+        except Exception:
+            video[0] = _open_video(file, size)[0]
+
+
 def read_frames(file, times, size=None):
     """The frames nearest to times (s on the file's own clock, which begins at probe_video's start) by their
     real time stamps -> uint8 (n, H, W, 3), resized to size = (H, W) if given. Where the file is damaged the
@@ -94,12 +104,8 @@ def read_frames(file, times, size=None):
         try:
             return video[0].get_batch(read).asnumpy()[np.searchsorted(read, wanted)][back]
         except Exception:       # one by one, and after a failure on a fresh reader: only the bad ones go
-            good, video[0] = {}, _open_video(file, size)[0]
-        for i in wanted.tolist():
-            try:
-                good[i] = video[0][i].asnumpy()     # (H, W, 3)
-            except Exception:
-                video[0] = _open_video(file, size)[0]
+            video[0] = _open_video(file, size)[0]
+        good = {i: frame for i in wanted.tolist() if (frame := _frame(video, file, size, i)) is not None}
         lost = f"is damaged: {len(wanted) - len(good)} of {len(wanted)} frames {span} are lost"
         if 2 * len(good) < len(wanted):
             raise VideoError(file, lost)
@@ -117,8 +123,12 @@ def frame_times(clip, n):
 
 def probe_video(file):
     """-> {duration, start: s, frames, width, height}; decodes the first frame. Raises VideoError."""
+    file = os.fspath(file)
+
     def work(video):
-        (height, width), start = video[0][0].shape[:2], float(video[1][0])
+        if (frame := _frame(video, file, None, 0)) is None:
+            raise VideoError(file, "gives no first frame")
+        (height, width), start = frame.shape[:2], float(video[1][0])
         return dict(duration=video[2] - start, start=start, frames=len(video[1]), width=width, height=height)
     return _in_time(file, None, work)
 
