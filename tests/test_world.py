@@ -325,7 +325,6 @@ def test_positions_are_the_models_own(base):
 
 def test_encoding_repeats_itself(tmp_path):
     """The same frames give the same file. With the conversion left to the encoder a good half of these differ."""
-    np = pytest.importorskip("numpy")
     pytest.importorskip("av")
     pytest.importorskip("torch")
     made = {}
