@@ -290,9 +290,8 @@ def write_video(path, frames):
         options = {"crf": str(CRF), "g": str(FPS * CLIP_SECONDS), "threads": "1"}
         stream = box.add_stream("libx264", rate=FPS, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        for frame in frames:        # converted here: left to the encoder, pixels differ from run to run
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
-            box.mux(stream.encode(picture))
+        for frame in frames:
+            box.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         box.mux(stream.encode())
 
 
