@@ -68,7 +68,8 @@ def test_figures_of_the_search_are_those_of_the_committed_run():
     R = common.read_json(ROOT / "results" / "retrieval.json")
     text = " ".join(README[README.index("**Memories beyond"):README.index("What the tricks")].split())
     share = lambda how, case="right": round(100 * sum(R[case]["kept"][how]["10"]["all"]) / R["streams"])
-    for pattern, value in ((r"keeps (\d+) %", share("BM25, neighbours")), (r"without neighbours (\d+) %", share("BM25")),
+    for pattern, value in ((r"keeps (\d+) %", share("BM25, neighbours")),
+                           (r"without neighbours (\d+) %", share("BM25")),
                            (r"small base (\d+) %", share("embeddings, neighbours")),
                            (r"last entries (\d+) %", share("the last entries")),
                            (r"it is (\d+) %", share("BM25, neighbours", "untimed"))):

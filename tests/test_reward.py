@@ -172,7 +172,8 @@ def test_a_failed_verdict_drops_out_and_a_failed_judge_stops(run, tmp_path):
     cache, asked = (common.read_jsonl(run / "tasks/cache.jsonl"),
                     {"place": ["Where were the people at 00:00:10?"]})
     all_of_them, _, _ = stage.preferences(settings(run), Judge(), dict.fromkeys(asked, cache), asked, tmp_path / "a")
-    some, _, figures = stage.preferences(settings(run), Judge(fail=0.3), dict.fromkeys(asked, cache), asked, tmp_path / "b")
+    some, _, figures = stage.preferences(settings(run), Judge(fail=0.3), dict.fromkeys(asked, cache), asked,
+                                         tmp_path / "b")
     count = lambda groups: sum(len(g["preferences"]) for g in groups)
     assert figures["place"]["failed"] > 0 and 0 < count(some) < count(all_of_them)
     with pytest.raises(SystemExit, match="the judge failed on"):
