@@ -293,14 +293,14 @@ def main(argv=None):
     checked = {j.slug: kept(out / "checked" / f"{j.slug}.jsonl", key[j.slug], lambda _: validate(
         writer, judge, j, dealt(j), questions, S, reference)) for j in tqdm(jobs, desc="validate")}
     # ---- figures and report
-    split = apart if len(ids) < 5 else dict     # too few streams to be resampled: each question is a unit
+    split, unit = (dict, "streams") if len(ids) >= 5 else (apart, "questions")      # too few are not resampled
     answers, checked, recent = (split(parts) for parts in (answers, checked, recent))
     ids = sorted({r["stream"] for parts in (answers, checked) for rows in parts.values() for r in rows})
     first = sorted({t["stream"] for rows in recent.values() for t in rows[:S.RECENT]} - set(ids))
     units = {s: i for i, s in enumerate(ids + first)}
     weights = resamples([len(ids), len(first)], S.BOOTSTRAP, S.SEED)
-    R = {"run": S.RUN, "source": streams[0]["source"], "streams": len(streams), "units": len(ids),
-         "readers": {}, **summarise(jobs, answers, recent, units, weights, S)}
+    R = {"run": S.RUN, "source": streams[0]["source"], "streams": len(streams), "unit": unit, "readers": {}}
+    R |= summarise(jobs, answers, recent, units, weights, S)
     for name in filter(None, S.READERS.split(",")):
         reader, replies = load_judge(SimpleNamespace(**vars(S) | {"JUDGE": name}), writer.load), {}
         for j in tqdm(jobs, desc=name):

@@ -102,8 +102,8 @@ def tables(R):
     pooled = lambda rows, name: [r for r in rows if r["environment"] == "all" and r["scope"] == name]
     scope = lambda name: [line(r, named(R, r["method"])) for r in pooled(R["rows"], name)]
     dropped, parts = sum(R["dropped"].values()), sum(r["retrieved"] for r in R["rows"])
-    unit = "streams" if R["units"] == R["streams"] else "questions"
-    yield ("Answers from memory", f"Per cent of the questions asked after the update; 95 % intervals over {unit}. "
+    yield ("Answers from memory", "Per cent of the questions asked after the update; 95 % intervals over "
+           f"{R['unit']}. "
            "Accuracy: answered right. Coverage: the memory was enough. Precision: right among the covered."
            + " Retrieved: not all fit the reader, who saw the most relevant." * bool(parts)
            + f" {dropped} verdicts that the judge failed to give are left out." * bool(dropped),

@@ -269,6 +269,7 @@ def test_the_stage_end_to_end(run, capsys):
     text = (out / "results.md").read_text()
     widths = {line.count("|") for line in text.split("## ")[1].splitlines() if line.startswith("|")}
     assert widths == {6} and "Phase Two, dpo-steer" in text
+    assert "intervals over streams" in text
 
     # run again: nothing is watched; a new adapter is watched alone
     run.policy.loaded.clear()
