@@ -1,0 +1,328 @@
+"""A run: its constants, its folder runs/RUN/STAGE, its files, and the next command.
+
+Files are written aside and then put in place in one step, so a reader never sees half a file, and a run that was
+killed goes on where it was.
+"""
+import ast
+import contextlib
+import difflib
+import hashlib
+import inspect
+import json
+import os
+import pathlib
+import re
+import shlex
+import sys
+import textwrap
+from collections import namedtuple
+from types import SimpleNamespace
+
+from support.ranks import RANK, is_first_rank, once, torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# A constant with two values: of the toy world (MODEL="tiny"), and of a full-size model.
+per_model = namedtuple("per_model", "tiny full")
+
+# What may change within a run. All other constants are compared with settings.json.
+NOT_COMPARED = ("RUN", "SCRIPT", "COMMAND", "SHOW", "ENVIRONMENT", "READERS", "PRINT_EVERY", "SAVE_EVERY", "WORKERS",
+                "CPU_THREADS")
+
+
+def explain_interruption(kind, error, trace):
+    """Ctrl-C outside of a training loop ends in a sentence and not in a traceback."""
+    if kind is KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = explain_interruption
+
+
+class Prompt(str):
+    """A text that a model reads. It is not set by --NAME=value: edit it. A run remembers its hash."""
+
+
+# ---------------------------------------------------------------- constants
+def read_constants(shared, script, argv):
+    """A namespace S of the UPPER_CASE constants of common.py (shared) and of a script, with `--NAME=value` applied.
+
+    shared, script: namespaces such as `globals()`. Of a `per_model` constant MODEL chooses the value. S also holds
+    SCRIPT (the script's file name) and COMMAND (the shared arguments for the next script). Raises SystemExit with
+    the nearest name, or the expected type, where an argument is wrong, and for --help.
+    """
+    defaults = {}
+    for name, value in (shared | script).items():
+        is_constant = isinstance(value, (str, int, float, per_model)) and not isinstance(value, Prompt)
+        if name.isupper() and is_constant:
+            defaults[name] = value
+    if "-h" in argv or "--help" in argv:
+        print_help(script["__doc__"], defaults)
+        raise SystemExit(0)
+    given = parse_arguments(argv, defaults)
+    is_full = given.get("MODEL", defaults["MODEL"]) != "tiny"
+    values = {}
+    for name, default in defaults.items():
+        if isinstance(default, per_model):
+            default = default.full if is_full else default.tiny
+        values[name] = convert(name, given[name], default) if name in given else default
+    command = []
+    for name, text in given.items():
+        if name in shared and (name == "RUN" or name not in NOT_COMPARED):
+            command.append(shlex.quote(f"--{name}={text}"))
+    values["SCRIPT"] = pathlib.Path(script.get("__file__", "")).name
+    values["COMMAND"] = " ".join(command)
+    return SimpleNamespace(**values)
+
+
+def print_help(doc, defaults):
+    print(doc)
+    print("Constants (--NAME=value; two values: toy world | full-size model):")
+    for name, value in defaults.items():
+        shown = f"{value.tiny!r} | {value.full!r}" if isinstance(value, per_model) else repr(value)
+        print(f"  {name:20} {shown}")
+
+
+def parse_arguments(argv, names):
+    """{name: text} of arguments `--NAME=text`. SystemExit, with the nearest name, where one is unknown."""
+    given = {}
+    for arg in argv:
+        name, equals, text = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or not equals or name not in names:
+            nearest = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0)[0]
+            raise SystemExit(f"unknown argument {arg!r}: write --NAME=value; the nearest name is --{nearest}")
+        given[name] = text
+    return given
+
+
+def convert(name, text, default):
+    """`text` as the type of `default`; an int may be written as 1e3. SystemExit where it can't be."""
+    kind = type(default)
+    try:
+        if kind is int:
+            number = float(text)
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        return kind(text)
+    except (ValueError, OverflowError):
+        raise SystemExit(f"--{name}={text}: expected {kind.__name__}, like {default!r}") from None
+
+
+def next_command(S, script, *more):
+    """How to call another script of this run."""
+    return " ".join(part for part in ("python", script, S.COMMAND, *more) if part)
+
+
+# ---------------------------------------------------------------- run folders
+def sources(*functions):
+    """{name: hash} of functions, and of the functions and prompts of the same script that they use, in turn.
+
+    So a run can tell that a prompt or a reward was edited. Comments and line breaks don't count.
+    """
+    found = {}
+    waiting = list(functions)
+    while waiting:
+        function = waiting.pop()
+        if function.__name__ in found:
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        found[function.__name__] = fingerprint(ast.unparse(tree))[:12]
+        for node in ast.walk(tree):
+            value = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
+            if isinstance(value, Prompt):
+                found[node.id] = fingerprint(value)[:12]
+            elif inspect.isfunction(value) and value.__module__ == function.__module__:
+                waiting.append(value)
+    return found
+
+
+def start(S, stage, *functions):
+    """The folder runs/RUN/stage, once S and `functions` were found the same as in the settings saved there.
+
+    functions: those whose edit asks for a new run, such as the reward (see `sources`). SystemExit on a difference.
+    """
+    if torch is None:
+        raise SystemExit("torch and numpy are missing: ./run.sh setup (or pip install -r requirements.txt)")
+    out = ROOT / "runs" / S.RUN / stage                             # an absolute RUN stays as it is
+    out.mkdir(parents=True, exist_ok=True)
+    now = {name: value for name, value in vars(S).items() if name not in NOT_COMPARED}
+    now["SOURCES"] = sources(*functions)
+    file = out / "settings.json"
+    if once(lambda: file.exists() and has_results(out)):
+        differences = compare_settings(read_json(file), now)
+        if differences:
+            raise SystemExit(f"{out} was made with other settings:\n" + "\n".join(differences) +
+                             f"\nTake a new name and read the earlier stages from this run: "
+                             f"--RUN=NEWNAME --FROM={S.RUN}; or delete that folder")
+    print(f"---- {stage} -> {out}    (all constants: settings.json there)")
+    if not getattr(S, "SHOW", 0):
+        write_json(file, now | {"SCRIPT": S.SCRIPT})
+    return out
+
+
+def has_results(out):
+    """Whether anything in a stage's folder binds it to its settings. What 01 has looked up in videos does not."""
+    harmless = ("settings.json", "files.jsonl", "speech", "faces")
+    return any(path.name not in harmless for path in out.iterdir())
+
+
+def compare_settings(saved, now):
+    """Lines that tell what differs."""
+    lines = []
+    for name in sorted((saved.keys() | now.keys()) - {"SCRIPT", "SOURCES"}):
+        if saved.get(name) != now.get(name):
+            lines.append(f"  {name}: {saved.get(name)!r} in the run, {now.get(name)!r} now")
+    before, after = saved.get("SOURCES", {}), now["SOURCES"]
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            lines.append(f"  {name}: the text or code of it has changed since")
+    return lines
+
+
+def say_what_differs(folder, script, *functions):
+    """Warns where a stage's folder was made with other prompts or functions than the ones that are used now.
+
+    folder: of the stage that is read. script: the file that `functions` stand in.
+    """
+    saved = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
+    before = saved.get("SOURCES", {})
+    differing = [name for name, code in sources(*functions).items() if name in before and before[name] != code]
+    if differing:
+        print(f"*** {folder} was made by {saved.get('SCRIPT')} with another {', '.join(sorted(differing))} than "
+              f"{script} has. What is used from here on is {script}'s. To use the fork's: put its name in the place "
+              f"of {script.removesuffix('.py')!r} where the scripts after it import that ***")
+
+
+def need(S, name):
+    """Path of runs/RUN/name, or of runs/FROM/name. Raises SystemExit naming the script that makes it."""
+    paths = [ROOT / "runs" / run / name for run in (S.RUN, S.FROM) if run]
+    for path in paths:
+        if path.exists():
+            return path
+    stage = name.split("/")[0]
+    maker = next(ROOT.glob(f"0?_*{stage}*.py")).name               # a script's name holds its stage's folder
+    raise SystemExit(f"{' or '.join(map(str, paths))} is missing. Make it first: "
+                     f"python {maker} --RUN={S.RUN}, or name a run that has it: --FROM=OTHERRUN")
+
+
+def load_streams(S, split):
+    """Rows of streams.jsonl of one split, "online" ones too unless it is "train"; clips get absolute files.
+
+    Raises SystemExit if there are none.
+    """
+    path = need(S, "streams/streams.jsonl")
+    splits = {split} if split == "train" else {split, "online"}
+    rows = [row for row in read_jsonl(path) if row["split"] in splits]
+    if not rows:
+        raise SystemExit(f"{path} holds no stream of the split {split!r}: see SPLIT in 01_make_streams.py")
+    for row in rows:
+        for clip in row["clips"]:
+            clip["file"] = str(path.parent / clip["file"])         # an absolute path stays as it is
+    return rows
+
+
+# ---------------------------------------------------------------- files
+@contextlib.contextmanager
+def written_aside(path):
+    """Yields a temporary path that takes the place of `path` when the block ends well. Rank 0 alone writes."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.aside{RANK or ''}")
+    yield aside
+    if not is_first_rank():
+        aside.unlink()
+        return
+    with open(aside, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def write_text(path, text):
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path):
+    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+
+
+def write_jsonl(path, rows):
+    write_text(path, as_lines(rows))
+
+
+def append_jsonl(path, rows):
+    """For work in progress. A kill may tear the last line, so read it back with torn=True."""
+    if is_first_rank():
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(as_lines(rows))
+
+
+def as_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_jsonl(path, torn=False):
+    """Rows of a JSONL file. torn: a last line without its line end is cut off the file first.
+
+    Raises ValueError naming the line that is no JSON.
+    """
+    text = pathlib.Path(path).read_text(encoding="utf-8")
+    if torn and not text.endswith("\n"):
+        text = text[:text.rfind("\n") + 1]
+        write_text(path, text)
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    return rows
+
+
+def read_progress(path):
+    """Rows that an interrupted run has appended to `path`, the same on all ranks; none without a path or a file."""
+    return once(lambda: read_jsonl(path, torn=True) if path and path.exists() else [])
+
+
+def fingerprint(*things):
+    """Hash of values, and of the contents of every file below a Path: what a kept result depends on."""
+    digest = hashlib.sha256()
+    for thing in things:
+        files = []
+        if isinstance(thing, pathlib.Path):
+            files = sorted(path for path in thing.rglob("*") if path.is_file())
+        contents = [path.read_bytes() for path in files] or [json.dumps(thing, default=str).encode()]
+        for data in contents:
+            digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()
+
+
+def stamp(file):
+    """[bytes, ns of the last change] of a file, [] where there is none."""
+    return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
+
+
+# ---------------------------------------------------------------- names and times
+def slug(name):
+    """An environment's name as the name of a folder."""
+    return re.sub(r"[^\w+.-]+", "_", name)
+
+
+def clock(seconds):
+    """Stream time as HH:MM:SS, from the second day on with its day.
+
+    >>> clock(75), clock(90000)
+    ('00:01:15', 'day 2, 01:00:00')
+    """
+    whole = int(seconds)
+    day = f"day {whole // 86400 + 1}, " if whole >= 86400 else ""
+    return f"{day}{whole // 3600 % 24:02}:{whole // 60 % 60:02}:{whole % 60:02}"
