@@ -1,109 +1,107 @@
-"""Phase One: how to memorize. Group-relative policy optimisation on video with judges and
-no labels (paper, section 2).
+"""Phase One: how to memorize. Group-relative policy optimisation on video, with judges and no labels (paper, section 2).
 
-G memories are sampled for each context (five clips, the memories of the first four), each gets the reward
-r = r_fmt + r_len + r_qual + r_rich, the group's mean and spread turn rewards into advantages, and the policy
-moves towards the better ones. `rewards` below is the reward, `RollingBatch` the curriculum; the loop is
-`common.grpo`, its gate `common.group_advantages`, its loss `common.policy_loss`.
+G memories are sampled for each context (five clips, the memories of the first four). Each gets the reward
+r = r_fmt + r_len + r_qual + r_rich, the group's mean and spread turn rewards into advantages, and the policy moves
+towards the better ones.
 
-Differs from the paper: LoRA over a frozen base instead of all parameters; a `KL` to the base, on in the
-embedded world (the paper has none: 0); r_qual asks the judges only where the rules hold; groups without
-variance leave, and the rest is split evenly, into at most CONTEXTS / MINI_BATCH updates; a sample whose judge
-failed leaves its group before mean and spread are taken.
-`python 02_phase1_train.py --SHOW=1` prints the first group of step 0 in full, its rewards and
-advantages, and stops.
+Where things are. The reward: `rewards` below. The history that a context shows: `RollingBatch` below. The loop:
+`grpo` in common.py. The gate: `group_advantages` there. The loss: `policy_loss` there. The prompt: PROMPT there.
 
-Ctrl-C finishes the step and saves; the same command goes on from checkpoint.pt, and a finished run says so
-and stops. A changed constant needs a run of its own: --RUN=NEWNAME --FROM=OLDRUN, which trains from step 0.
+To try another reward, add a list of values to the terms in `rewards`: it is summed, logged as a column of its own,
+and seen by the gate. Give a malformed sample 0, so that its reward stays FORMAT. A judge's question is one more
+prompt below: `BRIEF = Verdict("brief", "... {memory} ...")`, asked by
+`judge.ask(BRIEF, [{"memory": sample.memory} for sample in ...])`, with None for a verdict that failed. The toy
+world's judge reads no prompts: it needs a method of that name, `brief(self, item)`, in tiny/world.py. An edited
+reward or prompt needs a run of its own: --RUN=NEWNAME --FROM=OLDRUN.
 
-Run: python 02_phase1_train.py [--NAME=value ...]
-In:  streams/streams.jsonl (01) and its videos; captions.jsonl (01 for the embedded world, else yours, if any);
-     what the judge needs
+Differs from the paper: LoRA over a frozen base instead of all parameters; a `KL` to the base in the toy world (the
+paper has none: 0); r_qual asks the judges only where the rules hold; groups without variance leave, and the rest is
+split evenly, into at most CONTEXTS / MINI_BATCH updates; a sample whose judge failed leaves its group before mean
+and spread are taken.
+
+Run: python 02_phase1_train.py [--NAME=value ...]     (--SHOW=1 prints the first group in full and stops)
+In:  streams/streams.jsonl (01) and its videos; captions.jsonl (01 for the toy world, else yours, if any)
 Out: phase1/adapter (PEFT folder; weights.safetensors with TRAIN="all"), log.csv, checkpoint.pt, settings.json
+Ctrl-C finishes the step and saves; the same command goes on from there.
 """
-import importlib
+import functools
 import math
 import random
 import re
 import resource
 import sys
 
-from common import (both, clock, grpo, load_policy, load_streams, make_context, need, np, read_jsonl, settings,
-                    start, torch)
-from judges import load_judge
-from loading import command, save_adapter
+from common import (Group, build_prompt, compare, group_advantages, grpo, kl_to, load_judge, load_policy,
+                    make_context, np, parse_response, per_model, policy_loss, rollout, settings, torch, watch)
+from support.checkpoint import Training
+from support.judges import Ranking, Verdict
+from support.plan import announce
+from support.runs import load_streams, need, next_command, read_jsonl, start
+from support.weights import save_adapter
 
-# ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
-LR = both(5e-4, 1e-5)            # paper: 1e-6 on all parameters; LoRA takes about ten times that
-KL = both(0.1, 0.0)              # weight of the KL to the base; paper: 0
-OFF_POLICY_STEPS = both(40, 60)  # history by the stronger writer (paper: 60 steps) ...
-STEPS = both(60, 100)            # ... then, up to here, by the policy itself (paper: 40 steps)
-CONTEXTS = both(24, 32)          # contexts per rollout (paper: 32)
-MINI_BATCH = both(6, 8)          # contexts per optimizer step (paper: 8, so four updates per rollout)
-N_MIN = both(3, 11)              # clips of a stream: always extended below (released run: 11) ...
-N_MAX = both(9, 22)              # ... always resampled above (released run: 22)
+# ---------------------------------------------------------------- per_model(toy world, Qwen3-VL-30B-A3B)
+LR = per_model(5e-4, 1e-5)       # paper: 1e-6 on all parameters; LoRA takes about ten times that
+KL = per_model(0.1, 0.0)         # weight of the KL to the base; paper: 0
+OFF_POLICY_STEPS = per_model(40, 60)  # history by the stronger writer (paper: 60 steps) ...
+STEPS = per_model(60, 100)       # ... then, up to here, by the policy itself (paper: 40 steps)
+CONTEXTS = per_model(24, 32)     # contexts per rollout (paper: 32)
+MINI_BATCH = per_model(6, 8)     # contexts per optimizer step (paper: 8, so four updates per rollout)
+N_MIN = per_model(3, 11)         # clips of a stream: always extended below (released run: 11) ...
+N_MAX = per_model(9, 22)         # ... always resampled above (released run: 22)
 RESAMPLE = 0.13                  # chance to resample in between (released run)
-PRINT_EVERY = both(10, 1)        # steps between log lines with the best and the worst sample
-SAVE_EVERY = both(10, 1)         # steps between checkpoints (torchrun waits 30 s for a step, then kills)
+PRINT_EVERY = per_model(10, 1)   # steps between the best and the worst sample on the screen
+SAVE_EVERY = per_model(10, 1)    # steps between checkpoints (torchrun waits 30 s for a step, then kills)
 # ---------------------------------------------------------------- the method
 GROUP = 8                        # G, samples per context (paper, section 2)
 RATIO = "gspo"                   # "gspo": one ratio per sequence; "grpo": one per token
-CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # clip-higher (released run)
-GATE = 1                         # NSR gate: a sample below its group's mean is pushed down only if its reward
-                                 # is negative; else its loss is 0, but it stays in mean, spread and divisor.
-                                 # 0: no gate
+CLIP_LOW = 0.2                   # the ratio is clipped to [1 - CLIP_LOW, 1 + CLIP_HIGH] (released run)
+CLIP_HIGH = 0.28
+GATE = 1                         # NSR gate: a sample below its group's mean is pushed down only if its reward is
+                                 # negative; else its loss is 0, but it stays in mean, spread and divisor. 0: no gate
 FORMAT = -1.5                    # r_fmt of a malformed response, and its whole reward
 RICHNESS = 0.05                  # weight of r_rich; 0 is the paper's ablation: memories shrink
-TRAIN = "lora"                   # "lora": attention of the language model;
-                                 # "all": all of its parameters, in fp32, so on a CPU alone (LR: the paper's)
+TRAIN = "lora"                   # "lora": on the decoder's attention; "all": the whole decoder, in fp32, so on a CPU
+                                 # alone (LR: the paper's)
 GRAD_CLIP = 1.0                  # norm of the gradient at most
 SHOW = 0                         # 1: print one group in full and stop
 # ----------------------------------------------------------------
-# log.csv, a row a step: reward, reward_std (over samples that were judged); format, length, quality, rich
-# (means of the terms, a malformed sample counting 0 but for format); flat (share of groups without a
-# gradient: no variance, or no judge); malformed, truncated, gated (shares of samples); response, thinking,
-# memory (tokens per response, thinking part, well-formed memory); kl (to the reference, per token; 0 where
-# KL is), clipped (share of ratios), grad_norm (before clipping, the step's largest); tokens_per_s (sampled),
-# rollout_s, update_s (seconds, without the judge's), gb (peak memory of rank 0).
 
-PROMPT = """You keep the memory of an endless video. Below are its latest clips with the memories that you \
-wrote for them. Write the memory of the last clip in one or two sentences: what it shows or says, true, \
-connected to the memory before, nothing that it already states. Call people by their IDs, like <face_3>. \
-Answer with {"description": "..."}."""
-FAITHFUL = """These frames are the newest clip of a video; heard in it: {heard}
+# ================================================================ what the judges are asked
+FAITHFUL = Verdict("faithful", """These frames are the newest clip of a video; heard in it: {heard}
 The memory before it: {previous}
 Its new memory: {memory}
 Is all that the new memory says supported by the frames or by what is heard, and does it connect to the \
-memory before? Answer with {{"verdict": true}} or {{"verdict": false}}."""
-CLEAN = """The memory before: {previous}
+memory before? Answer with {{"verdict": true}} or {{"verdict": false}}.""")
+CLEAN = Verdict("clean", """The memory before: {previous}
 The new memory: {memory}
 Is the new memory free of all this: anything that the memory before already states; boxes or coordinates; \
 talk of "subtitles" or "this video"; a speaker's label within quotation marks? Answer with \
-{{"verdict": true}} or {{"verdict": false}}."""
-RICHEST = """These frames are the newest clip of a video; heard in it: {heard}
+{{"verdict": true}} or {{"verdict": false}}.""")
+RICHEST = Ranking("rank", """These frames are the newest clip of a video; heard in it: {heard}
 The memory before it: {previous}
 Candidates for its new memory:
 {memories}
 Rank them by how much true information each holds that is neither repeated nor in the memory before. \
-Answer with {{"best_first": [...]}}, all numbers from the richest to the poorest."""
-# for templates that open no thinking part
-ASK_TO_THINK = " First think, then write </think>, then the answer."
-TASK_PROMPT = "\nThese questions were asked lately; similar ones will come, so remember what they need:\n"
+Answer with {{"best_first": [...]}}, all numbers from the richest to the poorest.""")
 
 
-def build_prompt(context, video, tokenizer):
-    """Prompt text up to where the answer begins: instruction; per clip its time, frame pairs and memory; the
-    tasks. video: per clip a list of (seconds in the clip, tokens) per frame pair."""
-    text = PROMPT + "\n"
-    for i, (clip, pairs) in enumerate(zip(context.clips, video)):
-        text += f"\n{clock(clip['start'])}-{clock(clip['end'])} "
-        text += "".join(f"<{t:.1f} seconds><|vision_start|>{'<|video_pad|>' * n}<|vision_end|>"
-                        for t, n in pairs)
-        text += f"\n{context.history[i] or '(nothing)'}" if i < len(context.history) else ""
-    text += TASK_PROMPT + "\n".join(context.questions) if context.questions else ""
-    chat = lambda content: tokenizer.apply_chat_template([{"role": "user", "content": content}],
-                                                         tokenize=False, add_generation_prompt=True)
-    return chat(text) if chat(text).endswith("<think>\n") else chat(text + ASK_TO_THINK)
+# ================================================================ the reward
+def rewards(groups, judge, *, memory_tokens, think_tokens, format_penalty, richness_weight):
+    """Fills in the reward of every sample: r = r_fmt + r_len + r_qual + r_rich. A malformed one gets r_fmt alone.
+
+    A sample's reward is None where a judge failed on it. `terms` keeps the parts for the log.
+    """
+    quality(groups, judge, memory_tokens)
+    rich = richness(groups, judge, richness_weight)
+    for group, rich_of_group in zip(groups, rich):
+        for sample, r_rich in zip(group.samples, rich_of_group):
+            well_formed = sample.memory is not None
+            r_fmt = 0.0 if well_formed else format_penalty
+            r_len = length_reward(sample.thinking_tokens, think_tokens) if well_formed else 0.0
+            sample.terms = {"format": r_fmt, "length": r_len, "quality": sample.quality, "rich": r_rich}
+            failed = None in sample.terms.values()
+            sample.reward = None if failed else sum(sample.terms.values())
+            sample.gate = sample.reward          # in 05 the gate looks at the reward without one of its terms
 
 
 def length_reward(tokens, limit):
@@ -112,176 +110,273 @@ def length_reward(tokens, limit):
     >>> length_reward(1200, 1200), length_reward(1800, 1200), length_reward(9999, 1200)
     (0.0, -0.5, -1.0)
     """
-    return 0.0 - min(1.0, max(0.0, tokens / limit - 1))
+    excess = tokens / limit - 1
+    return 0.0 - min(1.0, max(0.0, excess))
+
+
+def quality(groups, judge, memory_tokens):
+    """Fills in r_qual: +0.5 if the rules hold and both judges agree, else -0.5; None if a judge failed.
+
+    A malformed sample gets 0.0. The judges see only what obeys the rules.
+    """
+    candidates = []
+    for group in groups:
+        for sample in group.samples:
+            sample.quality = 0.0 if sample.memory is None else -0.5
+            if sample.memory and rules_hold(sample.memory, sample.memory_tokens, memory_tokens):
+                candidates.append((group.context, sample))
+    clean = judge.ask(CLEAN, [{"previous": previous_memory(context), "memory": sample.memory}
+                              for context, sample in candidates])
+    faithful = judge.ask(FAITHFUL, [{"context": context, "memory": sample.memory}
+                                    for context, sample in candidates])
+    for (_, sample), is_clean, is_faithful in zip(candidates, clean, faithful):
+        if is_clean is None or is_faithful is None:
+            sample.quality = None
+        elif is_clean and is_faithful:
+            sample.quality = 0.5
 
 
 def rules_hold(memory, tokens, limit):
     """The rules of r_qual: IDs only as <face_3>, never a bare face_3, and at most `limit` memory tokens.
 
-    >>> (rules_hold("<face_3> waves", 5, 17), rules_hold("face_3 waves", 5, 17),
-    ...  rules_hold("<face_3> waves", 18, 17))
+    >>> rules_hold("<face_3> waves", 5, 17), rules_hold("face_3 waves", 5, 17), rules_hold("<face_3> waves", 18, 17)
     (True, False, False)
     """
-    return tokens <= limit and not re.search(r"(?i)\bface_?\s*\d|<face", re.sub(r"<face_\d+>", "", memory))
+    without_ids = re.sub(r"<face_\d+>", "", memory)
+    has_bare_id = re.search(r"(?i)\bface_?\s*\d|<face", without_ids)
+    return tokens <= limit and not has_bare_id
 
 
-def quality(S, judge, contexts, samples):
-    """r_qual per context and sample: +0.5 if the rules hold and both judges agree, -0.5 if not, None if a
-    judge failed. Malformed samples get 0.0: they never reach a judge."""
-    asked = [(c, s) for c, group in zip(contexts, samples) for s in group
-             if s.memory and rules_hold(s.memory, s.memory_tokens, S.MEMORY_TOKENS)]
-    clean = judge.ask("clean", [{"previous": c.history[-1] if c.history else "", "memory": s.memory}
-                                for c, s in asked])
-    faithful = judge.ask("faithful", [{"context": c, "memory": s.memory} for c, s in asked])
-    verdict = {id(s): None if a is None or b is None else 0.5 if a and b else -0.5
-               for (_, s), a, b in zip(asked, clean, faithful)}
-    return [[verdict.get(id(s), -0.5 if s.memory else 0.0) for s in group] for group in samples]
+def previous_memory(context):
+    return context.history[-1] if context.history else ""
 
 
-def richness(S, judge, contexts, samples, qualities):
-    """r_rich = RICHNESS * u, u = 1 - (rank - 1) / (G' - 1) among the G' samples of a group
-    with good quality; else 0."""
-    rich = [[0.0] * len(group) for group in samples]
-    valid = [[i for i, s in enumerate(group) if s.memory and q[i] is not None and q[i] >= 0]
-             for group, q in zip(samples, qualities)]
-    asked = [g for g, v in enumerate(valid) if len(v) >= 2 and S.RICHNESS]
-    ranks = judge.ask("rank", [{"context": contexts[g], "memories": [samples[g][i].memory for i in valid[g]]}
-                               for g in asked])
-    for g, rank in zip(asked, ranks):
-        for i, r in zip(valid[g], rank or ()):           # a failed ranking leaves the group without this term
-            rich[g][i] = S.RICHNESS * (1 - (r - 1) / (len(valid[g]) - 1))
+def richness(groups, judge, weight):
+    """r_rich = weight * u with u = 1 - (rank - 1) / (G' - 1) among the G' samples of a group with good quality.
+
+    0 for all others, in a group of fewer than two good ones, and where the ranking failed. A list per group.
+    """
+    rich = [[0.0] * len(group.samples) for group in groups]
+    compared = []                                    # (number of the group, numbers of its good samples)
+    for number, group in enumerate(groups):
+        good = [i for i, sample in enumerate(group.samples) if is_good(sample)]
+        if len(good) >= 2 and weight:
+            compared.append((number, good))
+    items = []
+    for number, good in compared:
+        memories = [groups[number].samples[i].memory for i in good]
+        items.append({"context": groups[number].context, "memories": memories})
+    for (number, good), ranks in zip(compared, judge.ask(RICHEST, items)):
+        if ranks is None:
+            continue
+        for i, rank in zip(good, ranks):
+            rich[number][i] = weight * (1 - (rank - 1) / (len(good) - 1))
     return rich
 
 
-def rewards(S, judge, contexts, samples):
-    """Per context {"total", "gate", "terms"}: r = r_fmt + r_len + r_qual + r_rich; a format
-    violation gets r_fmt alone."""
-    qualities = quality(S, judge, contexts, samples)
-    rich = richness(S, judge, contexts, samples, qualities)
-    scores = []
-    for group, r_qual, r_rich in zip(samples, qualities, rich):
-        r_fmt = [0.0 if s.memory else S.FORMAT for s in group]
-        r_len = [length_reward(s.thinking_tokens, S.THINK_TOKENS) if s.memory else 0.0 for s in group]
-        terms = {"format": r_fmt, "length": r_len, "quality": r_qual, "rich": r_rich}
-        total = [None if None in each else sum(each) for each in zip(*terms.values())]
-        # "gate": the reward whose sign the gate looks at; here the reward itself, in 05 the reward without R
-        scores.append({"total": total, "gate": total, "terms": terms})
-    return scores
+def is_good(sample):
+    return sample.memory is not None and sample.quality is not None and sample.quality >= 0
 
 
+# ================================================================ where the history comes from
 class RollingBatch:
-    """Contexts for training. First off-policy history: a random clip with the stronger writer's memories
-    before it. Then on-policy history, as at deployment: after each update every stream is extended (one
-    sampled memory joins its history, "" if it is malformed; the next clip arrives) or resampled (a new
-    stream, a new start, an empty history): extended below N_MIN clips, resampled above N_MAX or at the
-    stream's end, in between resampled with chance RESAMPLE.
+    """Contexts for training.
 
-    `state` (JSON) holds all that the next step depends on.
+    First off-policy history: a random clip, with the stronger writer's memories before it. Then on-policy history,
+    as at deployment: every slot of the batch follows a stream. After each update it is extended (one sampled memory
+    joins its history, "" if that is malformed; the next clip arrives) or resampled (a new stream, a new start, an
+    empty history). Extended below n_min clips, resampled above n_max or at the stream's end, in between resampled
+    with the chance `resample`.
+
+    written: {stream: {clip: memory}} of the stronger writer. state: the slots, as JSON, all that the next step
+    depends on: {"stream": its number, "first": clip of the start, "memories": those written since}.
     """
 
-    def __init__(self, S, streams, captions):
-        self.S, self.streams, self.captions = S, streams, captions
-        self.state = []                            # per slot: [stream index, first clip, memories since then]
+    def __init__(self, streams, written, *, seed, size, window, off_policy_steps, n_min, n_max, resample):
+        self.streams = streams
+        self.written = written
+        self.seed = seed
+        self.size = size
+        self.window = window
+        self.off_policy_steps = off_policy_steps
+        self.n_min = n_min
+        self.n_max = n_max
+        self.resample = resample
+        self.state = []
 
     def next(self, step):
-        rng = random.Random(f"{self.S.SEED} batch {step}")
-        if step < self.S.OFF_POLICY_STEPS:
-            picked = [(s, rng.randrange(len(s["clips"])))
-                      for s in rng.choices(self.streams, k=self.S.CONTEXTS)]
-            return [make_context(s, t, self.captions.get(s["stream"], {}), k=self.S.K) for s, t in picked]
-        self.state = self.state or [self.fresh(rng) for _ in range(self.S.CONTEXTS)]
-        return [make_context(self.cut(i, first), len(kept), kept, k=self.S.K)
-                for i, first, kept in self.state]
+        """The contexts of a step."""
+        rng = random.Random(f"{self.seed} batch {step}")
+        if step < self.off_policy_steps:
+            return self.off_policy(rng)
+        if not self.state:
+            self.state = [self.fresh_slot(rng) for _ in range(self.size)]
+        return [self.on_policy(slot) for slot in self.state]
 
-    def cut(self, i, first):
-        return self.streams[i] | {"clips": self.streams[i]["clips"][first:]}
+    def off_policy(self, rng):
+        drawn = [(stream, rng.randrange(len(stream["clips"])))
+                 for stream in rng.choices(self.streams, k=self.size)]
+        return [make_context(stream, clip, self.written.get(stream["stream"], {}), k=self.window)
+                for stream, clip in drawn]
 
-    def fresh(self, rng):
-        i = rng.randrange(len(self.streams))
-        return [i, rng.randrange(max(1, len(self.streams[i]["clips"]) - self.S.N_MIN)), []]
+    def on_policy(self, slot):
+        """The context of the clip after the last memory; what came before the slot's first clip is unknown to it."""
+        stream = self.streams[slot["stream"]]
+        rest = stream | {"clips": stream["clips"][slot["first"]:]}
+        return make_context(rest, len(slot["memories"]), slot["memories"], k=self.window)
 
-    def update(self, step, samples):
-        rng = random.Random(f"{self.S.SEED} extend {step}")
-        for slot, group in enumerate(samples if self.state else ()):
-            i, first, kept = self.state[slot]
-            kept.append(rng.choice(group).memory or "")
-            ended, n = first + len(kept) >= len(self.streams[i]["clips"]), len(kept)
-            if ended or n > self.S.N_MAX or (n >= self.S.N_MIN and rng.random() < self.S.RESAMPLE):
-                self.state[slot] = self.fresh(rng)
+    def fresh_slot(self, rng):
+        number = rng.randrange(len(self.streams))
+        last_start = max(1, len(self.streams[number]["clips"]) - self.n_min)
+        return {"stream": number, "first": rng.randrange(last_start), "memories": []}
+
+    def update(self, step, groups):
+        """Extends or resamples every slot, after the update of a step."""
+        if not self.state:
+            return
+        rng = random.Random(f"{self.seed} extend {step}")
+        for number, group in enumerate(groups):
+            slot = self.state[number]
+            slot["memories"].append(rng.choice(group.samples).memory or "")
+            n = len(slot["memories"])
+            has_ended = slot["first"] + n >= len(self.streams[slot["stream"]]["clips"])
+            if has_ended or n > self.n_max or (n >= self.n_min and rng.random() < self.resample):
+                self.state[number] = self.fresh_slot(rng)
 
 
-def histories(S, policy, streams, out):
-    """{stream: {clip: memory}} by a stronger writer: the world's captions, or, with a
-    banner, the base model itself."""
+def written_histories(S, policy, streams, out):
+    """{stream: {clip: memory}} by a stronger writer: captions.jsonl, or, with a banner, the base model itself."""
     try:
         rows = read_jsonl(need(S, "streams/captions.jsonl"))
     except SystemExit:
         print("*** streams/captions.jsonl is missing: the off-policy history is written by the base itself. "
-              "Captions by a stronger model, one {stream, clip, memory} a line, serve better (paper, "
-              "section 2) ***")
-        watched = importlib.import_module("03_collect_tasks").watch(policy, S, streams,
-                                                                    path=out / "history.jsonl")
-        return {s: {i: m["memory"] for i, m in enumerate(kept)} for s, kept in watched.items()}
+              "Captions by a stronger model, one {stream, clip, memory} a line, serve better (paper, section 2) ***")
+        watched = watch(policy, streams, path=out / "history.jsonl")
+        rows = [row for rows_of_stream in watched.values() for row in rows_of_stream]
     written = {}
-    for r in rows:
-        written.setdefault(r["stream"], {})[r["clip"]] = r["memory"]
+    for row in rows:
+        written.setdefault(row["stream"], {})[row["clip"]] = row["memory"]
     return written
 
 
-def log_row(step, samples, scores, groups, sums, rollout_s, update_s):
-    """A row of log.csv, whose columns are explained above; scores and groups as `grpo` has them."""
-    flat = [s for g in samples for s in g]
-    total = [t for r in scores for t in r["total"] if t is not None]
-    mean = lambda x: sum(x) / max(1, len(x))
-    terms = {k: mean([v for r in scores for v in r["terms"][k] if v is not None]) for k in scores[0]["terms"]}
-    tokens, n = sum(len(s.ids) for s in flat), max(1, sum(1 for g in groups if g and any(g["advantages"])))
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    gb = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident) / 2**30
-    return dict(step=step, reward=mean(total), reward_std=float(np.std(total or [0])), **terms,
-                flat=mean([not g or not any(g["advantages"]) for g in groups]),
-                malformed=mean([s.memory is None for s in flat]), truncated=mean([s.truncated for s in flat]),
-                gated=mean([not c for g in groups if g for c in g["counts"]]), response=tokens / len(flat),
-                thinking=mean([s.thinking_tokens for s in flat]),
-                memory=mean([s.memory_tokens for s in flat if s.memory]),
-                kl=sums["kl"] / n, clipped=sums["clipped"] / n, grad_norm=sums["grad_norm"],
-                tokens_per_s=tokens / rollout_s, rollout_s=rollout_s, update_s=update_s, gb=gb)
+# ================================================================ what is seen of it
+# log.csv, a row a step:
+#   reward, reward_std        mean and spread over the samples that were judged
+#   format, length, ...       means of the terms; a malformed sample counts 0 but for format
+#   flat                      share of groups without a gradient: no variance, or no judge
+#   malformed, truncated      shares of samples: without a memory; cut off by MAX_NEW_TOKENS
+#   gated                     share of samples that the gate held back
+#   response, thinking        tokens per sample
+#   memory                    tokens per well-formed memory
+#   kl                        to the reference, per token (0 where KL is)
+#   clipped                   share of ratios that were clipped
+#   grad_norm                 before clipping, the largest of the step
+#   tokens_per_s              sampled, per second of rollout
+#   rollout_s, update_s       seconds, without the judge's
+#   gb                        peak memory of rank 0, GiB
+def log_row(step, groups, update, rollout_s, update_s):
+    """A row of log.csv."""
+    samples = [sample for group in groups for sample in group.samples]
+    rewards_known = [sample.reward for sample in samples if sample.reward is not None]
+    row = {"step": step, "reward": mean(rewards_known), "reward_std": float(np.std(rewards_known or [0]))}
+    for name in samples[0].terms:
+        row[name] = mean([sample.terms[name] for sample in samples if sample.terms[name] is not None])
+    tokens = sum(len(sample.ids) for sample in samples)
+    learning = sum(group.has_gradient for group in groups)
+    return row | {
+        "flat": mean([not group.has_gradient for group in groups]),
+        "malformed": mean([sample.memory is None for sample in samples]),
+        "truncated": mean([sample.truncated for sample in samples]),
+        "gated": mean([not counts for group in groups for counts in group.keep]),
+        "response": tokens / len(samples),
+        "thinking": mean([sample.thinking_tokens for sample in samples]),
+        "memory": mean([sample.memory_tokens for sample in samples if sample.memory]),
+        "kl": update["kl"] / max(1, learning),
+        "clipped": update["clipped"] / max(1, learning),
+        "grad_norm": update["grad_norm"],
+        "tokens_per_s": tokens / rollout_s,
+        "rollout_s": rollout_s,
+        "update_s": update_s,
+        "gb": peak_memory() / 2**30}
 
 
-def show_group(policy, context, samples, score, group):
-    """The teaching view: one group in full, its rewards term by term, the
-    advantages and what the gate does."""
-    print(re.sub(r"(<\|video_pad\|>)+", "<frames>",
-                 policy.tokenizer.decode(policy.prepare([context])[0].ids)))
-    for i, s in enumerate(samples):
-        terms = "  ".join(f"{k} {v[i] if v[i] is None else round(v[i], 3)}"
-                          for k, v in score["terms"].items())
-        print(f"\n#{i}  {s.text}\n    {terms}  | total {score['total'][i]}")
-        if group and i in group["kept"]:
-            j = group["kept"].index(i)
-            print(f"    advantage {group['advantages'][j]:+.2f}  "
-                  f"{'counts' if group['counts'][j] else 'GATED: no loss'}")
+def mean(values):
+    return sum(values) / max(1, len(values))
 
 
+def peak_memory():
+    """Bytes: of the card where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def show_group(policy, group):
+    """The teaching view: one group in full, its rewards term by term, the advantages and what the gate does."""
+    prompt = policy.tokenizer.decode(policy.prepare([group.context])[0].ids)
+    print(re.sub(r"(<\|video_pad\|>)+", "<frames>", prompt))
+    verdicts = iter(zip(group.advantages, group.keep))
+    for number, sample in enumerate(group.samples):
+        terms = "  ".join(f"{name} {value if value is None else round(value, 3)}"
+                          for name, value in sample.terms.items())
+        print(f"\n#{number}  {sample.text}\n    {terms}  | total {sample.reward}")
+        if sample.reward is not None and group.advantages:
+            advantage, counts = next(verdicts)
+            print(f"    advantage {advantage:+.2f}  {'counts' if counts else 'GATED: no loss'}")
+
+
+def first_group(policy, S, batch, reward):
+    """The first group of step 0, with its rewards and advantages: what --SHOW=1 prints."""
+    context = batch.next(0)[0]
+    samples = rollout(policy, [context], S.GROUP, [(S.SEED, 0, 0)])[0]
+    group = Group(context, samples)
+    reward([group])
+    compare(group, S.GATE)
+    return group
+
+
+# ================================================================ the stage
 def main(argv=None):
     S = settings(globals(), argv)
-    out, stage3 = start(S, "phase1"), importlib.import_module("03_collect_tasks")
+    out = start(S, "phase1", rewards, build_prompt, parse_response, group_advantages, policy_loss, kl_to)
     if S.TRAIN not in ("lora", "all"):
         raise SystemExit(f'TRAIN={S.TRAIN}: take "lora" or "all"')
     if any((out / "adapter").glob("*.safetensors")) and not S.SHOW:
-        return print(f"finished before: {out}; next: {command(S, '03_collect_tasks.py')}")
-    streams, judge = load_streams(S, "train"), load_judge(S, lambda: policy)
+        print(f"finished before: {out}; next: {next_command(S, '03_collect_tasks.py')}")
+        return
+    # ---------------- model, data, reward
+    streams = load_streams(S, "train")
+    judge = load_judge(S, lambda: policy)
     policy = load_policy(S)
-    batch = RollingBatch(S, streams, histories(S, policy, streams, out))
+    written = written_histories(S, policy, streams, out)
+    batch = RollingBatch(
+        streams, written, seed=S.SEED, size=S.CONTEXTS, window=S.K, off_policy_steps=S.OFF_POLICY_STEPS,
+        n_min=S.N_MIN, n_max=S.N_MAX, resample=S.RESAMPLE)
+    reward = functools.partial(
+        rewards, judge=judge, memory_tokens=S.MEMORY_TOKENS, think_tokens=S.THINK_TOKENS,
+        format_penalty=S.FORMAT, richness_weight=S.RICHNESS)
     params = policy.add("phase1", S.TRAIN)
+    if S.SHOW:
+        show_group(policy, first_group(policy, S, batch, reward))
+        return
+    # ---------------- train
     print(f"{sum(p.numel() for p in params) / 1e6:.2f} M trainable parameters; {S.STEPS} steps of "
           f"{S.CONTEXTS} contexts, {math.ceil(S.CONTEXTS / S.MINI_BATCH)} updates a step")
-    stage3.announce(S, policy, batch.next(0), S.STEPS * S.CONTEXTS, 2 * S.GROUP + 1, 5 if S.KL else 4)
-    shown = grpo(policy, S, out, params, batch, lambda c, s: rewards(S, judge, c, s), log_row,
-                 reference="base")                           # what KL refers to
-    if shown:
-        return show_group(policy, *shown)
+    groups = S.STEPS * S.CONTEXTS
+    judge_calls = groups * (2 * S.GROUP + 1)                  # faithful and clean of each sample, and a ranking
+    announce(groups, S.GROUP, judge_calls, S)
+    run = Training(out, params, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP,
+                   batch=batch)
+    grpo(policy, run, batch, reward, log_row, reference="base", **loop_constants(S))
     save_adapter(policy, "phase1", out / "adapter")
-    print(f"Phase One is in {out / 'adapter'}; next: {command(S, '03_collect_tasks.py')}")
+    print(f"Phase One is in {out / 'adapter'}; next: {next_command(S, '03_collect_tasks.py')}")
+
+
+def loop_constants(S):
+    """The constants that the loop takes, by name."""
+    return {"seed": S.SEED, "group_size": S.GROUP, "mini_batch": S.MINI_BATCH, "ratio": S.RATIO,
+            "clip": (S.CLIP_LOW, S.CLIP_HIGH), "gate": S.GATE, "kl_weight": S.KL, "print_every": S.PRINT_EVERY}
 
 
 if __name__ == "__main__":

@@ -1,233 +1,324 @@
-"""Phase Two: what to memorize. The Phase One policy stays frozen; for each environment a small adapter learns
-from its recent questions which facts to write (paper, section 3). No answers are used, and by the paper's
-path nothing is sampled.
+"""Phase Two: what to memorize. The Phase One policy stays frozen; for each environment (a kind of question) a small
+adapter learns from its recent questions which facts to write (paper, section 3). No answers are used.
 
-Reads as 02 with two differences: what is trained is `ADAPTER` ("steer": one vector of the hidden size added
-after decoder layer `LAYER`), and what it is trained on is `ALGORITHM`: "dpo" (the paper), on the cached pairs
-of 04, or "grpo" (ours), on-policy through the very loop of 02, where the reward model of 04 takes the place
-of the richness term.
+Reads as 02 with two differences. What is trained is `ADAPTER`: "steer" is one vector of the hidden size, added after
+decoder layer `LAYER`. What it is trained on is `ALGORITHM`: "dpo" (the paper), on the cached pairs of 04, so nothing
+is sampled; or "grpo" (ours), on-policy through the very loop of 02, where the reward model R of 04 takes the place of
+the richness term: r = r_fmt + r_len + r_qual + RELEVANCE * (R - mean R of the group). Its gate looks at the first
+three alone, since R has no natural zero.
 
-Differs from the paper: the on-policy path; its reward is r_fmt + r_len + r_qual + RELEVANCE * (R - mean R of
-the group), and its gate looks at the first three alone, since R has no natural zero.
-`python 05_phase2_train.py --SHOW=1` prints one pair (or group) in full and stops.
+Differs from the paper: the on-policy path.
 
-Run: python 05_phase2_train.py [--NAME=value ...]
+Run: python 05_phase2_train.py [--NAME=value ...]     (--SHOW=1 prints the first pair or group in full and stops)
 In:  streams/ (01), phase1/adapter (02), tasks/recent.json, cache.jsonl (03), reward/pairs.jsonl, model (04)
 Out: phase2/ALGORITHM-ADAPTER[-NAME]/ENVIRONMENT/adapter, log.csv, checkpoint.pt
 """
-import importlib
+import functools
 import random
 import re
 import time
+from dataclasses import dataclass
 
-from common import (F, Training, both, grpo, load_policy, load_streams, logprobs, make_context, need, read_json,
-                    read_jsonl, settings, slug, start, torch)
-from judges import load_judge
-from loading import RANK, WORLD, command, gather, load_adapter, save_adapter
+from common import (Context, F, build_prompt, group_advantages, grpo, kl_to, load_judge, load_policy, logprobs,
+                    make_context, parse_response, per_model, policy_loss, settings, stage, torch)
+from support.checkpoint import Training
+from support.plan import announce
+from support.ranks import gather, my_share
+from support.runs import load_streams, need, next_command, read_json, read_jsonl, say_what_differs, slug, start
+from support.weights import load_adapter, save_adapter
 
-# ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
-LR = both(1e-2, 1e-3)            # of the vector (paper: 1e-3) ...
-LORA_LR = both(5e-4, 5e-5)       # ... of a LoRA instead
-ALL_LR = both(5e-5, 5e-6)        # ... of all parameters
-LAYER = both(2, 22)              # decoder layer after which the vector is added, from 0 (paper: 22 of 48)
-BETA = both(0.5, 0.1)            # of DPO (paper: 0.1)
+phase1 = stage("02_phase1_train")
+reward_stage = stage("04_train_reward")
+
+# ---------------------------------------------------------------- per_model(toy world, Qwen3-VL-30B-A3B)
+LR = per_model(1e-2, 1e-3)       # of the vector (paper: 1e-3) ...
+LORA_LR = per_model(5e-4, 5e-5)  # ... of a LoRA instead
+ALL_LR = per_model(5e-5, 5e-6)   # ... of the whole decoder
+LAYER = per_model(2, 22)         # decoder layer after which the vector is added, from 0 (paper: 22 of 48)
+BETA = per_model(0.5, 0.1)       # of DPO (paper: 0.1)
 DPO_STEPS = 40                   # dpo: updates (paper: 10 to 40)
-PAIRS = both(16, 64)             # pairs per update (paper: 64)
-CONTEXTS = both(16, 32)          # grpo: contexts per rollout
-MINI_BATCH = both(4, 8)          # grpo: contexts per optimizer step
-GRPO_STEPS = both(10, 40)        # grpo: rollouts
+PAIRS = per_model(16, 64)        # dpo: pairs per update (paper: 64)
+CONTEXTS = per_model(16, 32)     # grpo: contexts per rollout
+MINI_BATCH = per_model(4, 8)     # grpo: contexts per optimizer step
+GRPO_STEPS = per_model(10, 40)   # grpo: rollouts
 KL = 0.0                         # grpo: weight of the KL to the Phase One policy
-N_MIN = both(3, 11)              # grpo: clips of a stream, as in 02
-N_MAX = both(9, 22)
-PRINT_EVERY = both(10, 1)        # grpo: steps between log lines
-SAVE_EVERY = both(20, 1)         # steps between checkpoints
+SAVE_EVERY = per_model(20, 1)    # steps between checkpoints
 # ---------------------------------------------------------------- the method
 ENVIRONMENT = ""                 # one environment by name; "": all of them, one adapter each
 ALGORITHM = "dpo"                # "dpo": on cached pairs (paper); "grpo": on-policy against the reward model
-ADAPTER = "steer"                # "steer": one vector; "lora": on attention;
-                                 # "all": all parameters of the language model, on a CPU alone
+ADAPTER = "steer"                # "steer": one vector; "lora": on attention; "all": the whole decoder, on a CPU alone
 NAME = ""                        # suffix of the output folder, to keep variants of one run side by side
 SCALE_TO_NORM = 0.0              # > 0: the trained vector is scaled to this norm. The paper's short cut:
-                                 # --NAME=short --DPO_STEPS=10 and 0.8 x the `norm` in the last row of a
-                                 # 40-step log.csv (0.3 of 0.37 at d = 2048)
+                                 # --NAME=short --DPO_STEPS=10 and 0.8 x the `norm` in the last row of a 40-step
+                                 # log.csv (0.3 of 0.37 at d = 2048)
 RECENT = 5                       # questions that define the environment (paper: 5 to 10)
-RELEVANCE = 0.5                  # grpo: weight of R (in units of its spread within a context)
-                                 # beside the quality's +-0.5
-GROUP = 8                        # grpo: G, samples per context
-RATIO = "gspo"                   # grpo: as in 02
-CLIP_LOW, CLIP_HIGH = 0.2, 0.28
-GATE = 1
-RESAMPLE = 0.13
-OFF_POLICY_STEPS = 0             # grpo: the history is the policy's own from the start
-FORMAT, RICHNESS = -1.5, 0.0     # the reward model takes the place of richness
-GRAD_CLIP = 1.0
+RELEVANCE = 0.5                  # grpo: weight of R (in units of its spread within a context) beside quality's +-0.5
 SHOW = 0                         # 1: print one pair or group in full and stop
+# ---------------------------------------------------------------- grpo: as in 02
+GROUP = phase1.GROUP
+RATIO = phase1.RATIO
+CLIP_LOW = phase1.CLIP_LOW
+CLIP_HIGH = phase1.CLIP_HIGH
+GATE = phase1.GATE
+FORMAT = phase1.FORMAT
+N_MIN = phase1.N_MIN
+N_MAX = phase1.N_MAX
+RESAMPLE = phase1.RESAMPLE
+GRAD_CLIP = phase1.GRAD_CLIP     # dpo too
+PRINT_EVERY = phase1.PRINT_EVERY
 # ----------------------------------------------------------------
-# log.csv of dpo, a row a step: loss; accuracy (share of pairs whose winner gained more than its loser over
-# the reference); margin (mean of beta times that difference); norm (of the vector, or of all trained
-# values); grad_norm; seconds.
-# Of grpo: 02's columns, kl to the Phase One policy, with relevance (centred, so 0 on average) and R (the
-# reward model's value in units of its spread, not in the sum).
+
+
+# ================================================================ DPO, on cached pairs
+@dataclass
+class Pair:
+    """A context with the memory that serves the questions better, and one that serves them less: token ids."""
+    context: Context
+    winner: list
+    loser: list
 
 
 def dpo_loss(winner, loser, ref_winner, ref_loser, beta):
-    """-log sigmoid(beta * ((log pi - log ref)(winner) - (log pi - log ref)(loser))),
-    sums over the whole response.
-
-    All arguments () tensors, except beta. Returns (loss, margin).
+    """-log sigmoid(beta * ((log pi - log ref)(winner) - (log pi - log ref)(loser))), summed over the whole response
+    (paper, section 3). All arguments () tensors, except beta. Returns (loss, margin).
 
     >>> loss, margin = dpo_loss(*torch.tensor([-3.0, -5.0, -4.0, -4.0]), beta=0.5)
     >>> round(margin.item(), 3), round(loss.item(), 4)
     (1.0, 0.3133)
     """
-    margin = beta * ((winner - ref_winner) - (loser - ref_loser))                        # ()
+    margin = beta * ((winner - ref_winner) - (loser - ref_loser))                     # ()
     return -F.logsigmoid(margin), margin
 
 
-def train_dpo(policy, S, out, params, pairs):
-    """Pairs (context, winner ids, loser ids) -> trained params. Reference log-probs are cached
-    once, by the Phase One policy."""
-    summed = lambda context, *answers: [x.sum() for x in logprobs(policy, context, answers)]     # () each
+def sequence_logp(policy, pair):
+    """Log-probs of the winner and of the loser, each summed over its tokens: two () tensors."""
+    winner, loser = logprobs(policy, pair.context, [pair.winner, pair.loser])         # (T_i,) each
+    return winner.sum(), loser.sum()
+
+
+def train_dpo(policy, run, pairs, *, seed, batch_size, beta):
+    """DPO against the Phase One policy, whose log-probs are computed once.
+
+    log.csv, a row a step: loss; accuracy (share of pairs whose winner gained more than its loser over the
+    reference); margin (mean of beta times that difference); norm (of the vector, or of all trained values);
+    grad_norm (before clipping); seconds.
+    """
+    reference = []
     with policy.using("phase1"), torch.no_grad():
-        reference = gather([[x.item() for x in summed(*pair)] for pair in pairs[RANK::WORLD]])
-    policy.train_only(params)
-    run = Training(S, out, params, desc=f"dpo {out.name}")
+        for pair in my_share(pairs):
+            winner, loser = sequence_logp(policy, pair)
+            reference.append((winner.item(), loser.item()))
+    reference = gather(reference)
+    policy.train_only(run.params)
     for step in run:
-        # ---- batch
-        began, rng = time.time(), random.Random(f"{S.SEED} dpo {step}")
-        batch = rng.sample(range(len(pairs)), min(S.PAIRS, len(pairs)))
-        # ---- update
-        losses, margins = [], []
-        for i in batch[RANK::WORLD]:                                       # of several GPUs, this one's
-            loss, margin = dpo_loss(*summed(*pairs[i]), *reference[i], S.BETA)
+        # ---------------- batch
+        began = time.time()
+        rng = random.Random(f"{seed} dpo {step}")
+        batch = rng.sample(range(len(pairs)), min(batch_size, len(pairs)))
+        # ---------------- update
+        losses = []
+        margins = []
+        for number in my_share(batch):
+            loss, margin = dpo_loss(*sequence_logp(policy, pairs[number]), *reference[number], beta)
             (loss / len(batch)).backward()
-            losses, margins = losses + [loss.item()], margins + [margin.item()]
-        grad_norm, losses, margins = run.update(), gather(losses), gather(margins)
-        # ---- log and save
-        norm = sum(p.detach().float().pow(2).sum() for p in params).sqrt().item()
-        run.log(dict(step=step, loss=sum(losses) / len(batch),
-                     accuracy=sum(m > 0 for m in margins) / len(batch), margin=sum(margins) / len(batch),
-                     norm=norm, grad_norm=grad_norm, seconds=time.time() - began), "loss", "norm")
-    last = {k: float(v) for k, v in run.rows[-1].items()}
-    print(f"  {out.name:24} {len(pairs)} pairs  loss {last['loss']:.3f}  accuracy {last['accuracy']:.2f}  "
-          f"norm {last['norm']:.3f}")
+            losses.append(loss.item())
+            margins.append(margin.item())
+        grad_norm = run.update()
+        losses = gather(losses)
+        margins = gather(margins)
+        # ---------------- log and save
+        run.log({
+            "step": step,
+            "loss": sum(losses) / len(batch),
+            "accuracy": sum(margin > 0 for margin in margins) / len(batch),
+            "margin": sum(margins) / len(batch),
+            "norm": norm_of(run.params),
+            "grad_norm": grad_norm,
+            "seconds": time.time() - began}, "loss", "norm")
 
 
-def rewards(S, judge, model, questions, contexts, samples):
-    """As 02's, with RELEVANCE * (R - mean R of the group) in the place of richness, and
-    a gate on the rest alone."""
-    phase1, reward_model = (importlib.import_module(n) for n in ("02_phase1_train", "04_train_reward"))
-    scores = phase1.rewards(S, judge, contexts, samples)
-    for context, group, score in zip(contexts, samples, scores):
-        valid = [i for i, s in enumerate(group) if s.memory and score["total"][i] is not None]
-        R = reward_model.score(model, [
-            {"questions": questions, "history": context.history, "memory": group[i].memory} for i in valid])
-        score["gate"], score["terms"]["relevance"] = list(score["total"]), [0.0] * len(group)
-        score["terms"]["R"] = [None] * len(group)         # as it is, to be seen rising; it is not in the sum
-        for i, r in zip(valid, R):
-            score["terms"]["R"][i] = r
-            score["terms"]["relevance"][i] = S.RELEVANCE * (r - sum(R) / len(R))
-            score["total"][i] += score["terms"]["relevance"][i]
-    return scores
+def norm_of(params):
+    return sum(p.detach().float().pow(2).sum() for p in params).sqrt().item()
 
 
 def cached_pairs(S, environment, streams):
-    """(context, winner ids, loser ids) of 04's pairs of one environment, on the contexts of the cache."""
-    cache = {(r["stream"], r["clip"]): r for r in read_jsonl(need(S, "tasks/cache.jsonl"))}
-    rows = [r for r in read_jsonl(need(S, "reward/pairs.jsonl")) if r["environment"] == environment]
-    contexts = []
-    for r in rows:
-        c, t = cache[r["stream"], r["clip"]], r["clip"]
-        contexts.append(make_context(streams[r["stream"]], t,
-                                     dict(zip(range(t - len(c["history"]), t), c["history"])), k=S.K))
-    samples = [cache[r["stream"], r["clip"]]["samples"] for r in rows]
-    return [(c, s[r["winner"]]["ids"], s[r["loser"]]["ids"]) for c, s, r in zip(contexts, samples, rows)]
+    """04's pairs of one environment, on the contexts of the cache."""
+    rows = {(row["stream"], row["clip"]): row for row in read_jsonl(need(S, "tasks/cache.jsonl"))}
+    streams = {stream["stream"]: stream for stream in streams}
+    pairs = []
+    for chosen in read_jsonl(need(S, "reward/pairs.jsonl")):
+        if chosen["environment"] != environment:
+            continue
+        row = rows[chosen["stream"], chosen["clip"]]
+        context = cached_context(streams[row["stream"]], row, S.K)
+        samples = row["samples"]
+        pairs.append(Pair(context, samples[chosen["winner"]]["ids"], samples[chosen["loser"]]["ids"]))
+    return pairs
 
 
-def seen(S, streams, environment):
-    """The streams up to their last context of which the environment may learn."""
-    rows, last = importlib.import_module("03_collect_tasks").cached(S, streams)[environment], {}
-    for row in rows:
-        last[row["stream"]] = max(row["clip"], last.get(row["stream"], 0))
-    return [s | {"clips": s["clips"][:last[s["stream"]] + 1]} for s in streams if s["stream"] in last]
+def cached_context(stream, row, window):
+    """The context of a row of cache.jsonl, with the history that it was sampled with."""
+    first = row["clip"] - len(row["history"])
+    return make_context(stream, row["clip"], dict(enumerate(row["history"], first)), k=window)
 
 
 def show_pair(policy, pair, environment, beta):
     """The teaching view of DPO: one pair in full, and the loss that it starts from."""
-    context, *answers = pair
-    prompt = policy.tokenizer.decode(policy.prepare([context])[0].ids)
+    prompt = policy.tokenizer.decode(policy.prepare([pair.context])[0].ids)
     print(f"environment {environment}\n" + re.sub(r"(<\|video_pad\|>)+", "<frames>", prompt))
     with torch.no_grad():
-        summed = [x.sum() for x in logprobs(policy, context, answers)]
-    for name, ids, logp in zip(("winner", "loser"), answers, summed):
+        winner, loser = sequence_logp(policy, pair)
+    for name, ids, logp in (("winner", pair.winner, winner), ("loser", pair.loser, loser)):
         print(f"\n{name} ({len(ids)} tokens, log-prob {logp:.2f}): {policy.tokenizer.decode(ids)}")
-    loss, margin = dpo_loss(*summed, *summed, beta)
+    loss, margin = dpo_loss(winner, loser, winner, loser, beta)
     print(f"\nmargin {margin:.3f} (policy = reference at the start), loss {loss:.4f}")
 
 
-def train_environment(policy, S, out, environment, questions, streams, judge, model):
-    torch.manual_seed(S.SEED)         # so that an adapter doesn't depend on which ones were trained before it
-    policy.drop("phase2")
-    params = policy.add("phase2", S.ADAPTER)
-    if S.ALGORITHM == "dpo":
-        pairs = cached_pairs(S, environment, {s["stream"]: s for s in streams})
-        if not pairs:
-            return print(f"  {environment:24} no pair: its recent questions prefer none of the cached "
-                         "memories; no adapter")
-        if S.SHOW:
-            return show_pair(policy, pairs[0], environment, S.BETA)
-        train_dpo(policy, S, out, params, pairs)
-    else:
-        phase1 = importlib.import_module("02_phase1_train")
-        batch = phase1.RollingBatch(S, seen(S, streams, environment), {})
-        score = lambda contexts, samples: rewards(S, judge, model, questions, contexts, samples)
-        shown = grpo(policy, S, out, params, batch, score, phase1.log_row, reference="phase1")
-        if shown:
-            return phase1.show_group(policy, *shown)
-    if S.SHOW:
-        return
-    if S.SCALE_TO_NORM and S.ADAPTER == "steer":
-        with torch.no_grad():
-            params[0].mul_(S.SCALE_TO_NORM / params[0].norm())
-    save_adapter(policy, "phase2", out / "adapter")
+# ================================================================ on-policy: 02's loop with another reward
+def rewards(groups, judge, reward_model, questions, *, relevance_weight, **constants_of_02):
+    """02's reward without richness, and relevance_weight * (R - mean R of the group) added to it.
+
+    The gate keeps looking at the rest. `terms` also shows R itself, in units of its spread, which is not in the sum.
+    """
+    phase1.rewards(groups, judge, richness_weight=0.0, **constants_of_02)
+    for group in groups:
+        for sample in group.samples:
+            sample.gate = sample.reward
+            sample.terms |= {"relevance": 0.0, "R": None}
+        comparable = [sample for sample in group.judged if sample.memory]
+        memories = [sample.memory for sample in comparable]
+        values = reward_model.score(questions, group.context.history, memories) if memories else []
+        for sample, R in zip(comparable, values):
+            sample.terms["R"] = R
+            sample.terms["relevance"] = relevance_weight * (R - sum(values) / len(values))
+            sample.reward += sample.terms["relevance"]
 
 
+def seen_streams(S, streams, environment):
+    """The streams up to their last cached context from which the environment may learn."""
+    last = {}
+    for row in read_jsonl(need(S, "tasks/cache.jsonl")):
+        if environment in row["environments"]:
+            last[row["stream"]] = max(row["clip"], last.get(row["stream"], 0))
+    return [stream | {"clips": stream["clips"][:last[stream["stream"]] + 1]}
+            for stream in streams if stream["stream"] in last]
+
+
+# ================================================================ the stage
 def main(argv=None):
     S = settings(globals(), argv)
     rates = {"steer": S.LR, "lora": S.LORA_LR, "all": S.ALL_LR}
-    if S.ALGORITHM not in ("dpo", "grpo") or S.ADAPTER not in rates:
-        raise SystemExit(f"ALGORITHM={S.ALGORITHM}, ADAPTER={S.ADAPTER}: take dpo or grpo, and "
-                         f"{', '.join(rates)}")
-    out = start(S, f"phase2/{S.ALGORITHM}-{S.ADAPTER}" + (f"-{S.NAME}" if S.NAME else ""))
-    S.LR, S.STEPS = rates[S.ADAPTER], S.DPO_STEPS if S.ALGORITHM == "dpo" else S.GRPO_STEPS
-    print(f"learning rate of {S.ADAPTER}: {S.LR:g}")
-    recent, streams = read_json(need(S, "tasks/recent.json")), load_streams(S, "deploy")
-    judge = load_judge(S, lambda: policy) if S.ALGORITHM == "grpo" else None           # pairs are judged
+    steps = {"dpo": S.DPO_STEPS, "grpo": S.GRPO_STEPS}
+    if S.ALGORITHM not in steps or S.ADAPTER not in rates:
+        raise SystemExit(f"ALGORITHM={S.ALGORITHM}, ADAPTER={S.ADAPTER}: take dpo or grpo, and {', '.join(rates)}")
+    variant = f"{S.ALGORITHM}-{S.ADAPTER}" + (f"-{S.NAME}" if S.NAME else "")
+    out = start(S, f"phase2/{variant}", *functions_that_matter(S))
+    # ---------------- what is to be done
+    recent = read_json(need(S, "tasks/recent.json"))
+    streams = load_streams(S, "deploy")
     if S.ENVIRONMENT and S.ENVIRONMENT not in recent:
         raise SystemExit(f"ENVIRONMENT={S.ENVIRONMENT}: tasks/recent.json holds {', '.join(recent)}")
-    todo = [e for e in recent if e == (S.ENVIRONMENT or e)
-            and (S.SHOW or not any((out / slug(e) / "adapter").glob("*.safetensors")))]
-    if not todo:
-        return print(f"finished before: {out}; next: {command(S, '06_eval.py')}")
-    adapter, _ = (need(S, "phase1/adapter"),
-                  need(S, "reward/pairs.jsonl" if S.ALGORITHM == "dpo" else "reward/model"))
+    environments = [S.ENVIRONMENT] if S.ENVIRONMENT else list(recent)
+    if not S.SHOW:
+        environments = [name for name in environments if not has_adapter(out / slug(name))]
+    if not environments:
+        print(f"finished before: {out}; next: {next_command(S, '06_eval.py')}")
+        return
+    # ---------------- model, judge, reward model
+    phase1_adapter = need(S, "phase1/adapter")
+    need(S, "reward/pairs.jsonl" if S.ALGORITHM == "dpo" else "reward/model")
+    say_what_differs(phase1_adapter.parent, "02_phase1_train.py", build_prompt, phase1.rewards)
     policy = load_policy(S)
-    load_adapter(policy, "phase1", adapter)
-    model = (importlib.import_module("04_train_reward").load_reward_model(S, policy)
-             if S.ALGORITHM == "grpo" else None)
-    contexts = [make_context(s, len(s["clips"]) // 2, {}, k=S.K) for s in streams]
-    groups = len(todo) * S.STEPS * (S.PAIRS if S.ALGORITHM == "dpo" else S.CONTEXTS)
-    importlib.import_module("03_collect_tasks").announce(
-        S, policy, contexts, groups, 0 if S.ALGORITHM == "dpo" else 2 * S.GROUP,
-        3 if S.ALGORITHM == "dpo" else 5 if S.KL else 4, S.ALGORITHM != "dpo")
-    for environment in todo:
-        (out / slug(environment)).mkdir(exist_ok=True)
-        questions = [t["question"] for t in recent[environment][:S.RECENT]]
-        train_environment(policy, S, out / slug(environment), environment, questions, streams, judge, model)
+    load_adapter(policy, "phase1", phase1_adapter)
+    judge = None                                              # pairs are judged already
+    reward_model = None
+    if S.ALGORITHM == "grpo":
+        judge = load_judge(S, lambda: policy)
+        reward_model = reward_stage.load_reward_model(S, policy)
+    print(f"learning rate of {S.ADAPTER}: {rates[S.ADAPTER]:g}")
+    say_cost(S, len(environments) * steps[S.ALGORITHM])
+    # ---------------- train
+    for environment in environments:
+        folder = out / slug(environment)
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(S.SEED)        # so that an adapter doesn't depend on which ones were trained before it
+        policy.drop("phase2")
+        params = policy.add("phase2", S.ADAPTER)
+        start_training = functools.partial(
+            Training, folder, params, steps=steps[S.ALGORITHM], lr=rates[S.ADAPTER], save_every=S.SAVE_EVERY,
+            grad_clip=S.GRAD_CLIP, description=f"{S.ALGORITHM} {folder.name}")
+        if S.ALGORITHM == "dpo":
+            trained = learn_from_pairs(policy, S, environment, streams, start_training)
+        else:
+            questions = [task["question"] for task in recent[environment][:S.RECENT]]
+            trained = learn_on_policy(policy, S, environment, questions, streams, judge, reward_model,
+                                      start_training)
         if S.SHOW:
             return
-    made = sum(any((out / slug(e) / "adapter").glob("*.safetensors")) for e in recent)
-    print(f"{made} of {len(recent)} adapters are in {out}; next: {command(S, '06_eval.py')}")
+        if trained:
+            scale(params, S)
+            save_adapter(policy, "phase2", folder / "adapter")
+    made = sum(has_adapter(out / slug(name)) for name in recent)
+    print(f"{made} of {len(recent)} adapters are in {out}; next: {next_command(S, '06_eval.py')}")
+
+
+def functions_that_matter(S):
+    """Those whose edit asks for a new run."""
+    if S.ALGORITHM == "dpo":
+        return build_prompt, dpo_loss
+    return (build_prompt, parse_response, rewards, phase1.rewards, reward_stage.RewardModel.score, group_advantages,
+            policy_loss, kl_to)
+
+
+def has_adapter(folder):
+    return any((folder / "adapter").glob("*.safetensors"))
+
+
+def say_cost(S, steps):
+    if S.ALGORITHM == "dpo":
+        announce(steps * S.PAIRS, 0, 0, S, what="pairs")
+    else:
+        groups = steps * S.CONTEXTS
+        announce(groups, S.GROUP, groups * 2 * S.GROUP, S)
+
+
+def learn_from_pairs(policy, S, environment, streams, start_training):
+    """DPO for one environment -> whether anything was trained."""
+    pairs = cached_pairs(S, environment, streams)
+    if not pairs:
+        print(f"  {environment:24} no pair: its recent questions prefer none of the cached memories; no adapter")
+        return False
+    if S.SHOW:
+        show_pair(policy, pairs[0], environment, S.BETA)
+        return False
+    run = start_training()
+    train_dpo(policy, run, pairs, seed=S.SEED, batch_size=S.PAIRS, beta=S.BETA)
+    last = {name: float(value) for name, value in run.rows[-1].items()}
+    print(f"  {environment:24} {len(pairs)} pairs  loss {last['loss']:.3f}  accuracy {last['accuracy']:.2f}  "
+          f"norm {last['norm']:.3f}")
+    return True
+
+
+def learn_on_policy(policy, S, environment, questions, streams, judge, reward_model, start_training):
+    """The loop of 02 for one environment -> whether anything was trained."""
+    batch = phase1.RollingBatch(
+        seen_streams(S, streams, environment), {}, seed=S.SEED, size=S.CONTEXTS, window=S.K,
+        off_policy_steps=0, n_min=S.N_MIN, n_max=S.N_MAX, resample=S.RESAMPLE)
+    reward = functools.partial(
+        rewards, judge=judge, reward_model=reward_model, questions=questions, relevance_weight=S.RELEVANCE,
+        memory_tokens=S.MEMORY_TOKENS, think_tokens=S.THINK_TOKENS, format_penalty=S.FORMAT)
+    if S.SHOW:
+        phase1.show_group(policy, phase1.first_group(policy, S, batch, reward))
+        return False
+    run = start_training(batch=batch)
+    grpo(policy, run, batch, reward, phase1.log_row, reference="phase1", **phase1.loop_constants(S))
+    return True
+
+
+def scale(params, S):
+    if S.SCALE_TO_NORM and S.ADAPTER == "steer":
+        with torch.no_grad():
+            params[0].mul_(S.SCALE_TO_NORM / params[0].norm())
 
 
 if __name__ == "__main__":

@@ -123,13 +123,18 @@ def sources(*functions):
     So a run can tell that a prompt or a reward was edited. Comments and line breaks don't count.
     """
     found = {}
+    seen = set()
     waiting = list(functions)
     while waiting:
         function = waiting.pop()
-        if function.__name__ in found:
+        if function in seen:
             continue
+        seen.add(function)
+        name = function.__name__
+        if name in found:                                          # 02 and 05 both have `rewards`
+            name += f" of {pathlib.Path(inspect.getsourcefile(function)).name}"
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        found[function.__name__] = fingerprint(ast.unparse(tree))[:12]
+        found[name] = fingerprint(ast.unparse(tree))[:12]
         for node in ast.walk(tree):
             value = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
             if isinstance(value, Prompt):
