@@ -6,7 +6,6 @@ The helpers of the first two sections alone know the signatures of `grpo` and `r
 import copy
 import csv
 import importlib
-import inspect
 import shutil
 import statistics
 from collections import namedtuple
@@ -16,12 +15,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
-import loading                                                              # noqa: E402
-from test_loop import FakeJudge, context, sample, toy_settings              # noqa: E402
+from support import decode, runs, weights                                   # noqa: E402
+from support.checkpoint import Training                                     # noqa: E402
+from test_loop import FakeJudge, context, sample                            # noqa: E402
 
-TINY = common.ROOT / "tiny" / "base"
-phase1, collect, reward_model, phase2 = (importlib.import_module(name) for name in (
-    "02_phase1_train", "03_collect_tasks", "04_train_reward", "05_phase2_train"))
+TINY = runs.ROOT / "tiny" / "base"
+phase1, reward_model, phase2 = (importlib.import_module(name) for name in (
+    "02_phase1_train", "04_train_reward", "05_phase2_train"))
 
 
 # ================================================================ helpers: one step of the real loop
@@ -39,10 +39,13 @@ def flat(tensors):
 def hand_made_rewards(table, seen):
     """A reward function as `grpo` takes it, which gives the rewards and gates of `table`; contexts and samples are
     added to `seen`."""
-    def reward(contexts, samples):
-        seen.extend(zip(contexts, samples))
-        return [{"total": list(made.rewards), "gate": list(made.gates), "terms": {"made": list(made.rewards)}}
-                for made in table]
+    def reward(groups):
+        seen.extend((group.context, group.samples) for group in groups)
+        for group, made in zip(groups, table):
+            for answer, value, gate in zip(group.samples, made.rewards, made.gates):
+                answer.reward = value
+                answer.gate = gate
+                answer.terms = {"made": value}
     return reward
 
 
@@ -63,11 +66,12 @@ def one_step(policy, contexts, table, out, monkeypatch, *argv):
     def record_and_clip(given, *rest):
         updates.append(Update(flat(params), flat(p.grad for p in params)))
         return clip(given, *rest)
-    batch = SimpleNamespace(state=None, next=lambda step: contexts, update=lambda step, samples: None)
+    batch = SimpleNamespace(state=None, next=lambda step: contexts, update=lambda step, groups: None)
+    run = Training(out, params, batch=batch, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP)
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", record_and_clip)
-        common.grpo(policy, S, out, params, batch, hand_made_rewards(table, seen), phase1.log_row,
-                    reference="base")
+        common.grpo(policy, run, batch, hand_made_rewards(table, seen), phase1.log_row, reference="base",
+                    **phase1.loop_constants(S))
     groups = [hand_group(context, samples, made) for (context, samples), made in zip(seen, table)]
     return Step(S, groups, updates, flat(params), log_rows(out)[-1])
 
@@ -194,28 +198,31 @@ def test_without_a_kl_the_gradient_is_that_of_the_objective(policy, contexts, tm
 
 
 # ================================================================ the reward with R
-def relevance_rewards(monkeypatch, groups, R):
+def relevance_rewards(groups, R):
     """05's rewards where the judge goes by words in a memory and the reward model gives R[memory] -> per group
     (rewards, gates, terms), and what the reward model was asked."""
     asked = []
 
-    def score(model, items):
-        asked.extend(items)
-        return [R[item["memory"]] for item in items]
-    monkeypatch.setattr(reward_model, "score", score)
-    S = toy_settings(RICHNESS=0.0, RELEVANCE=0.5)
-    contexts = [context([f"before {i}"]) for i in range(len(groups))]
-    scores = phase2.rewards(S, FakeJudge(), "the model", ["where?"], contexts, groups)
-    return [(s["total"], s["gate"], s["terms"]) for s in scores], asked
+    def score(questions, history, memories):
+        asked.append((questions, history, memories))
+        return [R[memory] for memory in memories]
+    groups = [common.Group(context([f"before {i}"]), samples) for i, samples in enumerate(groups)]
+    phase2.rewards(groups, FakeJudge(), SimpleNamespace(score=score), ["where?"], relevance_weight=0.5,
+                   memory_tokens=17, think_tokens=16, format_penalty=-1.5)
+    found = []
+    for group in groups:
+        terms = {name: [s.terms[name] for s in group.samples] for name in group.samples[0].terms}
+        found.append(([s.reward for s in group.samples], [s.gate for s in group.samples], terms))
+    return found, asked
 
 
-def test_r_is_centred_in_its_group_and_not_seen_by_the_gate(monkeypatch):
+def test_r_is_centred_in_its_group_and_not_seen_by_the_gate():
     """R of the first group has the mean 2, that of the second 12, so that no shared mean would do."""
     R = {"a lamp": 0.0, "a cup": 3.0, "not faithful": 5.0, "a long path": 0.0, "a book": 10.0, "not clean": 14.0}
     first = [sample("a lamp"), sample("a cup"), sample("not faithful"), sample(None),
              sample("fail clean"), sample("a long path", thinking=24)]
     second = [sample("a book"), sample("not clean")]
-    (one, two), asked = relevance_rewards(monkeypatch, [first, second], R)
+    (one, two), asked = relevance_rewards([first, second], R)
 
     rewards, gates, terms = one
     assert gates == [0.5, 0.5, -0.5, -1.5, None, 0.0]                       # of format, length and quality alone
@@ -228,30 +235,26 @@ def test_r_is_centred_in_its_group_and_not_seen_by_the_gate(monkeypatch):
     assert rewards == [-0.5, 0.5]
 
     # what has no memory or no verdict is not read
-    assert [(item["history"], item["memory"]) for item in asked] == [
-        (["before 0"], "a lamp"), (["before 0"], "a cup"), (["before 0"], "not faithful"),
-        (["before 0"], "a long path"), (["before 1"], "a book"), (["before 1"], "not clean")]
-    assert all(item["questions"] == ["where?"] for item in asked)
+    assert asked == [
+        (["where?"], ["before 0"], ["a lamp", "a cup", "not faithful", "a long path"]),
+        (["where?"], ["before 1"], ["a book", "not clean"])]
 
 
 # ================================================================ how is sampled
 def record_sampling(monkeypatch):
     """A list that gets (temperature, top-p, top-k) of every token drawn from now on."""
-    drawn, pick = [], common.pick
+    drawn, pick = [], decode.pick
 
-    def record(*given, **named):
-        call = inspect.signature(pick).bind(*given, **named)
-        call.apply_defaults()
-        drawn.append(tuple(call.arguments[name] for name in ("temperature", "top_p", "top_k")))
-        return pick(*given, **named)
-    monkeypatch.setattr(common, "pick", record)
+    def record(logits, u, how):
+        drawn.append((how.temperature, how.top_p, how.top_k))
+        return pick(logits, u, how)
+    monkeypatch.setattr(decode, "pick", record)
     return drawn
 
 
 def test_a_watch_samples_as_in_deployment(policy, streams, monkeypatch):
-    watch = getattr(common, "watch", None) or collect.watch
     drawn = record_sampling(monkeypatch)
-    watch(policy, policy.S, [streams[0] | {"clips": streams[0]["clips"][:2]}])
+    common.watch(policy, [streams[0] | {"clips": streams[0]["clips"][:2]}])
     assert set(drawn) == {(0.6, 0.95, 20)}
 
 
@@ -277,7 +280,7 @@ def run_main(script, writer, monkeypatch, *argv):
         return params
     monkeypatch.setattr(common.Policy, "add", add_with_effect)
     reward = hand_made_rewards(table, seen)
-    monkeypatch.setattr(script, "rewards", lambda *given: reward(*given[-2:]))
+    monkeypatch.setattr(script, "rewards", lambda groups, **constants: reward(groups))
     script.main(["--CPU_THREADS=1", "--MAX_NEW_TOKENS=24", "--GROUP=2", "--CONTEXTS=2", "--MINI_BATCH=2", "--KL=0.1",
                  *argv])
     put(begun["params"], begun["values"])
@@ -305,13 +308,13 @@ def before_phase2(policy, streams, toy, tmp_path):
     """A run with what 05 reads on-policy: a Phase One adapter that differs from the base, the questions of one
     environment, and contexts of which it may learn."""
     give_effect(policy.add("phase1", "lora"))
-    loading.save_adapter(policy, "phase1", tmp_path / "phase1" / "adapter")
+    weights.save_adapter(policy, "phase1", tmp_path / "phase1" / "adapter")
     policy.drop("phase1")
-    stream, = (r for r in common.read_jsonl(toy / "streams" / "streams.jsonl") if r["split"] == "deploy")
-    common.write_json(tmp_path / "tasks" / "recent.json", {"place": [{
+    stream, = (r for r in runs.read_jsonl(toy / "streams" / "streams.jsonl") if r["split"] == "deploy")
+    runs.write_json(tmp_path / "tasks" / "recent.json", {"place": [{
         "task": "1", "stream": stream["stream"], "environment": "place", "time": 60.0, "question": "where?"}]})
-    common.write_jsonl(tmp_path / "tasks" / "cache.jsonl", [
-        {"stream": stream["stream"], "clip": 5, "history": [], "samples": []}])
+    runs.write_jsonl(tmp_path / "tasks" / "cache.jsonl", [
+        {"stream": stream["stream"], "clip": 5, "history": [], "environments": ["place"], "samples": []}])
     (tmp_path / "reward" / "model").mkdir(parents=True)
     return tmp_path
 
@@ -338,10 +341,10 @@ def hub(tmp_path_factory):
     from transformers import AutoConfig, AutoModelForImageTextToText
     folder = tmp_path_factory.mktemp("hub") / "model"
     shutil.copytree(TINY, folder)
-    config = common.read_json(folder / "config.json")
+    config = runs.read_json(folder / "config.json")
     config["text_config"] |= {"hidden_size": HIDDEN, "moe_intermediate_size": WIDTH, "num_local_experts": EXPERTS,
                               "num_hidden_layers": 2}
-    common.write_json(folder / "config.json", config)
+    runs.write_json(folder / "config.json", config)
     model = AutoModelForImageTextToText.from_config(
         AutoConfig.from_pretrained(folder), dtype=torch.float32, attn_implementation="sdpa",
         experts_implementation="grouped_mm").eval()
@@ -351,7 +354,7 @@ def hub(tmp_path_factory):
         p.data = values.bfloat16().float()                                        # which a file in 16 bits can hold
     state = {}
     for name, value in model.state_dict().items():
-        value = value.transpose(1, 2) if loading.is_expert(name) else value
+        value = value.transpose(1, 2) if weights.is_expert(name) else value
         state[name] = value.bfloat16().contiguous()
     place = "model.language_model.layers.0.mlp.experts."
     assert state[place + "gate_up_proj"].shape == (EXPERTS, HIDDEN, 2 * WIDTH)
@@ -364,7 +367,7 @@ def load(folder, bits):
     S = common.settings({"__doc__": ""}, [
         f"--MODEL={folder}", f"--BITS={bits}", "--CPU_THREADS=1", "--FRAMES_PER_CLIP=4", "--FRAME_PIXELS=9216",
         "--MAX_NEW_TOKENS=32"])
-    return loading.load_model(S)[0]
+    return weights.load_model(S)[0]
 
 
 def logits(model):
@@ -392,7 +395,7 @@ def test_experts_of_the_hub_are_packed_in_4_bits(hub):
     folder, model = hub
     plain = copy.deepcopy(model)
     for name, p in plain.model.language_model.named_parameters():
-        if loading.is_expert(name):
+        if weights.is_expert(name):
             p.data = torch.stack([rounded(expert) for expert in p.data])
         elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")):
             p.data = rounded(p.data)
