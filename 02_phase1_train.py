@@ -31,8 +31,9 @@ import re
 import resource
 import sys
 
-from common import (Group, build_prompt, compare, group_advantages, grpo, kl_to, load_judge, load_policy,
-                    make_context, np, parse_response, per_model, policy_loss, rollout, settings, torch, watch)
+from common import (Group, build_prompt, compare, group_advantages, grpo, kl_to, load_judge,
+                    load_policy, make_context, np, parse_response, per_model, policy_loss, rollout,
+                    settings, torch, watch)
 from support.checkpoint import Training
 from support.judges import Ranking, Verdict
 from support.plan import announce
@@ -45,23 +46,24 @@ KL = per_model(0.1, 0.0)         # weight of the KL to the base; paper: 0
 OFF_POLICY_STEPS = per_model(40, 60)  # history by the stronger writer (paper: 60 steps) ...
 STEPS = per_model(60, 100)       # ... then, up to here, by the policy itself (paper: 40 steps)
 CONTEXTS = per_model(24, 32)     # contexts per rollout (paper: 32)
-MINI_BATCH = per_model(6, 8)     # contexts per optimizer step (paper: 8, so four updates per rollout)
+MINI_BATCH = per_model(6, 8)     # contexts per optimizer step (paper: 8: four updates a rollout)
 N_MIN = per_model(3, 11)         # clips of a stream: always extended below (released run: 11) ...
 N_MAX = per_model(9, 22)         # ... always resampled above (released run: 22)
 RESAMPLE = 0.13                  # chance to resample in between (released run)
 PRINT_EVERY = per_model(10, 1)   # steps between the best and the worst sample on the screen
-SAVE_EVERY = per_model(10, 1)    # steps between checkpoints (torchrun waits 30 s for a step, then kills)
+SAVE_EVERY = per_model(10, 1)    # steps between checkpoints
 # ---------------------------------------------------------------- the method
 GROUP = 8                        # G, samples per context (paper, section 2)
 RATIO = "gspo"                   # "gspo": one ratio per sequence; "grpo": one per token
-CLIP_LOW = 0.2                   # the ratio is clipped to [1 - CLIP_LOW, 1 + CLIP_HIGH] (released run)
+CLIP_LOW = 0.2                   # ratios are clipped to [1 - CLIP_LOW, 1 + CLIP_HIGH] (released run)
 CLIP_HIGH = 0.28
-GATE = 1                         # NSR gate: a sample below its group's mean is pushed down only if its reward is
-                                 # negative; else its loss is 0, but it stays in mean, spread and divisor. 0: no gate
+GATE = 1                         # NSR gate: a sample below its group's mean is pushed down only if its
+                                 # reward is negative; else its loss is 0, but it stays in mean, spread
+                                 # and divisor. 0: no gate
 FORMAT = -1.5                    # r_fmt of a malformed response, and its whole reward
 RICHNESS = 0.05                  # weight of r_rich; 0 is the paper's ablation: memories shrink
-TRAIN = "lora"                   # "lora": on the decoder's attention; "all": the whole decoder, in fp32, so on a CPU
-                                 # alone (LR: the paper's)
+TRAIN = "lora"                   # "lora": on the decoder's attention; "all": the whole decoder, in
+                                 # fp32, so on a CPU alone (LR: the paper's)
 GRAD_CLIP = 1.0                  # norm of the gradient at most
 SHOW = 0                         # 1: print one group in full and stop
 # ----------------------------------------------------------------
@@ -98,10 +100,11 @@ def rewards(groups, judge, *, memory_tokens, think_tokens, format_penalty, richn
             well_formed = sample.memory is not None
             r_fmt = 0.0 if well_formed else format_penalty
             r_len = length_reward(sample.thinking_tokens, think_tokens) if well_formed else 0.0
-            sample.terms = {"format": r_fmt, "length": r_len, "quality": sample.quality, "rich": r_rich}
+            sample.terms = {
+                "format": r_fmt, "length": r_len, "quality": sample.quality, "rich": r_rich}
             failed = None in sample.terms.values()
             sample.reward = None if failed else sum(sample.terms.values())
-            sample.gate = sample.reward          # in 05 the gate looks at the reward without one of its terms
+            sample.gate = sample.reward       # 05 shows the gate a part of the reward only
 
 
 def length_reward(tokens, limit):
@@ -157,7 +160,7 @@ def richness(groups, judge, weight):
     0 for all others, in a group of fewer than two good ones, and where the ranking failed. A list per group.
     """
     rich = [[0.0] * len(group.samples) for group in groups]
-    compared = []                                    # (number of the group, numbers of its good samples)
+    compared = []  # (number of a group, numbers of its good samples)
     for number, group in enumerate(groups):
         good = [i for i, sample in enumerate(group.samples) if is_good(sample)]
         if len(good) >= 2 and weight:
@@ -192,7 +195,8 @@ class RollingBatch:
     depends on: {"stream": its number, "first": clip of the start, "memories": those written since}.
     """
 
-    def __init__(self, streams, written, *, seed, size, window, off_policy_steps, n_min, n_max, resample):
+    def __init__(self, streams, written, *, seed, size, window, off_policy_steps, n_min, n_max,
+                 resample):
         self.streams = streams
         self.written = written
         self.seed = seed
@@ -249,8 +253,9 @@ def written_histories(S, policy, streams, out):
     try:
         rows = read_jsonl(need(S, "streams/captions.jsonl"))
     except SystemExit:
-        print("*** streams/captions.jsonl is missing: the off-policy history is written by the base itself. "
-              "Captions by a stronger model, one {stream, clip, memory} a line, serve better (paper, section 2) ***")
+        print("*** streams/captions.jsonl is missing: the off-policy history is written by the base "
+              "itself. Captions by a stronger model, one {stream, clip, memory} a line, serve better "
+              "(paper, section 2) ***")
         watched = watch(policy, streams, path=out / "history.jsonl")
         rows = [row for rows_of_stream in watched.values() for row in rows_of_stream]
     written = {}
@@ -262,7 +267,7 @@ def written_histories(S, policy, streams, out):
 # ================================================================ what is seen of it
 # log.csv, a row a step:
 #   reward, reward_std        mean and spread over the samples that were judged
-#   format, length, ...       means of the terms; a malformed sample counts 0 but for format
+#   format, length, quality, rich      means of the terms; a malformed sample counts 0 but for format
 #   flat                      share of groups without a gradient: no variance, or no judge
 #   malformed, truncated      shares of samples: without a memory; cut off by MAX_NEW_TOKENS
 #   gated                     share of samples that the gate held back
@@ -276,18 +281,24 @@ def written_histories(S, policy, streams, out):
 #   gb                        peak memory of rank 0, GiB
 def log_row(step, groups, update, rollout_s, update_s):
     """A row of log.csv."""
-    samples = [sample for group in groups for sample in group.samples]
-    rewards_known = [sample.reward for sample in samples if sample.reward is not None]
-    row = {"step": step, "reward": mean(rewards_known), "reward_std": float(np.std(rewards_known or [0]))}
+    samples = []
+    held_back = []
+    for group in groups:
+        samples += group.samples
+        held_back += [not counts for counts in group.keep]
+    judged = [sample.reward for sample in samples if sample.reward is not None]
+    spread = float(np.std(judged)) if judged else 0.0
+    row = {"step": step, "reward": mean(judged), "reward_std": spread}
     for name in samples[0].terms:
-        row[name] = mean([sample.terms[name] for sample in samples if sample.terms[name] is not None])
+        values = [sample.terms[name] for sample in samples]
+        row[name] = mean([value for value in values if value is not None])
     tokens = sum(len(sample.ids) for sample in samples)
     learning = sum(group.has_gradient for group in groups)
     return row | {
         "flat": mean([not group.has_gradient for group in groups]),
         "malformed": mean([sample.memory is None for sample in samples]),
         "truncated": mean([sample.truncated for sample in samples]),
-        "gated": mean([not counts for group in groups for counts in group.keep]),
+        "gated": mean(held_back),
         "response": tokens / len(samples),
         "thinking": mean([sample.thinking_tokens for sample in samples]),
         "memory": mean([sample.memory_tokens for sample in samples if sample.memory]),
@@ -339,7 +350,8 @@ def first_group(policy, S, batch, reward):
 # ================================================================ the stage
 def main(argv=None):
     S = settings(globals(), argv)
-    out = start(S, "phase1", rewards, build_prompt, parse_response, group_advantages, policy_loss, kl_to)
+    out = start(S, "phase1", rewards, build_prompt, parse_response, group_advantages, policy_loss,
+                kl_to)
     if S.TRAIN not in ("lora", "all"):
         raise SystemExit(f'TRAIN={S.TRAIN}: take "lora" or "all"')
     if any((out / "adapter").glob("*.safetensors")) and not S.SHOW:
@@ -351,8 +363,8 @@ def main(argv=None):
     policy = load_policy(S)
     written = written_histories(S, policy, streams, out)
     batch = RollingBatch(
-        streams, written, seed=S.SEED, size=S.CONTEXTS, window=S.K, off_policy_steps=S.OFF_POLICY_STEPS,
-        n_min=S.N_MIN, n_max=S.N_MAX, resample=S.RESAMPLE)
+        streams, written, seed=S.SEED, size=S.CONTEXTS, window=S.K,
+        off_policy_steps=S.OFF_POLICY_STEPS, n_min=S.N_MIN, n_max=S.N_MAX, resample=S.RESAMPLE)
     reward = functools.partial(
         rewards, judge=judge, memory_tokens=S.MEMORY_TOKENS, think_tokens=S.THINK_TOKENS,
         format_penalty=S.FORMAT, richness_weight=S.RICHNESS)
@@ -364,10 +376,11 @@ def main(argv=None):
     print(f"{sum(p.numel() for p in params) / 1e6:.2f} M trainable parameters; {S.STEPS} steps of "
           f"{S.CONTEXTS} contexts, {math.ceil(S.CONTEXTS / S.MINI_BATCH)} updates a step")
     groups = S.STEPS * S.CONTEXTS
-    judge_calls = groups * (2 * S.GROUP + 1)                  # faithful and clean of each sample, and a ranking
+    # FAITHFUL and CLEAN of each sample, and one ranking.
+    judge_calls = groups * (2 * S.GROUP + 1)
     announce(groups, S.GROUP, judge_calls, S)
-    run = Training(out, params, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP,
-                   batch=batch)
+    run = Training(out, params, batch=batch, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY,
+                   grad_clip=S.GRAD_CLIP)
     grpo(policy, run, batch, reward, log_row, reference="base", **loop_constants(S))
     save_adapter(policy, "phase1", out / "adapter")
     print(f"Phase One is in {out / 'adapter'}; next: {next_command(S, '03_collect_tasks.py')}")
@@ -376,7 +389,8 @@ def main(argv=None):
 def loop_constants(S):
     """The constants that the loop takes, by name."""
     return {"seed": S.SEED, "group_size": S.GROUP, "mini_batch": S.MINI_BATCH, "ratio": S.RATIO,
-            "clip": (S.CLIP_LOW, S.CLIP_HIGH), "gate": S.GATE, "kl_weight": S.KL, "print_every": S.PRINT_EVERY}
+            "clip": (S.CLIP_LOW, S.CLIP_HIGH), "gate": S.GATE, "kl_weight": S.KL,
+            "print_every": S.PRINT_EVERY}
 
 
 if __name__ == "__main__":

@@ -1,277 +1,379 @@
-"""Deployment: the Phase One policy watches the deployment streams and writes memories; each environment
-asks its first questions, which are answered from memory alone; and one rollout cache is sampled that
-all environments share.
+"""Deployment: the Phase One policy watches the deployment streams and writes memories. Each environment (a kind
+of question, as in the paper) asks its first questions, which are answered from memory alone. Then one rollout cache
+is sampled that all environments share.
 
-The questions are all that Phase Two learns from (no answers are used); the cache is sampled once, so
-that a new environment costs no rollout (paper, section 3). Of online streams (see 01) only what came before
-the last recent question is watched here, and Phase Two learns nothing from the clips that its adapter will be
-examined on (`cached`). Nobody has to ask: without tasks the script ends with the memories.
+The questions are all that Phase Two learns from: no answers are used. The cache is sampled once, so a new
+environment costs no rollout (paper, section 3). Of online streams (see 01) only what came before the last recent
+question is watched here, and an environment learns nothing from the clips that its adapter will be examined on: each
+row of the cache names the environments that may learn from it. Nobody has to ask: without tasks the script ends with
+the memories.
 
 Run: python 03_collect_tasks.py [--NAME=value ...]
-In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02)
+     (toy world: about a minute on 2 cores)
+In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02), and what the judge needs
 Out: tasks/memories.jsonl, memories/STREAM.txt (to be read), recent.json, cache.jsonl
 """
-import importlib
 import math
-import time
-import zlib
 
-from common import (both, clock, load_policy, load_streams, logprobs, make_context, need, read_json, read_jsonl,
-                    rollout, settings, start, torch, write_json, write_jsonl, write_text)
-from judges import Retriever, load_judge
-from loading import RANK, WORLD, command, fingerprint, gather, load_adapter, load_tokenizer, once
+from common import (Group, build_prompt, load_judge, load_policy, make_context, per_model, rollout, settings,
+                    stage, watch)
+from support.judges import INSUFFICIENT, Answer, Verdict
+from support.plan import announce
+from support.ranks import gather, is_first_rank, my_share, once, progress
+from support.reader import Retriever
+from support.runs import (append_jsonl, clock, fingerprint, load_streams, need, next_command, read_json,
+                          read_jsonl, read_progress, say_what_differs, start, write_json, write_jsonl,
+                          write_text)
+from support.weights import load_adapter, load_tokenizer
 
-# ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
-CACHE_STREAMS = both(24, 100)   # streams whose contexts are cached (paper: about 100 videos) ...
-CACHE_CONTEXTS = both(288, 2500)  # ... and their contexts at most, evenly spread (paper: 25 clips a video)
-CHUNK = both(24, 4)             # contexts sampled between two writes of the cache
+phase1 = stage("02_phase1_train")
+
+# ---------------------------------------------------------------- toy world | Qwen3-VL-30B-A3B
+CACHE_STREAMS = per_model(24, 100)     # streams whose contexts are cached (paper: about 100 videos) ...
+CACHE_CONTEXTS = per_model(288, 2500)  # ... and their contexts at most (paper: 25 clips a video)
+CHUNK = per_model(24, 4)               # contexts sampled between two writes of the cache
 # ---------------------------------------------------------------- the method
-RECENT = 10                     # questions kept per environment: the first 5 define Phase Two,
-                                # the rest validate 04
-GROUP = 8                       # N, memories cached per context (paper, section 3), sampled at temperature 1
-PROBE = 100                     # tokens that an answer may have in the rollout which tells the cost of a run
+RECENT = 5                             # questions that define an environment (paper: 5 to 10)
+LATER = 5                              # questions after those, on which 04 validates its reward model
+GROUP = 8                              # N, memories cached per context (paper, section 3), at temperature 1
 # ----------------------------------------------------------------
-ANSWER = """These notes are all that is known of a video:
+ANSWER = Answer("answer", """These notes are all that is known of a video:
 {entries}
 
 {question}
 {options}
 Reason from the notes alone, then answer with {{"answer": "LETTER"}}, or with \
-{{"answer": "insufficient"}} where they don't tell."""
-OPEN = """These notes are all that is known of a video:
+{{"answer": "insufficient"}} where they don't tell.""")
+OPEN = Answer("answer", """These notes are all that is known of a video:
 {entries}
 
 {question}
 Reason from the notes alone, then answer in a few words, {{"answer": "..."}}, or with \
-{{"answer": "insufficient"}} where they don't tell."""
-GRADE = """Question: {question}
+{{"answer": "insufficient"}} where they don't tell.""")
+GRADE = Verdict("grade", """Question: {question}
 Right answer: {answer}
 Given answer: {reply}
 Does the given answer mean the same as the right one? Answer with {{"verdict": true}} or \
-{{"verdict": false}}."""
+{{"verdict": false}}.""")
 
 
-def announce(S, policy, contexts, groups, calls, passes=3, sampled=True):
-    """Prints what a run will cost before it starts, from one measured rollout and one measured pass.
-
-    contexts: a typical batch; groups: how many are to come; calls: judge calls a group; passes: per group,
-    a forward pass counts 1, one with its backward 3; sampled: False where the answers are cached, two a
-    group (05 with dpo). The rollout stops after PROBE tokens; longer answers are taken to use their budget.
-    """
-    contexts, limit = contexts[:policy.side[0]], policy.S.MAX_NEW_TOKENS
-    prompts, began = policy.prepare(contexts), time.time()           # vision runs here, before the clock
-    answers, length, per_token = [[policy.end] * (S.THINK_TOKENS + S.MEMORY_TOKENS)] * 2, 0, 0
-    if sampled:
-        policy.S.MAX_NEW_TOKENS = min(limit, PROBE)
-        samples = rollout(policy, contexts, S.GROUP, [(S.SEED, 999_999, i) for i in range(len(contexts))])
-        policy.S.MAX_NEW_TOKENS = limit
-        answers, drawn = [s.ids for s in samples[0]], [len(s.ids) for g in samples for s in g]    # tokens
-        usual = S.THINK_TOKENS + S.MEMORY_TOKENS if max(drawn) == PROBE < limit else sum(drawn) / len(drawn)
-        length, per_token = S.GROUP * usual, (time.time() - began) / sum(drawn)
-    rolled = time.time()
-    with torch.no_grad():
-        logprobs(policy, contexts[0], answers)
-    seconds = length * per_token + passes * (time.time() - rolled)
-    what = (f"{groups} groups of {S.GROUP} = {groups * S.GROUP} rollouts, about {length:.0f} tokens sampled "
-            "a group") if sampled else f"{groups} pairs, nothing sampled"
-    print(f"cost: {what}, {len(prompts[0].ids)} prompt tokens, {groups * calls} judge calls, about "
-          f"{groups * seconds / 60:.1f} min")
-
-
-def watch(policy, S, streams, questions=(), desc="watch", path=None, begun=None):
-    """The policy watches streams side by side, clip by clip, with its own memories as history
-    -> {stream: [row per clip]}.
-
-    Rows are {stream, clip, start, end, memory, text}; a malformed answer leaves the memory "". Inference
-    sampling: temperature 0.6, top-p 0.95, top-k 20 (paper, section 1). path: a JSONL to which rows are
-    appended as they come; an interrupted watch goes on from it. begun: {stream: rows of its first clips} that
-    another policy wrote; this one goes on after them.
-    """
-    from tqdm import tqdm
-    kept = {s["stream"]: list((begun or {}).get(s["stream"], [])) for s in streams}
-    for row in once(lambda: read_jsonl(path, torn=True) if path and path.exists() else []):
-        mine = kept.get(row["stream"])                      # None: a stream that has gone
-        if mine is not None and row["clip"] == len(mine):
-            mine.append(row)
-    for t in tqdm(range(max((len(s["clips"]) for s in streams), default=0)), desc=desc, leave=False):
-        now = [s for s in streams if len(kept[s["stream"]]) == t < len(s["clips"])]
-        mine = now[RANK::WORLD]                                            # of several GPUs, this one's
-        contexts = [make_context(s, t, [m["memory"] for m in kept[s["stream"]]], questions, S.K)
-                    for s in mine]
-        keys = [(S.SEED, 7, zlib.crc32(s["stream"].encode()), t) for s in mine]
-        groups = rollout(policy, contexts, 1, keys, 0.6, 0.95, 20)
-        rows = gather([dict(stream=s["stream"], clip=t, start=s["clips"][t]["start"], end=s["clips"][t]["end"],
-                            memory=m.memory or "", text=m.text) for s, (m,) in zip(mine, groups)])
-        for row in rows:
-            kept[row["stream"]].append(row)
-        if path and rows:
-            write_jsonl(path, rows, "a")
-    return kept
-
-
+# ================================================================ answers from memory
 def answer(S, judge, tasks, memories):
-    """Replies of the reader, who gets the memories of the stream up to the time of the question, and nothing
-    else: all of them, or where they exceed READER_TOKENS the most relevant ones.
+    """What the reader replies to each task, and whether its memories were retrieved: (replies, retrieved).
 
-    memories: {stream: [row per clip]}. Returns two lists over the tasks: a letter, "insufficient" or None (it
-    failed); and whether the memories were retrieved.
+    A reply is a letter, a text, "insufficient", or None where the reader failed.
+
+    It gets the memories of the stream up to the time of the question and nothing else: all of them, or where they
+    exceed READER_TOKENS the most relevant ones. memories: {stream: [row per clip]}.
     """
-    def ask():
-        tokenizer = load_tokenizer(S)
-        seen = {s: Retriever([[m["start"], m["end"], m["memory"]] for m in memories[s]], tokenizer)
-                for s in {t["stream"] for t in tasks}}
-        told = [seen[t["stream"]](t["question"], t["options"], t["time"], S.READER_TOKENS) for t in tasks]
-        return judge.ask("answer", [
-            {"question": t["question"], "options": t["options"], "entries": entries}
-            for t, (entries, _) in zip(tasks, told)]), [retrieved for _, retrieved in told]
-    return once(ask)
+    return once(lambda: read_and_reply(S, judge, tasks, memories))
+
+
+def read_and_reply(S, judge, tasks, memories):
+    tokenizer = load_tokenizer(S)
+    retrievers = {}
+    for stream in {task["stream"] for task in tasks}:
+        entries = [[row["start"], row["end"], row["memory"]] for row in memories[stream]]
+        retrievers[stream] = Retriever(entries, tokenizer)
+    items = []
+    retrieved = []
+    for task in tasks:
+        retrieve = retrievers[task["stream"]]
+        entries, is_part = retrieve(task["question"], task["options"], task["time"], S.READER_TOKENS)
+        items.append({"question": task["question"], "options": task["options"], "entries": entries})
+        retrieved.append(is_part)
+    return ask_reader(judge, items), retrieved
+
+
+def ask_reader(judge, items):
+    """Replies in the order of the items: those with options are asked by ANSWER, the others by OPEN."""
+    chosen = iter(judge.ask(ANSWER, [item for item in items if item["options"]]))
+    written = iter(judge.ask(OPEN, [item for item in items if not item["options"]]))
+    return [next(chosen) if item["options"] else next(written) for item in items]
 
 
 def right(judge, tasks, replies):
-    """Whether each reply is right: the letter of a multiple choice, an open answer by the judge's grade. None
-    where the reader or the judge failed."""
-    texts = [i for i, t in enumerate(tasks) if not t["options"] and replies[i] not in (None, "insufficient")]
-    grades = once(lambda: judge.ask("grade", [
-        {"question": tasks[i]["question"], "answer": tasks[i]["answer"], "reply": replies[i]} for i in texts
-    ]) if texts else [])
-    graded = dict(zip(texts, grades))
-    return [None if reply is None else graded.get(i, reply == task["answer"])
-            for i, (task, reply) in enumerate(zip(tasks, replies))]
+    """Whether each reply is right: a letter by itself, an open answer by the judge's grade.
+
+    None where the reader or the judge failed.
+    """
+    to_grade = []
+    for i, task in enumerate(tasks):
+        if not task["options"] and replies[i] not in (None, INSUFFICIENT):
+            to_grade.append(i)
+    grades = once(lambda: grade(judge, tasks, replies, to_grade))
+    correct = []
+    for task, reply in zip(tasks, replies):
+        correct.append(None if reply is None else reply == task["answer"])
+    for i, verdict in zip(to_grade, grades):
+        correct[i] = verdict
+    return correct
 
 
+def grade(judge, tasks, replies, indices):
+    if not indices:
+        return []
+    items = []
+    for i in indices:
+        item = {"question": tasks[i]["question"], "answer": tasks[i]["answer"], "reply": replies[i]}
+        items.append(item)
+    return judge.ask(GRADE, items)
+
+
+# ================================================================ who asked what, and when
 def first_questions(tasks, n):
-    """{environment: its first n tasks}, in the order of the file, which is the
-    order in which they are asked."""
+    """{environment: its first n tasks}, in the order of the file, which is the order in which they are asked."""
     environments = {}
     for task in tasks:
-        if len(environments.setdefault(task["environment"], [])) < n:
-            environments[task["environment"]].append(task)
+        asked = environments.setdefault(task["environment"], [])
+        if len(asked) < n:
+            asked.append(task)
     return environments
 
 
 def spread(tasks):
-    """Tasks in rounds, one per stream and round, so that the first questions of an
-    environment come from many streams."""
-    seen, rounds = {}, []
+    """Tasks in rounds, one per environment, stream and round.
+
+    So the first questions of an environment come from many streams.
+    """
+    rounds = []
+    asked = {}                                   # questions so far: {(environment, stream): n}
     for task in tasks:
         key = task["environment"], task["stream"]
-        seen[key] = seen.get(key, -1) + 1
-        rounds.append((seen[key], task))
-    return [t for _, t in sorted(rounds, key=lambda x: x[0])]
+        rounds.append(asked.get(key, 0))
+        asked[key] = rounds[-1] + 1
+    order = sorted(range(len(tasks)), key=lambda i: rounds[i])
+    return [tasks[i] for i in order]
 
 
 def last_asked(tasks):
     """{stream: s of the last of the tasks about it}"""
-    return {t["stream"]: t["time"] for t in sorted(tasks, key=lambda t: t["time"])}
+    last = {}
+    for task in tasks:
+        last[task["stream"]] = max(task["time"], last.get(task["stream"], task["time"]))
+    return last
 
 
-def cached(S, streams):
-    """{environment: rows of cache.jsonl on which Phase Two may train}: all but those of online streams on
-    which its adapter will be examined, as later questions of its kind are about the stream, and the clip comes
-    after the last of the RECENT ones."""
-    rows, recent = (read(need(S, f"tasks/{name}")) for read, name in (
-        (read_jsonl, "cache.jsonl"), (read_json, "recent.json")))
-    ends = {(s["stream"], c["clip"]): c["end"] for s in streams if s["split"] == "online" for c in s["clips"]}
-    tasks, may = read_jsonl(need(S, "streams/tasks.jsonl")) if ends else [], {}
+def seen_by_then(streams, recent, cache_streams):
+    """What was watched when the recent questions had been asked.
+
+    Online streams go on after that. Those which the questions are about end at the last of them; others, whole, fill
+    up to cache_streams.
+    """
+    last = last_asked(sum(recent.values(), []))
+    places_left = cache_streams - len(last)
+    seen = []
+    for stream in streams:
+        if stream["split"] != "online":
+            seen.append(stream)
+        elif stream["stream"] in last:
+            clips = [clip for clip in stream["clips"] if clip["end"] <= last[stream["stream"]]]
+            seen.append(stream | {"clips": clips or stream["clips"][:1]})
+        elif places_left > 0:
+            seen.append(stream)
+            places_left -= 1
+    return seen
+
+
+def learns_until(tasks, recent, n):
+    """{environment: {stream: s}} of the streams on which questions after its first n will examine an environment.
+
+    It may learn from clips that end by the last of its first n questions about that stream; from none if none is.
+    """
+    limits = {}
     for environment, asked in recent.items():
-        last, early = last_asked(asked[:S.RECENT]), {t["task"] for t in asked[:S.RECENT]}
-        over = {t["stream"]: last.get(t["stream"], 0.0) for t in tasks
-                if t["environment"] == environment and t["task"] not in early}
-        may[environment] = [r for r in rows if ends.get((r["stream"], r["clip"]), 0.0)
-                            <= over.get(r["stream"], math.inf)]
-    return may
+        first = asked[:n]
+        names = {task["task"] for task in first}
+        last = last_asked(first)
+        limits[environment] = {}
+        for task in tasks:
+            if task["environment"] == environment and task["task"] not in names:
+                limits[environment][task["stream"]] = last.get(task["stream"], 0.0)
+    return limits
 
 
-def seen_by_then(S, streams, recent):
-    """What was watched when the recent questions had been asked. Online streams go on after that: those which
-    the questions are about end at the last of them; others, whole, fill up to CACHE_STREAMS."""
-    last = last_asked(t for asked in recent.values() for t in asked)
-    online = [s["stream"] for s in streams if s["split"] == "online"]
-    others = [s for s in online if s not in last][:max(0, S.CACHE_STREAMS - len(last))]
-    return [s if s["split"] != "online" or s["stream"] in others else s | {
-        "clips": [c for c in s["clips"] if c["end"] <= last[s["stream"]]] or s["clips"][:1]}
-        for s in streams if s["stream"] not in online or s["stream"] in last or s["stream"] in others]
+def learners(stream, clip, limits):
+    """The environments that may learn from a context of this clip: of a stream that is not online, all of them."""
+    if stream["split"] != "online":
+        return list(limits)
+    allowed = []
+    for environment, until in limits.items():
+        if clip["end"] <= until.get(stream["stream"], math.inf):
+            allowed.append(environment)
+    return allowed
 
 
-def fill_cache(S, out, policy, judge, streams, memories):
+def check_recent(S, streams):
+    """SystemExit where 04 to 06 take more or fewer questions than 03 did as those that define an environment.
+
+    On online streams they set what it may learn from (03) and what it is examined on (06), which must not overlap.
+    """
+    file = need(S, "tasks/recent.json").parent / "settings.json"
+    if not file.exists() or all(stream["split"] != "online" for stream in streams):
+        return
+    before = read_json(file).get("RECENT", S.RECENT)
+    if before != S.RECENT:
+        raise SystemExit(f"RECENT={S.RECENT}, but 03 had RECENT={before}: on online streams this says from which "
+                         f"clips an environment may learn. Take --RECENT={before}, or make the run anew from 03 on: "
+                         "--RUN=NEWNAME --FROM=THISRUN")
+
+
+# ================================================================ the rollout cache
+def fill_cache(S, out, policy, judge, streams, memories, limits):
     """GROUP samples of every context, with their format and quality rewards, appended chunk by chunk."""
-    from tqdm import tqdm
-    phase1, part = importlib.import_module("02_phase1_train"), out / "cache.part"
-    done = once(lambda: read_jsonl(part, torn=True) if part.exists() else [])
-    every = [(s, t) for s in streams for t in range(len(s["clips"]))]
-    todo = [every[i * len(every) // S.CACHE_CONTEXTS] for i in range(S.CACHE_CONTEXTS)
-            ] if len(every) > S.CACHE_CONTEXTS else every
-    contexts = [make_context(s, t, [m["memory"] for m in memories[s["stream"]]], k=S.K) for s, t in todo]
-    for i in tqdm(range(len(done), len(todo), S.CHUNK), desc="rollout cache", initial=len(done) // S.CHUNK):
-        mine = range(i + RANK, min(i + S.CHUNK, len(todo)), WORLD)
-        chunk = [contexts[j] for j in mine]
-        samples = rollout(policy, chunk, S.GROUP, [(S.SEED, 8, j) for j in mine])
-        qualities = phase1.quality(S, judge, chunk, samples)
-        rows = gather([{"stream": c.stream, "clip": c.clip, "history": c.history, "samples": [
-            s._asdict() | {"format": 0.0 if s.memory else phase1.FORMAT, "quality": q}
-            for s, q in zip(group, quality)
-        ]} for c, group, quality in zip(chunk, samples, qualities)])
-        write_jsonl(part, rows, "a")
+    part = out / "cache.part"
+    done = read_progress(part)
+    places = chosen_clips(streams, S.CACHE_CONTEXTS)
+    contexts = []
+    environments = []                            # that may learn from the context
+    for stream, t in places:
+        written = [row["memory"] for row in memories[stream["stream"]]]
+        contexts.append(make_context(stream, t, written, k=S.K))
+        environments.append(learners(stream, stream["clips"][t], limits))
+    firsts = range(len(done), len(places), S.CHUNK)
+    for first in progress(firsts, "rollout cache"):
+        indices = my_share(range(first, min(first + S.CHUNK, len(places))))
+        keys = [(S.SEED, 8, i) for i in indices]
+        samples = rollout(policy, [contexts[i] for i in indices], S.GROUP, keys)
+        groups = [Group(contexts[i], row) for i, row in zip(indices, samples)]
+        phase1.quality(groups, judge, memory_tokens=S.MEMORY_TOKENS)
+        rows = gather([cache_row(group, environments[i]) for i, group in zip(indices, groups)])
+        append_jsonl(part, rows)
         done += rows
     write_jsonl(out / "cache.jsonl", done)
-    if not RANK:
+    if is_first_rank():
         part.unlink()
 
 
+def chosen_clips(streams, limit):
+    """(stream, index of the clip) of at most `limit` contexts, evenly spread over all clips."""
+    places = []
+    for stream in streams:
+        places += [(stream, t) for t in range(len(stream["clips"]))]
+    if len(places) <= limit:
+        return places
+    return [places[i * len(places) // limit] for i in range(limit)]
+
+
+def cache_row(group, environments):
+    context = group.context
+    samples = []
+    for sample in group.samples:
+        samples.append({
+            "ids": sample.ids, "text": sample.text, "memory": sample.memory,
+            "thinking_tokens": sample.thinking_tokens, "memory_tokens": sample.memory_tokens,
+            "truncated": sample.truncated,
+            "format": 0.0 if sample.memory else phase1.FORMAT,
+            "quality": sample.quality})
+    return {"stream": context.stream, "clip": context.clip, "history": context.history,
+            "environments": environments, "samples": samples}
+
+
+def cached_context(stream, row, window):
+    """The context of a row of cache.jsonl, with the history that it was sampled with."""
+    first = row["clip"] - len(row["history"])
+    return make_context(stream, row["clip"], dict(enumerate(row["history"], first)), k=window)
+
+
+# ================================================================ the stage
 def main(argv=None):
     S = settings(globals(), argv)
-    out = start(S, "tasks")
+    out = start(S, "tasks", answer, right, phase1.quality, build_prompt)
     streams = load_streams(S, "deploy")
-    tasks = [t for t in read_jsonl(need(S, "streams/tasks.jsonl"))
-             if t["stream"] in {s["stream"] for s in streams}]
-    made_of = fingerprint(streams, tasks)
-    if (out / "cache.jsonl").exists():
-        if made_of != read_json(out / "made_of.json"):
-            print(f"*** streams or tasks have changed since {out} was made, and are not in it. To take them "
-                  "up: --RUN=NEWNAME, from 01 on ***")
-        return print(f"finished before: {out}; next: {command(S, '04_train_reward.py')}")
-    write_json(out / "made_of.json", made_of)
-    adapter, judge = need(S, "phase1/adapter"), load_judge(S, lambda: policy) if tasks else None
+    names = {stream["stream"] for stream in streams}
+    tasks = [task for task in read_jsonl(need(S, "streams/tasks.jsonl")) if task["stream"] in names]
+    if finished_before(S, out, streams, tasks):
+        return
+    adapter = need(S, "phase1/adapter")
+    say_what_differs(adapter.parent, "02_phase1_train.py", phase1.quality, build_prompt)
+    judge = load_judge(S, lambda: policy) if tasks else None
     policy = load_policy(S)
     load_adapter(policy, "phase1", adapter)
 
-    online = any(s["split"] == "online" for s in streams)
-    recent = first_questions(tasks if online else spread(tasks), S.RECENT)
-    streams = seen_by_then(S, streams, recent) if tasks else streams
-    clips = sum(len(s["clips"]) for s in streams)
-    print(f"{len(streams)} streams of {clips} clips to watch, {len(tasks)} questions to come" + (
-        ": what precedes the last recent question" if tasks and online else ""))
-    blind = [t for asked in recent.values() for t in asked if not any(
-        c["end"] <= t["time"] for s in streams if s["stream"] == t["stream"] for c in s["clips"])]
-    if blind:
-        print(f"*** {len(blind)} recent questions are asked before any clip has ended, when nothing is known, "
-              f"e.g. {blind[0]['task']} at {blind[0]['time']:g} s ***")
-    cached = streams[:S.CACHE_STREAMS] if tasks else []
-    if cached:
-        announce(S, policy, [make_context(s, len(s["clips"]) // 2, {}, k=S.K) for s in cached],
-                 min(S.CACHE_CONTEXTS, sum(len(s["clips"]) for s in cached)), 2 * S.GROUP, 0)
-    memories = watch(policy, S, streams, desc="watch", path=out / "memories.jsonl")
-    for stream, rows in memories.items():
-        write_text(out / "memories" / f"{stream}.txt", "".join(
-            f"{clock(m['start'])}-{clock(m['end'])}\n{m['memory'] or '(nothing)'}\n\n" for m in rows))
-    written = sum(bool(m["memory"]) for rows in memories.values() for m in rows)
-    print(f"memories of {written} of {clips} clips: {out / 'memories'}")
-    if not tasks:
-        return print("no tasks ask about these streams: the memories are all there is to make (see "
-                     "tasks.jsonl in 01)")
+    # ---- what is to be watched
+    is_online = any(stream["split"] == "online" for stream in streams)
+    recent = first_questions(tasks if is_online else spread(tasks), S.RECENT + S.LATER)
+    if tasks:
+        streams = seen_by_then(streams, recent, S.CACHE_STREAMS)
+    cached_streams = streams[:S.CACHE_STREAMS] if tasks else []
+    say_what_is_to_come(S, streams, cached_streams, tasks, recent, is_online)
 
+    # ---- memories
+    memories = watch(policy, streams, path=out / "memories.jsonl")
+    write_readable(out / "memories", memories)
+    if not tasks:
+        print("no tasks ask about these streams: the memories are all there is to make (see tasks.jsonl in 01)")
+        return
+
+    # ---- the recent questions, answered from memory
     for environment, asked in recent.items():
-        replies, retrieved = answer(S, judge, asked, memories)
-        for task, reply, part, correct in zip(asked, replies, retrieved, right(judge, asked, replies)):
-            task |= {"reply": reply if correct is not None else None, "correct": correct}
-            task |= {"retrieved": True} if part else {}
-        failed = sum(t["correct"] is None for t in asked)
-        print(f"  {environment:24} {sum(bool(t['correct']) for t in asked[:5])} of the first "
-              f"{len(asked[:5])} answered right, e.g. {asked[0]['question']!r} -> {asked[0]['reply']}"
-              + f"; {failed} without a verdict" * bool(failed))
+        answer_recent(S, judge, environment, asked, memories)
     write_json(out / "recent.json", recent)
-    fill_cache(S, out, policy, judge, cached, memories)
-    print(f"next: {command(S, '04_train_reward.py')}")
+
+    # ---- the rollout cache
+    limits = learns_until(tasks, recent, S.RECENT)
+    fill_cache(S, out, policy, judge, cached_streams, memories, limits)
+    print(f"memories, answers and the rollout cache are in {out}; next: {next_command(S, '04_train_reward.py')}")
+
+
+def finished_before(S, out, streams, tasks):
+    """Whether this folder is complete; if not, remembers of which streams and tasks it will be made."""
+    made_of = fingerprint(streams, tasks)
+    if not (out / "cache.jsonl").exists():
+        write_json(out / "made_of.json", made_of)
+        return False
+    if made_of != read_json(out / "made_of.json"):
+        print(f"*** streams or tasks have changed since {out} was made, and are not in it. To take them up: "
+              "--RUN=NEWNAME, from 01 on ***")
+    print(f"finished before: {out}; next: {next_command(S, '04_train_reward.py')}")
+    return True
+
+
+def say_what_is_to_come(S, streams, cached_streams, tasks, recent, is_online):
+    clips = sum(len(stream["clips"]) for stream in streams)
+    why = ": what precedes the last recent question" if tasks and is_online else ""
+    print(f"{len(streams)} streams of {clips} clips to watch, {len(tasks)} questions to come{why}")
+    announce(clips, 1, 0, S, "watching")
+    if cached_streams:
+        contexts = len(chosen_clips(cached_streams, S.CACHE_CONTEXTS))
+        announce(contexts, S.GROUP, 2 * S.GROUP * contexts, S, "rollout cache")
+
+    first_end = {stream["stream"]: stream["clips"][0]["end"] for stream in streams}
+    unseen = []
+    for asked in recent.values():
+        unseen += [task for task in asked if task["time"] < first_end.get(task["stream"], math.inf)]
+    if unseen:
+        print(f"*** {len(unseen)} recent questions are asked before any clip has ended, when nothing is known, "
+              f"e.g. {unseen[0]['task']} at {unseen[0]['time']:g} s ***")
+
+
+def write_readable(folder, memories):
+    """A text for each stream, with the times of its clips."""
+    written = 0
+    for stream, rows in memories.items():
+        text = ""
+        for row in rows:
+            text += f"{clock(row['start'])}-{clock(row['end'])}\n{row['memory'] or '(nothing)'}\n\n"
+            written += bool(row["memory"])
+        write_text(folder / f"{stream}.txt", text)
+    clips = sum(len(rows) for rows in memories.values())
+    print(f"memories of {written} of {clips} clips: {folder}")
+
+
+def answer_recent(S, judge, environment, asked, memories):
+    """Adds to the tasks their reply, whether it is right, and "retrieved" where not all memories were read."""
+    replies, retrieved = answer(S, judge, asked, memories)
+    correct = right(judge, asked, replies)
+    for i, task in enumerate(asked):
+        task["reply"] = None if correct[i] is None else replies[i]
+        task["correct"] = correct[i]
+        if retrieved[i]:
+            task["retrieved"] = True
+    first = asked[:S.RECENT]
+    failed = correct.count(None)
+    print(f"  {environment:24} {sum(bool(task['correct']) for task in first)} of the first {len(first)} answered "
+          f"right, e.g. {asked[0]['question']!r} -> {asked[0]['reply']}"
+          + (f"; {failed} without a verdict" if failed else ""))
 
 
 if __name__ == "__main__":

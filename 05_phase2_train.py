@@ -19,12 +19,14 @@ import re
 import time
 from dataclasses import dataclass
 
-from common import (Context, F, build_prompt, group_advantages, grpo, kl_to, load_judge, load_policy, logprobs,
-                    make_context, parse_response, per_model, policy_loss, settings, stage, torch)
+from common import (Context, F, build_prompt, group_advantages, grpo, kl_to, load_judge, load_policy,
+                    logprobs, make_context, parse_response, per_model, policy_loss, settings, stage,
+                    torch)
 from support.checkpoint import Training
 from support.plan import announce
 from support.ranks import gather, my_share
-from support.runs import load_streams, need, next_command, read_json, read_jsonl, say_what_differs, slug, start
+from support.runs import (load_streams, need, next_command, read_json, read_jsonl, say_what_differs,
+                          slug, start)
 from support.weights import load_adapter, save_adapter
 
 phase1 = stage("02_phase1_train")
@@ -34,7 +36,7 @@ reward_stage = stage("04_train_reward")
 LR = per_model(1e-2, 1e-3)       # of the vector (paper: 1e-3) ...
 LORA_LR = per_model(5e-4, 5e-5)  # ... of a LoRA instead
 ALL_LR = per_model(5e-5, 5e-6)   # ... of the whole decoder
-LAYER = per_model(2, 22)         # decoder layer after which the vector is added, from 0 (paper: 22 of 48)
+LAYER = per_model(2, 22)         # the vector is added after this layer, from 0 (paper: 22 of 48)
 BETA = per_model(0.5, 0.1)       # of DPO (paper: 0.1)
 DPO_STEPS = 40                   # dpo: updates (paper: 10 to 40)
 PAIRS = per_model(16, 64)        # dpo: pairs per update (paper: 64)
@@ -45,14 +47,16 @@ KL = 0.0                         # grpo: weight of the KL to the Phase One polic
 SAVE_EVERY = per_model(20, 1)    # steps between checkpoints
 # ---------------------------------------------------------------- the method
 ENVIRONMENT = ""                 # one environment by name; "": all of them, one adapter each
-ALGORITHM = "dpo"                # "dpo": on cached pairs (paper); "grpo": on-policy against the reward model
-ADAPTER = "steer"                # "steer": one vector; "lora": on attention; "all": the whole decoder, on a CPU alone
-NAME = ""                        # suffix of the output folder, to keep variants of one run side by side
-SCALE_TO_NORM = 0.0              # > 0: the trained vector is scaled to this norm. The paper's short cut:
-                                 # --NAME=short --DPO_STEPS=10 and 0.8 x the `norm` in the last row of a 40-step
-                                 # log.csv (0.3 of 0.37 at d = 2048)
+ALGORITHM = "dpo"                # "dpo": on cached pairs (paper); "grpo": on-policy, by the reward model
+ADAPTER = "steer"                # "steer": one vector; "lora": on attention;
+                                 # "all": the whole decoder, on a CPU alone
+NAME = ""                        # suffix of the output folder, to keep variants of a run side by side
+SCALE_TO_NORM = 0.0              # > 0: the trained vector is scaled to this norm. The paper's short
+                                 # cut: --NAME=short --DPO_STEPS=10 and 0.8 x the `norm` in the last row
+                                 # of a 40-step log.csv (0.3 of 0.37 at d = 2048)
 RECENT = 5                       # questions that define the environment (paper: 5 to 10)
-RELEVANCE = 0.5                  # grpo: weight of R (in units of its spread within a context) beside quality's +-0.5
+RELEVANCE = 0.5                  # grpo: weight of R, in units of its spread within a context, beside
+                                 # quality's +-0.5
 SHOW = 0                         # 1: print one pair or group in full and stop
 # ---------------------------------------------------------------- grpo: as in 02
 GROUP = phase1.GROUP
@@ -92,7 +96,7 @@ def dpo_loss(winner, loser, ref_winner, ref_loser, beta):
 
 def sequence_logp(policy, pair):
     """Log-probs of the winner and of the loser, each summed over its tokens: two () tensors."""
-    winner, loser = logprobs(policy, pair.context, [pair.winner, pair.loser])         # (T_i,) each
+    winner, loser = logprobs(policy, pair.context, [pair.winner, pair.loser])  # (T_i,) each
     return winner.sum(), loser.sum()
 
 
@@ -152,7 +156,9 @@ def cached_pairs(S, environment, streams):
         row = rows[chosen["stream"], chosen["clip"]]
         context = cached_context(streams[row["stream"]], row, S.K)
         samples = row["samples"]
-        pairs.append(Pair(context, samples[chosen["winner"]]["ids"], samples[chosen["loser"]]["ids"]))
+        winner = samples[chosen["winner"]]
+        loser = samples[chosen["loser"]]
+        pairs.append(Pair(context, winner["ids"], loser["ids"]))
     return pairs
 
 
@@ -178,7 +184,8 @@ def show_pair(policy, pair, environment, beta):
 def rewards(groups, judge, reward_model, questions, *, relevance_weight, **constants_of_02):
     """02's reward without richness, and relevance_weight * (R - mean R of the group) added to it.
 
-    The gate keeps looking at the rest. `terms` also shows R itself, in units of its spread, which is not in the sum.
+    The gate keeps looking at the rest. log.csv has 02's columns, and two more: relevance (centred, so 0 on average)
+    and R (the reward model's value in units of its spread, to be seen rising; it is not in the sum).
     """
     phase1.rewards(groups, judge, richness_weight=0.0, **constants_of_02)
     for group in groups:
@@ -210,14 +217,15 @@ def main(argv=None):
     rates = {"steer": S.LR, "lora": S.LORA_LR, "all": S.ALL_LR}
     steps = {"dpo": S.DPO_STEPS, "grpo": S.GRPO_STEPS}
     if S.ALGORITHM not in steps or S.ADAPTER not in rates:
-        raise SystemExit(f"ALGORITHM={S.ALGORITHM}, ADAPTER={S.ADAPTER}: take dpo or grpo, and {', '.join(rates)}")
+        raise SystemExit(f"ALGORITHM={S.ALGORITHM}, ADAPTER={S.ADAPTER}: take {' or '.join(steps)}, "
+                         f"and {', '.join(rates)}")
     variant = f"{S.ALGORITHM}-{S.ADAPTER}" + (f"-{S.NAME}" if S.NAME else "")
     out = start(S, f"phase2/{variant}", *functions_that_matter(S))
     # ---------------- what is to be done
     recent = read_json(need(S, "tasks/recent.json"))
     streams = load_streams(S, "deploy")
     if S.ENVIRONMENT and S.ENVIRONMENT not in recent:
-        raise SystemExit(f"ENVIRONMENT={S.ENVIRONMENT}: tasks/recent.json holds {', '.join(recent)}")
+        raise SystemExit(f"ENVIRONMENT={S.ENVIRONMENT}: recent.json holds {', '.join(recent)}")
     environments = [S.ENVIRONMENT] if S.ENVIRONMENT else list(recent)
     if not S.SHOW:
         environments = [name for name in environments if not has_adapter(out / slug(name))]
@@ -241,18 +249,20 @@ def main(argv=None):
     for environment in environments:
         folder = out / slug(environment)
         folder.mkdir(exist_ok=True)
-        torch.manual_seed(S.SEED)        # so that an adapter doesn't depend on which ones were trained before it
+        # So that an adapter doesn't depend on which ones were trained before it.
+        torch.manual_seed(S.SEED)
         policy.drop("phase2")
         params = policy.add("phase2", S.ADAPTER)
         start_training = functools.partial(
-            Training, folder, params, steps=steps[S.ALGORITHM], lr=rates[S.ADAPTER], save_every=S.SAVE_EVERY,
-            grad_clip=S.GRAD_CLIP, description=f"{S.ALGORITHM} {folder.name}")
+            Training, folder, params, steps=steps[S.ALGORITHM], lr=rates[S.ADAPTER],
+            save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP,
+            description=f"{S.ALGORITHM} {folder.name}")
         if S.ALGORITHM == "dpo":
             trained = learn_from_pairs(policy, S, environment, streams, start_training)
         else:
             questions = [task["question"] for task in recent[environment][:S.RECENT]]
-            trained = learn_on_policy(policy, S, environment, questions, streams, judge, reward_model,
-                                      start_training)
+            trained = learn_on_policy(
+                policy, S, environment, questions, streams, judge, reward_model, start_training)
         if S.SHOW:
             return
         if trained:
@@ -266,8 +276,8 @@ def functions_that_matter(S):
     """Those whose edit asks for a new run."""
     if S.ALGORITHM == "dpo":
         return build_prompt, dpo_loss
-    return (build_prompt, parse_response, rewards, phase1.rewards, reward_stage.RewardModel.score, group_advantages,
-            policy_loss, kl_to)
+    return (build_prompt, parse_response, rewards, phase1.rewards, reward_stage.RewardModel.score,
+            group_advantages, policy_loss, kl_to)
 
 
 def has_adapter(folder):
@@ -286,7 +296,8 @@ def learn_from_pairs(policy, S, environment, streams, start_training):
     """DPO for one environment -> whether anything was trained."""
     pairs = cached_pairs(S, environment, streams)
     if not pairs:
-        print(f"  {environment:24} no pair: its recent questions prefer none of the cached memories; no adapter")
+        print(f"  {environment:24} no pair: its recent questions prefer none of the cached memories; "
+              "no adapter")
         return False
     if S.SHOW:
         show_pair(policy, pairs[0], environment, S.BETA)
@@ -294,19 +305,21 @@ def learn_from_pairs(policy, S, environment, streams, start_training):
     run = start_training()
     train_dpo(policy, run, pairs, seed=S.SEED, batch_size=S.PAIRS, beta=S.BETA)
     last = {name: float(value) for name, value in run.rows[-1].items()}
-    print(f"  {environment:24} {len(pairs)} pairs  loss {last['loss']:.3f}  accuracy {last['accuracy']:.2f}  "
-          f"norm {last['norm']:.3f}")
+    print(f"  {environment:24} {len(pairs)} pairs  loss {last['loss']:.3f}  "
+          f"accuracy {last['accuracy']:.2f}  norm {last['norm']:.3f}")
     return True
 
 
-def learn_on_policy(policy, S, environment, questions, streams, judge, reward_model, start_training):
+def learn_on_policy(policy, S, environment, questions, streams, judge, reward_model,
+                    start_training):
     """The loop of 02 for one environment -> whether anything was trained."""
     batch = phase1.RollingBatch(
         seen_streams(S, streams, environment), {}, seed=S.SEED, size=S.CONTEXTS, window=S.K,
         off_policy_steps=0, n_min=S.N_MIN, n_max=S.N_MAX, resample=S.RESAMPLE)
     reward = functools.partial(
-        rewards, judge=judge, reward_model=reward_model, questions=questions, relevance_weight=S.RELEVANCE,
-        memory_tokens=S.MEMORY_TOKENS, think_tokens=S.THINK_TOKENS, format_penalty=S.FORMAT)
+        rewards, judge=judge, reward_model=reward_model, questions=questions,
+        relevance_weight=S.RELEVANCE, memory_tokens=S.MEMORY_TOKENS, think_tokens=S.THINK_TOKENS,
+        format_penalty=S.FORMAT)
     if S.SHOW:
         phase1.show_group(policy, phase1.first_group(policy, S, batch, reward))
         return False

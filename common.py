@@ -35,23 +35,25 @@ except ImportError:
 # ---------------------------------------------------------------- constants of all scripts: --NAME=value
 # per_model(toy world, full-size model)
 RUN = "tiny"                            # results go to runs/RUN/STAGE
-FROM = ""                               # another run, read where RUN lacks a stage (forks, ablations)
-MODEL = "tiny"                          # "tiny": tiny/base; else a hub name (Qwen/Qwen3-VL-30B-A3B-Thinking) or folder
+FROM = ""                               # another run, read where RUN lacks a stage
+MODEL = "tiny"                          # "tiny": tiny/base; else a folder, or a hub name such as
+                                        # Qwen/Qwen3-VL-30B-A3B-Thinking
 SEED = 0                                # every random choice derives from it
-JUDGE = "tiny"                          # who judges and reads: "tiny" (exact), "local" or "openai:MODEL"
-K = 5                                   # clips per context: the newest and the 4 before it (paper, section 1)
+JUDGE = "tiny"                          # who judges and reads: "tiny", "local" or "openai:MODEL"
+K = 5                                   # clips per context, the newest and 4 before it (paper: 5)
 FRAMES_PER_CLIP = per_model(4, 20)      # 20 a clip is 2 fps, the model's native rate
-FRAME_PIXELS = per_model(96 * 96, 448 * 448)  # of a frame at most; 32 x 32 pixels of 2 frames make one token
-MEMORY_TOKENS = per_model(17, 150)      # budget of one memory (paper: 150); 17 hold three of a toy clip's eight facts
+FRAME_PIXELS = per_model(96**2, 448**2)  # of a frame at most; 32 x 32 pixels of 2 frames: one token
+MEMORY_TOKENS = per_model(17, 150)      # budget of one memory (paper: 150); 17 hold three of the
+                                        # eight facts of a toy clip
 THINK_TOKENS = per_model(16, 1200)      # L of r_len (paper: 1200)
 MAX_NEW_TOKENS = per_model(72, 2800)    # thinking up to 2L, then the memory
-BITS = per_model(16, 4)                 # of the weights: 4 packs linears and experts as NF4 while they load
+BITS = per_model(16, 4)                 # of the weights: 4 packs linears and experts as NF4
 VISION_BITS = 16                        # 4: the vision tower's linears too, 0.8 GiB less
 DOUBLE_QUANT = 0                        # 1: the scales of packed weights in 8 bits, 1.3 GiB less
-FEATURE_CLIPS = per_model(4000, 200)    # clips whose vision features stay in memory: about 30 MB each at full size
-ROLLOUT_CONTEXTS = per_model(48, 0)     # contexts decoded side by side; 0: as many as the card's memory holds
-CPU_THREADS = 2                         # more hurt a small model, and results stay the same from machine to machine
-READER_TOKENS = per_model(2000, 32000)  # memories that the reader sees at most; of more, the most relevant
+FEATURE_CLIPS = per_model(4000, 200)    # clips whose vision features are kept: about 30 MB each at full size
+ROLLOUT_CONTEXTS = per_model(48, 0)     # contexts decoded side by side; 0: as many as memory holds
+CPU_THREADS = 2                         # more hurt a small model; fixed, so that results repeat
+READER_TOKENS = per_model(2000, 32000)  # of memories that the reader sees; of more, the most relevant
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
 # ----------------------------------------------------------------
 
@@ -67,8 +69,8 @@ def stage(name):
 
 
 # ================================================================ memory format: the prompt in, the memory out
-PROMPT = Prompt("""You keep the memory of an endless video. Below are its latest clips with the memories that you \
-wrote for them. Write the memory of the last clip in one or two sentences: what it shows or says, true, \
+PROMPT = Prompt("""You keep the memory of an endless video. Below are its latest clips with the \
+memories that you wrote for them. Write the memory of the last clip in one or two sentences: what it shows or says, true, \
 connected to the memory before, nothing that it already states. Call people by their IDs, like <face_3>. \
 Answer with {"description": "..."}.""")
 TASK_PROMPT = Prompt("""
@@ -116,10 +118,11 @@ class Group:
     """The G answers to one context, and what the loop finds out about them."""
     context: Context
     samples: list
-    advantages: list = field(default_factory=list)   # of the judged samples; none where fewer than two are left
-    keep: list = field(default_factory=list)         # whether a judged sample counts; False: the gate holds it back
-    old_logp: list | None = None                     # per judged sample (T_i,), before the step's first update
-    ref_logp: list | None = None                     # the same by the policy that the KL refers to
+    # One entry for each judged sample:
+    advantages: list = field(default_factory=list)   # empty where fewer than two were judged
+    keep: list = field(default_factory=list)         # False: the gate holds it back
+    old_logp: list | None = None        # (T_i,) each, from before the step's first update
+    ref_logp: list | None = None        # (T_i,) each, by the policy that the KL refers to
 
     @property
     def judged(self):
@@ -152,7 +155,8 @@ def build_prompt(context, video, tokenizer):
     for i, (clip, pairs) in enumerate(zip(context.clips, video)):
         text += f"\n{clock(clip['start'])}-{clock(clip['end'])} "
         for seconds, tokens in pairs:
-            text += f"<{seconds:.1f} seconds><|vision_start|>{'<|video_pad|>' * tokens}<|vision_end|>"
+            vision = "<|video_pad|>" * tokens
+            text += f"<{seconds:.1f} seconds><|vision_start|>{vision}<|vision_end|>"
         if i < len(context.history):
             text += "\n" + (context.history[i] or "(nothing)")
     if context.questions:
@@ -181,7 +185,8 @@ def parse_response(text):
     if "</think>" in rest:
         return None, thinking
     try:
-        pairs = json.loads(rest, object_pairs_hook=tuple)     # a tuple of pairs, so that a repeated key shows
+        # An object becomes a tuple of (key, value) pairs, so that a repeated key shows.
+        pairs = json.loads(rest, object_pairs_hook=tuple)
     except (RecursionError, ValueError):
         return None, thinking
     if not isinstance(pairs, tuple) or len(pairs) != 1:
@@ -240,10 +245,10 @@ def policy_loss(logp, old_logp, advantages, keep, ratio="gspo", clip=(0.2, 0.28)
     for new, old, advantage, counts in zip(logp, old_logp, advantages, keep):
         if not advantage or not counts:
             continue
-        log_ratio = new - old                                                         # (T_i,)
+        log_ratio = new - old  # (T_i,)
         if ratio == "gspo":
             log_ratio = log_ratio.mean()[None]                                        # (1,)
-        s = log_ratio.exp()                                                           # (1,) or (T_i,)
+        s = log_ratio.exp()  # (1,) or (T_i,)
         gain = torch.minimum(s * advantage, s.clamp(low, high) * advantage).mean()    # ()
         total = total - gain
         outside = s > high if advantage > 0 else s < low
@@ -255,14 +260,14 @@ def kl_to(logp, ref_logp):
     """KL to the reference, per token by the estimator exp(d) - d - 1 with d = ref - logp; mean over samples -> ()."""
     total = 0
     for new, reference in zip(logp, ref_logp):
-        gap = reference - new                                                         # (T_i,)
+        gap = reference - new  # (T_i,)
         total = total + (gap.exp() - gap - 1).mean()
     return total / len(logp)
 
 
 # ================================================================ the loop
-def grpo(policy, run, batch, rewards, log_row, *, reference, seed, group_size, mini_batch, ratio, clip, gate,
-         kl_weight, print_every):
+def grpo(policy, run, batch, rewards, log_row, *, reference, seed, group_size, mini_batch, ratio, clip,
+         gate, kl_weight, print_every):
     """Group-relative policy optimisation: the loop of 02, and of 05 on-policy.
 
     run: a Training (support/checkpoint.py), which keeps the steps still to do. batch: `next(step)` gives contexts,
@@ -270,7 +275,7 @@ def grpo(policy, run, batch, rewards, log_row, *, reference, seed, group_size, m
     reference: the writer that the KL refers to. The other arguments are constants of 02.
     """
     if ratio not in ("gspo", "grpo"):
-        raise SystemExit(f'RATIO={ratio}: take "gspo" (a ratio per sequence) or "grpo" (one per token)')
+        raise SystemExit(f'RATIO={ratio}: take "gspo" (one per sequence) or "grpo" (one per token)')
     policy.train_only(run.params)
     for step in run:
         # ---------------- rollout
@@ -298,10 +303,12 @@ def grpo(policy, run, batch, rewards, log_row, *, reference, seed, group_size, m
                     group.ref_logp = logprobs(policy, group.context, group.ids)
         update = {"kl": 0.0, "clipped": 0.0, "grad_norm": 0.0}
         for groups_of_batch in batches:
-            for group in my_share(groups_of_batch):                # memory holds one packed row at a time
+            # Memory holds one packed row at a time.
+            for group in my_share(groups_of_batch):
                 logp = logprobs(policy, group.context, group.ids)  # (T_i,) per sample
                 old_logp = group.old_logp or [x.detach() for x in logp]
-                loss, clipped = policy_loss(logp, old_logp, group.advantages, group.keep, ratio, clip)
+                loss, clipped = policy_loss(
+                    logp, old_logp, group.advantages, group.keep, ratio, clip)
                 kl = kl_to(logp, group.ref_logp) if kl_weight else torch.zeros(())
                 ((loss + kl_weight * kl) / len(groups_of_batch)).backward()
                 update["kl"] += kl.item()
@@ -313,7 +320,7 @@ def grpo(policy, run, batch, rewards, log_row, *, reference, seed, group_size, m
         # ---------------- log and save
         row = log_row(step, groups, update, rolled - began, time.time() - judged)
         run.log(row, "reward", "malformed")
-        say_step(run, row, groups, with_samples=step % print_every == 0, seconds=time.time() - began)
+        say_step(run, row, time.time() - began, groups if step % print_every == 0 else [])
 
 
 def sample_groups(policy, contexts, n, key):
@@ -328,8 +335,9 @@ def compare(group, gate):
     """Fills in the group's advantages; with fewer than two judged samples there is nothing to compare."""
     if len(group.judged) < 2:
         return
+    values = [sample.reward for sample in group.judged]
     gates = [sample.gate for sample in group.judged] if gate else None
-    group.advantages, group.keep = group_advantages([sample.reward for sample in group.judged], gates)
+    group.advantages, group.keep = group_advantages(values, gates)
 
 
 def split_evenly(groups, size):
@@ -362,16 +370,17 @@ def stop_where_the_judge_failed(groups, step):
                          f"mend it and run again, it goes on from the last checkpoint")
 
 
-def say_step(run, row, groups, with_samples, seconds):
-    """One line a step, and now and then the best and the worst sample of the first group."""
-    quality = f"quality {row['quality']:+.3f}  " if "quality" in row else ""
-    lines = [f"step {row['step']:3}  reward {row['reward']:+.3f}  {quality}memory {row['memory']:.1f} tokens  "
-             f"{seconds:.1f} s"]
-    samples = sorted(groups[0].judged, key=lambda sample: (sample.reward, sample.text))
-    if with_samples and samples:
+def say_step(run, row, seconds, groups):
+    """One line a step; where groups are given, the best and the worst sample of the first one below it."""
+    line = f"step {row['step']:3}  reward {row['reward']:+.3f}  "
+    if "quality" in row:
+        line += f"quality {row['quality']:+.3f}  "
+    run.bar.write(line + f"memory {row['memory']:.1f} tokens  {seconds:.1f} s")
+    samples = [sample for group in groups[:1] for sample in group.judged]
+    samples.sort(key=lambda sample: sample.reward)
+    if samples:
         for name, sample in (("best", samples[-1]), ("worst", samples[0])):
-            lines.append(f"    {name:5} {sample.reward:+.2f}: {sample.text!r}")
-    run.bar.write("\n".join(lines))
+            run.bar.write(f"    {name:5} {sample.reward:+.2f}: {sample.text!r}")
 
 
 # ================================================================ the policy: one frozen model, its adapters
@@ -393,9 +402,9 @@ class EncodedPrompt:
 @dataclass
 class ClipFeatures:
     """What the vision tower makes of a clip."""
-    grid: tuple                         # (frame pairs, h, w), h and w in patches of 16 pixels
+    grid: tuple  # (frame pairs, h, w), h and w in patches of 16 pixels
     times: list                         # seconds in the clip, one per frame pair
-    layers: list                        # (V, d) each: what the prompt holds, then the deepstack layers
+    layers: list  # (V, d) each: for the prompt, then the deepstack layers
 
 
 class Policy:
@@ -477,8 +486,9 @@ class Policy:
             self.layer = int(re.search(r"layers\.(\d+)\.", key)[1])
             vector = value
         if not 0 <= self.layer < self.layers:
-            raise SystemExit(f"LAYER={self.layer}: this model has the layers 0 to {self.layers - 1}; "
-                             f"near {round(self.layers * 22 / 48)} is the paper's depth (22 of 48)")
+            raise SystemExit(
+                f"LAYER={self.layer}: this model has the layers 0 to {self.layers - 1}; "
+                f"near {round(self.layers * 22 / 48)} is the paper's depth (22 of 48)")
         self.steer = torch.nn.Parameter(vector.to(self.device))
 
         def add_vector(layer, arguments, output):
@@ -488,7 +498,8 @@ class Policy:
 
     def _add_decoder(self, writer, saved):
         if self.model.dtype != torch.float32 or self.S.BITS == 4:
-            raise SystemExit('training all parameters needs a model in fp32: use TRAIN="lora" or ADAPTER="steer"')
+            raise SystemExit('training all parameters needs a model in fp32: '
+                             'use TRAIN="lora" or ADAPTER="steer"')
         params = self._decoder()
         if "base" not in self.whole:
             self.whole["base"] = {name: p.data for name, p in params.items()}
@@ -574,13 +585,11 @@ class Policy:
         grids = []
         times = []
         for clip in clips:
-            frames, seconds = clip_frames(clip, self.S.FRAMES_PER_CLIP)               # (n, H, W, 3)
+            frames, seconds = clip_frames(clip, self.S.FRAMES_PER_CLIP)  # (n, H, W, 3)
             clip_patches, grid = frames_to_patches(frames, self.S.FRAME_PIXELS)
-            if len(seconds) % 2:                                    # an odd last frame pairs with itself
-                seconds = seconds + seconds[-1:]
             patches.append(clip_patches)
             grids.append(grid)
-            times.append([(a + b) / 2 for a, b in zip(seconds[::2], seconds[1::2])])
+            times.append(pair_times(seconds))
         tower = self.model.model.visual
         pixels = torch.cat(patches).to(self.device, tower.dtype)
         with torch.no_grad():
@@ -592,6 +601,7 @@ class Policy:
                 for grid, at, of_clip in zip(grids, times, of_clips)]
 
     def _encode(self, context):
+        """The EncodedPrompt of a context whose clips have been seen."""
         features = [self.features[clip_key(clip)] for clip in context.clips]
         video = []
         for clip in features:
@@ -601,17 +611,26 @@ class Policy:
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         visual = ids == self.model.config.video_token_id
         grid = torch.tensor([clip.grid for clip in features]) if features else None
-        positions, _ = self.model.model.get_rope_index(ids[None], visual[None].int() * 2, video_grid_thw=grid)
+        token_types = visual[None].int() * 2                        # 2: video
+        positions, _ = self.model.model.get_rope_index(ids[None], token_types, video_grid_thw=grid)
         ids = ids.to(self.device)
         positions = positions[:, 0].to(self.device)
         visual = visual.to(self.device)
-        embeds = self.lm.embed_tokens(ids).detach().clone()                           # (P, d)
-        nothing = embeds[:0]                                        # so that a prompt without clips works too
+        embeds = self.lm.embed_tokens(ids).detach().clone()  # (P, d)
         layers = []
         for number in range(1 + len(self.model.config.vision_config.deepstack_visual_indexes)):
-            layers.append(torch.cat([nothing] + [clip.layers[number] for clip in features]))   # (V, d)
+            of_clips = [clip.layers[number] for clip in features]
+            # embeds[:0] is nothing, so that a prompt without clips works too.
+            layers.append(torch.cat([embeds[:0]] + of_clips))  # (V, d)
         embeds[visual] = layers[0].to(embeds.dtype)
-        return EncodedPrompt(ids, embeds, positions, visual, layers[1:])
+        return EncodedPrompt(ids, embeds, positions, visual, deep=layers[1:])
+
+
+def pair_times(seconds):
+    """Times of frame pairs; an odd last frame pairs with itself."""
+    if len(seconds) % 2:
+        seconds = seconds + seconds[-1:]
+    return [(first + second) / 2 for first, second in zip(seconds[::2], seconds[1::2])]
 
 
 def clip_key(clip):
@@ -640,7 +659,7 @@ def rollout(policy, contexts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
     for i in range(0, len(contexts), policy.contexts_at_once):
         some = contexts[i:i + policy.contexts_at_once]
         noise = [draw_noise(key, n, limit) for key in keys[i:i + policy.contexts_at_once]]
-        noise = torch.tensor(np.stack(noise), device=policy.device)                   # (B, n, T)
+        noise = torch.tensor(np.stack(noise), device=policy.device)  # (B, n, T)
         with torch.no_grad():
             answers = decode(policy, policy.prepare(some), noise, how, is_complete)
         for group in answers:
@@ -650,7 +669,8 @@ def rollout(policy, contexts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
 
 def draw_noise(key, n, limit):
     """(n, limit) uniform numbers: one for each token of n samples."""
-    return np.stack([np.random.default_rng([*key, j]).random(limit) for j in range(n)])
+    generators = [np.random.default_rng([*key, j]) for j in range(n)]
+    return np.stack([generator.random(limit) for generator in generators])
 
 
 def as_sample(policy, ids):
@@ -679,21 +699,21 @@ def logprobs(policy, context, answers):
     P = len(prompt.ids)
     ids = [torch.tensor(answer, device=policy.device) for answer in answers]
     lengths = [len(answer) for answer in answers]
-    owners = packed_owners(P, answers).to(policy.device)                              # (1, T)
-    positions = packed_positions(prompt.positions, answers)                           # (3, T)
+    owners = packed_owners(P, answers).to(policy.device)  # (1, T)
+    positions = packed_positions(prompt.positions, answers)  # (3, T)
     answer_embeds = policy.lm.embed_tokens(torch.cat(ids)).to(prompt.embeds.dtype)
-    embeds = torch.cat([prompt.embeds, answer_embeds])                                # (T, d)
+    embeds = torch.cat([prompt.embeds, answer_embeds])  # (T, d)
     policy.attend(owners)
     hidden = policy.lm(
         inputs_embeds=embeds[None], position_ids=positions[:, None],
-        attention_mask=packed_mask(owners, embeds.dtype),                             # (1, 1, T, T)
-        visual_pos_masks=F.pad(prompt.visual[None], (0, len(embeds) - P)),            # (1, T)
-        deepstack_visual_embeds=prompt.deep, use_cache=False).last_hidden_state[0]    # (T, d)
+        attention_mask=packed_mask(owners, embeds.dtype),  # (1, 1, T, T)
+        visual_pos_masks=F.pad(prompt.visual[None], (0, len(embeds) - P)),  # (1, T)
+        deepstack_visual_embeds=prompt.deep, use_cache=False).last_hidden_state[0]  # (T, d)
 
-    def logp_of_answer(rows, answer):                                                 # (T_i, d), (T_i,)
-        logits = policy.head(rows).float()                                            # (T_i, V)
+    def logp_of_answer(rows, answer):                              # (T_i, d), (T_i,)
+        logits = policy.head(rows).float()  # (T_i, V)
         logits = logits.index_fill(1, policy.banned, -torch.inf)
-        return logits.gather(1, answer[:, None])[:, 0] - logits.logsumexp(1)          # (T_i,)
+        return logits.gather(1, answer[:, None])[:, 0] - logits.logsumexp(1)  # (T_i,)
 
     # A token is predicted by the row before it, so the prompt's last row predicts every answer's first token.
     last_of_prompt = hidden[P - 1:P]
@@ -722,20 +742,25 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch"):
             rows.append(row)
     longest = max((len(stream["clips"]) for stream in streams), default=0)
     for t in progress(range(longest), desc, leave=False):
-        waiting = [stream for stream in streams if len(memories[stream["stream"]]) == t < len(stream["clips"])]
+        waiting = []
+        for stream in streams:
+            if len(memories[stream["stream"]]) == t < len(stream["clips"]):
+                waiting.append(stream)
         share = my_share(waiting)
         contexts = []
         keys = []
         for stream in share:
             history = [row["memory"] for row in memories[stream["stream"]]]
             contexts.append(make_context(stream, t, history, questions, policy.S.K))
-            keys.append((policy.S.SEED, 7, zlib.crc32(stream["stream"].encode()), t))
+            number = zlib.crc32(stream["stream"].encode())
+            keys.append((policy.S.SEED, 7, number, t))
         groups = rollout(policy, contexts, 1, keys, temperature=0.6, top_p=0.95, top_k=20)
         rows = []
         for stream, (sample,) in zip(share, groups):
             clip = stream["clips"][t]
-            rows.append({"stream": stream["stream"], "clip": t, "start": clip["start"], "end": clip["end"],
-                         "memory": sample.memory or "", "text": sample.text})
+            rows.append({
+                "stream": stream["stream"], "clip": t, "start": clip["start"], "end": clip["end"],
+                "memory": sample.memory or "", "text": sample.text})
         rows = gather(rows)
         for row in rows:
             memories[row["stream"]].append(row)

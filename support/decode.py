@@ -24,9 +24,9 @@ def pick(logits, u, how):
     So a sample's noise depends neither on its batch nor on the order of work. logits (..., V), u (...) in [0, 1)
     -> ids (...).
     """
-    p = (logits.float() / how.temperature).softmax(-1)                                # (..., V)
+    p = (logits.float() / how.temperature).softmax(-1)  # (..., V)
     if 0 < how.top_k < p.shape[-1]:
-        least = p.topk(how.top_k).values[..., -1:]                                    # (..., 1)
+        least = p.topk(how.top_k).values[..., -1:]  # (..., 1)
         p = p.where(p >= least, 0)
     if how.top_p < 1:
         ranked, order = (p / p.sum(-1, keepdim=True)).sort(-1, descending=True)
@@ -50,8 +50,8 @@ def decode(policy, prompts, noise, how, is_complete):
     # Where n answers don't fit beside one prompt they take turns, and the cache is cut back in between.
     width = policy.samples_at_once if B == 1 else n
     for i in range(0, n, width):
-        part = noise[:, i:i + width]                                                  # (B, W, T)
-        hidden = last.expand(-1, part.shape[1], -1)                                   # (B, W, d)
+        part = noise[:, i:i + width]  # (B, W, T)
+        hidden = last.expand(-1, part.shape[1], -1)  # (B, W, d)
         columns = Columns(policy, cache, owner, after, part, how, is_complete)
         for row, new in zip(answers, columns.write(hidden)):
             row += new
@@ -64,25 +64,27 @@ def prefill(policy, prompts):
     """Runs the prompts, padded on the left -> (cache, owners (B, P), hidden (B, 1, d) of the last token)."""
     from transformers import DynamicCache
     owner = pad_left([torch.zeros_like(prompt.ids) for prompt in prompts], -1)
-    mask = None                                                    # without padding: plain causal, the fast way
+    # Without padding no mask is needed: plain causal attention is the fast way.
+    mask = None
     if (owner < 0).any():
         mask = visible(owner, owner).tril()
     cache = DynamicCache(config=policy.lm.config)
     policy.attend(mask)
-    positions = pad_left([prompt.positions.T for prompt in prompts])                  # (B, P, 3)
+    positions = pad_left([prompt.positions.T for prompt in prompts])  # (B, P, 3)
     deep_layers = zip(*(prompt.deep for prompt in prompts))
     hidden = policy.lm(
-        inputs_embeds=pad_left([prompt.embeds for prompt in prompts]),                # (B, P, d)
-        position_ids=positions.permute(2, 0, 1),                                      # (3, B, P)
+        inputs_embeds=pad_left([prompt.embeds for prompt in prompts]),  # (B, P, d)
+        position_ids=positions.permute(2, 0, 1),  # (3, B, P)
         attention_mask=mask,
-        visual_pos_masks=pad_left([prompt.visual for prompt in prompts]),             # (B, P)
+        visual_pos_masks=pad_left([prompt.visual for prompt in prompts]),  # (B, P)
         deepstack_visual_embeds=[torch.cat(layer) for layer in deep_layers],
-        past_key_values=cache, use_cache=True).last_hidden_state                      # (B, P, d)
+        past_key_values=cache, use_cache=True).last_hidden_state  # (B, P, d)
     return cache, owner, hidden[:, -1:]
 
 
 def pad_left(rows, value=0):
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+    return torch.nn.utils.rnn.pad_sequence(
+        rows, batch_first=True, padding_value=value, padding_side="left")
 
 
 class Columns:
@@ -93,16 +95,16 @@ class Columns:
     def __init__(self, policy, cache, owner, after, noise, how, is_complete):
         self.policy = policy
         self.cache = cache
-        self.owner = owner                                                            # (R, T)
-        self.after = after                                                            # (R,) position of token 0
-        self.noise = noise                                                            # (B, n, T)
+        self.owner = owner                   # (R, T)
+        self.after = after                   # (R,) position of the first new token
+        self.noise = noise                   # (B, n, T)
         self.how = how
         self.is_complete = is_complete
         B, n, self.limit = noise.shape
         self.rows = list(range(B))
         self.who = torch.arange(n, device=noise.device).expand(B, n)
         self.answers = [[[] for _ in range(n)] for _ in range(B)]
-        self.closed = set()              # (row, answer) pairs whose next token is the last: they are complete
+        self.closed = set()  # (row, answer) that is complete: its next token is the last
 
     def write(self, hidden):
         """Answers from hidden (B, n, d), the prompts' last outputs, on."""
@@ -116,9 +118,9 @@ class Columns:
 
     def sample(self, hidden, step):
         """Ids (R, W) of the next token of every column."""
-        logits = self.policy.head(hidden)                                             # (R, W, V)
+        logits = self.policy.head(hidden)  # (R, W, V)
         logits[..., self.policy.banned] = -torch.inf
-        u = self.noise[self.rows, :, step].gather(1, self.who.clamp(min=0))           # (R, W)
+        u = self.noise[self.rows, :, step].gather(1, self.who.clamp(min=0))  # (R, W)
         return pick(logits, u, self.how)
 
     def append(self, ids):
@@ -150,12 +152,15 @@ class Columns:
     def forward(self, alive, step):
         """Runs the tokens just sampled -> hidden (R, W, d)."""
         width = max(len(going_on) for going_on in alive)
-        padded = [going_on + [(-1, self.policy.end)] * (width - len(going_on)) for going_on in alive]
-        pairs = torch.tensor(padded, device=self.owner.device)                        # (R, W, 2)
-        self.who, ids = pairs.unbind(-1)                                              # (R, W) each
-        owner_q = torch.where(self.who < 0, -1, self.who + 1)                         # (R, W)
-        self.owner = torch.cat([self.owner, owner_q], 1)                              # (R, T)
-        positions = (self.after + step)[None, :, None].expand(3, -1, width)           # (3, R, W)
+        padded = []
+        for going_on in alive:
+            missing = width - len(going_on)
+            padded.append(going_on + [(-1, self.policy.end)] * missing)
+        pairs = torch.tensor(padded, device=self.owner.device)  # (R, W, 2)
+        self.who, ids = pairs.unbind(-1)  # (R, W) each
+        owner_q = torch.where(self.who < 0, -1, self.who + 1)  # (R, W)
+        self.owner = torch.cat([self.owner, owner_q], 1)  # (R, T)
+        positions = (self.after + step)[None, :, None].expand(3, -1, width)  # (3, R, W)
         return self.policy.lm(
             inputs_embeds=self.policy.lm.embed_tokens(ids), position_ids=positions,
             attention_mask=visible(owner_q, self.owner),

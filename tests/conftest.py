@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a toy run of stage 1, the embedded world's model, and contexts of several lengths.
+"""Fixtures of all tests: a toy run of stage 1, the toy world's model, and contexts of several lengths.
 
 The model is loaded once; `policy` hands it out bare and takes off whatever a test put on it.
 """
@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common                                                               # noqa: E402
+from support import runs                                                    # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +26,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def streams(toy):
-    return common.load_streams(common.settings({"__doc__": ""}, [f"--RUN={toy}"]), "train")
+    return runs.load_streams(common.settings({"__doc__": ""}, [f"--RUN={toy}"]), "train")
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
+from support import runs                                                    # noqa: E402
+from support.checkpoint import Training                                     # noqa: E402
 
 phase1 = importlib.import_module("02_phase1_train")
 
 
-@pytest.mark.parametrize("name", ["common", "02_phase1_train", "04_train_reward", "05_phase2_train"])
+@pytest.mark.parametrize("name", ["common", "support.runs", "02_phase1_train", "04_train_reward", "05_phase2_train"])
 def test_the_examples_in_the_docstrings_are_true(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0 and result.failed == 0
@@ -69,7 +71,8 @@ class FakeJudge:
     def __init__(self):
         self.asked = []
 
-    def ask(self, kind, items):
+    def ask(self, prompt, items):
+        kind = prompt.name
         self.asked += [(kind, item) for item in items]
         if kind == "rank":
             return [self.rank(item["memories"]) for item in items]
@@ -84,9 +87,12 @@ class FakeJudge:
         return [1 + sum(x > y for x in n) + (n.count(y) - 1) / 2 for y in n]        # ties share the mean rank
 
 
-def toy_settings(**changed):
-    return SimpleNamespace(**{**dict(MEMORY_TOKENS=17, THINK_TOKENS=16, FORMAT=-1.5, RICHNESS=0.05),
-                              **changed})
+def reward(contexts, samples, judge=None, richness_weight=0.05):
+    """02's reward of samples, as groups."""
+    groups = [common.Group(c, s) for c, s in zip(contexts, samples)]
+    phase1.rewards(groups, judge or FakeJudge(), memory_tokens=17, think_tokens=16, format_penalty=-1.5,
+                   richness_weight=richness_weight)
+    return groups
 
 
 def context(history=()):
@@ -99,13 +105,14 @@ def test_reward_terms_add_up():
              sample("a long one", tokens=18), sample(None, thinking=99), sample("fail faithful x"),
              sample("fail clean x"), sample("x", thinking=24)]
     judge = FakeJudge()
-    score, = phase1.rewards(toy_settings(), judge, [context(["before"])], [group])
+    reward([context(["before"])], [group], judge)
     # good: 0, 1, 2 and 10; by words 4, 4, 2, 1: ranks 1.5, 1.5, 3, 4; u = 1 - (rank - 1) / 3
     u = {1: 1 - 0.5 / 3, 2: 1 - 0.5 / 3, 0: 1 - 2 / 3, 10: 0.0}
     want = [0.5 + 0.05 * u[0], 0.5 + 0.05 * u[1], 0.5 + 0.05 * u[2], *[-0.5] * 4, -1.5, None, None, 0.5 - 0.5]
-    assert score["total"] == [None if w is None else pytest.approx(w) for w in want]
-    assert score["gate"] == score["total"]
-    terms = score["terms"]
+    assert [s.reward for s in group] == [None if w is None else pytest.approx(w) for w in want]
+    assert [s.gate for s in group] == [s.reward for s in group]
+    terms = {name: [s.terms[name] for s in group] for name in group[0].terms}
+    assert list(terms) == ["format", "length", "quality", "rich"]
     assert terms["format"] == [0.0] * 7 + [-1.5] + [0.0] * 3
     assert terms["length"][7] == 0 and terms["length"][10] == -0.5    # malformed: the format term alone
     assert terms["quality"][:8] == [0.5] * 3 + [-0.5] * 4 + [0.0] and terms["quality"][8:10] == [None, None]
@@ -116,20 +123,21 @@ def test_reward_terms_add_up():
 
 def test_richness_needs_two_good_memories_a_ranking_and_a_weight():
     two = [sample("a b"), sample("a b c")]
-    def rich(group, **changed):
-        return phase1.rewards(toy_settings(**changed), FakeJudge(), [context()], [group])[0]["terms"]["rich"]
+    def rich(group, weight=0.05):
+        reward([context()], [group], richness_weight=weight)
+        return [s.terms["rich"] for s in group]
     assert rich(two) == [0.0, 0.05]
     assert rich([sample("a b"), sample("a b c not clean"), sample(None)]) == [0.0] * 3
     assert rich([sample("a b"), sample("a no ranking")]) == [0.0] * 2
-    assert rich(two, RICHNESS=0.0) == [0.0] * 2
+    assert rich(two, weight=0.0) == [0.0] * 2
     assert rich([sample("a b", thinking=40),
                  sample("a b c", thinking=40)]) == [0.0, 0.05]            # r_len excludes nobody
 
 
 def test_rewards_keep_groups_apart():
-    scores = phase1.rewards(toy_settings(), FakeJudge(), [context(), context(["x"])],
-                            [[sample("a b"), sample("a")], [sample("not clean b"), sample("fail clean")]])
-    assert [s["total"] for s in scores] == [[0.55, 0.5], [-0.5, None]]
+    groups = reward([context(), context(["x"])],
+                    [[sample("a b"), sample("a")], [sample("not clean b"), sample("fail clean")]])
+    assert [[s.reward for s in g.samples] for g in groups] == [[0.55, 0.5], [-0.5, None]]
 
 
 @pytest.mark.parametrize("tokens, want", [(0, 0), (16, 0), (17, -1 / 16), (24, -0.5), (32, -1), (33, -1),
@@ -154,22 +162,27 @@ def plain_streams(lengths=(12, 12, 9, 5)):
 
 
 def rolling(lengths=(12, 12, 9, 5), **changed):
-    S = SimpleNamespace(**dict(SEED=0, CONTEXTS=6, OFF_POLICY_STEPS=0, N_MIN=3, N_MAX=5, RESAMPLE=0.0, K=5)
-                        | changed)
+    constants = dict(seed=0, size=6, off_policy_steps=0, n_min=3, n_max=5, resample=0.0, window=5) | changed
     streams = plain_streams(lengths)
     captions = {s["stream"]: {c["clip"]: f"{s['stream']}/{c['clip']}" for c in s["clips"]} for s in streams}
-    return phase1.RollingBatch(S, streams, captions)
+    return phase1.RollingBatch(streams, captions, **constants)
 
 
-def write(batch, step, slots=6, n=3):
+def write(batch, step, n=3):
     """One step: contexts, and an update with memories that tell where they come from."""
     contexts = batch.next(step)
-    batch.update(step, [[sample(f"{step}.{slot}.{j}") for j in range(n)] for slot in range(slots)])
+    batch.update(step, [common.Group(c, [sample(f"{step}.{slot}.{j}") for j in range(n)])
+                        for slot, c in enumerate(contexts)])
     return contexts
 
 
+def slots(batch):
+    """(stream number, first clip, memories) of every slot."""
+    return [(s["stream"], s["first"], list(s["memories"])) for s in batch.state]
+
+
 def test_off_policy_history_is_the_captions():
-    batch, seen = rolling(OFF_POLICY_STEPS=3), set()
+    batch, seen = rolling(off_policy_steps=3), set()
     for step in range(3):
         contexts = write(batch, step)
         assert len(contexts) == 6 and batch.state == []
@@ -185,15 +198,15 @@ def test_off_policy_history_is_the_captions():
 @pytest.mark.parametrize("resample", [0.0, 1.0])
 def test_extend_below_n_min_resample_above_n_max(resample):
     """RESAMPLE=0: a slot lives to N_MAX + 1 memories; RESAMPLE=1: to N_MIN; both end with their stream."""
-    batch, lives = rolling(RESAMPLE=resample, lengths=(12, 12, 9, 5)), []
+    batch, lives = rolling(resample=resample, lengths=(12, 12, 9, 5)), []
     batch.next(0)
     for step in range(40):
-        before = [(i, first, list(kept)) for i, first, kept in batch.state]
+        before = slots(batch)
         contexts = write(batch, step)
         for slot, ((i, first, kept), c) in enumerate(zip(before, contexts)):
             length = len(batch.streams[i]["clips"])
             assert c.stream == f"s{i}" and c.clip == first + len(kept) and c.history == kept[-4:]
-            i2, first2, kept2 = batch.state[slot]
+            i2, first2, kept2 = slots(batch)[slot]
             n, ended = len(kept) + 1, first + len(kept) + 1 >= length
             goes = ended or n > 5 or (resample == 1 and n >= 3)
             if goes:
@@ -207,32 +220,31 @@ def test_extend_below_n_min_resample_above_n_max(resample):
 
 
 def test_resampling_in_between_has_its_chance():
-    batch = rolling(lengths=(1000,) * 3, RESAMPLE=0.13, N_MIN=3, N_MAX=22, CONTEXTS=50)
+    batch = rolling(lengths=(1000,) * 3, resample=0.13, n_min=3, n_max=22, size=50)
     kept = extended = 0
     batch.next(0)
     for step in range(60):
-        due = [3 <= len(k) + 1 <= 22 for _, _, k in batch.state]
-        write(batch, step, slots=50)
-        kept += sum(d and len(k) > 0 for d, (_, _, k) in zip(due, batch.state))
+        due = [3 <= len(k) + 1 <= 22 for _, _, k in slots(batch)]
+        write(batch, step)
+        kept += sum(d and len(k) > 0 for d, (_, _, k) in zip(due, slots(batch)))
         extended += sum(due)
     assert 1 - kept / extended == pytest.approx(0.13, abs=0.02)
 
 
 def test_a_malformed_memory_leaves_a_gap_and_state_is_json():
     batch = rolling()
-    batch.next(0)
-    batch.update(0, [[sample(None)]] * 6)
-    assert all(kept in ([], [""]) for _, _, kept in batch.state) and any(kept for _, _, kept in batch.state)
+    batch.update(0, [common.Group(c, [sample(None)]) for c in batch.next(0)])
+    assert all(kept in ([], [""]) for _, _, kept in slots(batch)) and any(kept for _, _, kept in slots(batch))
     import json
     assert json.loads(json.dumps(batch.state)) == batch.state
 
 
 def test_batches_depend_on_seed_and_step_alone():
     def trace(seed, resume_at=None):
-        batch, rows = rolling(SEED=seed, OFF_POLICY_STEPS=2, RESAMPLE=0.4), []
+        batch, rows = rolling(seed=seed, off_policy_steps=2, resample=0.4), []
         for step in range(12):
             if step == resume_at:
-                state, batch = batch.state, rolling(SEED=seed, OFF_POLICY_STEPS=2, RESAMPLE=0.4)
+                state, batch = batch.state, rolling(seed=seed, off_policy_steps=2, resample=0.4)
                 batch.state = state
             rows.append([(c.stream, c.clip, c.history) for c in write(batch, step)])
         return rows
@@ -242,7 +254,7 @@ def test_batches_depend_on_seed_and_step_alone():
 def test_without_captions_the_base_writes_the_history(policy, streams, tmp_path, capsys):
     S = common.settings(vars(phase1), [f"--RUN={tmp_path}"])
     short = [s | {"clips": s["clips"][:2]} for s in streams[:2]]
-    found = phase1.histories(S, policy, short, tmp_path)
+    found = phase1.written_histories(S, policy, short, tmp_path)
     assert {s: sorted(kept) for s, kept in found.items()} == {s["stream"]: [0, 1] for s in short}
     assert all(isinstance(m, str) for kept in found.values() for m in kept.values())
     assert "captions.jsonl is missing" in capsys.readouterr().out
@@ -254,13 +266,16 @@ LOOP = ["--STEPS=4", "--GROUP=4", "--CONTEXTS=3", "--MINI_BATCH=2", "--OFF_POLIC
 CLOCKS = {"tokens_per_s", "rollout_s", "update_s", "gb"}
 
 
-def token_reward(contexts, samples):
+def token_reward(groups):
     """A reward that any model can improve on and that differs within a group: the share of even tokens."""
-    total = [[sum(i % 2 == 0 for i in s.ids) / len(s.ids) - 0.5 for s in g] for g in samples]
-    return [{"total": t, "gate": t, "terms": {"even": t}} for t in total]
+    for group in groups:
+        for s in group.samples:
+            s.reward = sum(i % 2 == 0 for i in s.ids) / len(s.ids) - 0.5
+            s.gate = s.reward
+            s.terms = {"even": s.reward}
 
 
-def loop(policy, out, streams, reward=token_reward, argv=()):
+def loop(policy, out, streams, rewards=token_reward, argv=()):
     """Some steps of `common.grpo` on a new LoRA, as 02 runs it -> the LoRA's parameters."""
     S = common.settings(vars(phase1), [*LOOP, *argv])
     out.mkdir(exist_ok=True)
@@ -268,8 +283,11 @@ def loop(policy, out, streams, reward=token_reward, argv=()):
     torch.manual_seed(0)
     params = policy.add("phase1", "lora")
     captions = {s["stream"]: {c["clip"]: f"now, {c['clip']}" for c in s["clips"]} for s in streams}
-    common.grpo(policy, S, out, params, phase1.RollingBatch(S, streams, captions), reward, phase1.log_row,
-                reference="base")
+    batch = phase1.RollingBatch(
+        streams, captions, seed=S.SEED, size=S.CONTEXTS, window=S.K, off_policy_steps=S.OFF_POLICY_STEPS,
+        n_min=S.N_MIN, n_max=S.N_MAX, resample=S.RESAMPLE)
+    run = Training(out, params, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP, batch=batch)
+    common.grpo(policy, run, batch, rewards, phase1.log_row, reference="base", **phase1.loop_constants(S))
     return [p.detach().clone() for p in params]
 
 
@@ -290,11 +308,11 @@ def test_k_steps_resume_k_steps_equal_2k_steps_bit_by_bit(policy, streams, tmp_p
 
     asked = []
 
-    def killed(contexts, samples):                      # in step 3, after the checkpoint of 2 and a row for 2
+    def killed(groups):                                 # in step 3, after the checkpoint of 2 and a row for 2
         asked.append(1)
         if len(asked) == 4:
             raise Break
-        return token_reward(contexts, samples)
+        token_reward(groups)
     with pytest.raises(Break):
         loop(policy, tmp_path / "cut", streams, killed)
     assert [r["step"] for r in rows(tmp_path / "cut" / "log.csv")] == list("012")
@@ -304,11 +322,11 @@ def test_k_steps_resume_k_steps_equal_2k_steps_bit_by_bit(policy, streams, tmp_p
 
     asked.clear()
 
-    def terminated(contexts, samples):                  # SIGTERM in step 1, where no checkpoint is due
+    def terminated(groups):                             # SIGTERM in step 1, where no checkpoint is due
         asked.append(1)
         if len(asked) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return token_reward(contexts, samples)
+        token_reward(groups)
     with pytest.raises(SystemExit, match="stopped after step 1; run the same command to go on"):
         loop(policy, tmp_path / "term", streams, terminated, ["--SAVE_EVERY=99"])
     assert (tmp_path / "term" / "checkpoint.pt").exists()
@@ -325,11 +343,11 @@ def test_old_and_reference_logprobs_are_those_from_before_the_step(policy, strea
     monkeypatch.setattr(common, "policy_loss", lambda *given: seen.append([*given[:2]]) or real_loss(*given))
     monkeypatch.setattr(common, "kl_to", lambda new, ref: seen[-1].append(ref) or real_kl(new, ref))
 
-    def reward(c, s):
-        contexts.extend(c)
-        samples.extend(s)
-        return token_reward(c, s)
-    loop(policy, tmp_path, streams, reward, ["--STEPS=2", "--MINI_BATCH=1"])
+    def spy(groups):
+        contexts.extend(g.context for g in groups)
+        samples.extend(g.samples for g in groups)
+        token_reward(groups)
+    loop(policy, tmp_path, streams, spy, ["--STEPS=2", "--MINI_BATCH=1"])
     assert len(seen) == 6                                          # three groups in each of two steps
     near = lambda x, y: torch.allclose(x, y, atol=1e-4)
     for i, (context, group, (new, old, ref)) in enumerate(zip(contexts, samples, seen)):
@@ -343,12 +361,12 @@ def test_old_and_reference_logprobs_are_those_from_before_the_step(policy, strea
 
 def test_a_judge_that_fails_on_most_samples_stops_the_loop(policy, streams, tmp_path):
     def failing(n):
-        def reward(contexts, samples):
-            scores = token_reward(contexts, samples)
-            for s in scores:
-                s["total"] = [None] * n + s["total"][n:]
-            return scores
-        return reward
+        def some(groups):
+            token_reward(groups)
+            for group in groups:
+                for s in group.samples[:n]:
+                    s.reward = None
+        return some
     with pytest.raises(SystemExit, match=r"judge failed on 9 of 12 samples"):
         loop(policy, tmp_path / "most", streams, failing(3), ["--STEPS=1"])
     assert not (tmp_path / "most" / "checkpoint.pt").exists() and not (tmp_path / "most" / "log.csv").exists()
@@ -371,7 +389,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(policy, streams, tmp_path
 
 
 def test_flat_groups_and_gated_ones_leave_the_policy_as_it_is(policy, streams, tmp_path):
-    flat = lambda contexts, samples: [{"total": [0.5] * 4, "gate": [0.5] * 4, "terms": {}} for _ in contexts]
+    def flat(groups):
+        for group in groups:
+            for s in group.samples:
+                s.reward = s.gate = 0.5
     start = loop(policy, tmp_path / "none", streams, argv=["--STEPS=0"])
     same = loop(policy, tmp_path / "flat", streams, flat, ["--STEPS=1"])
     assert all(torch.equal(a, b) for a, b in zip(start, same))
@@ -418,33 +439,34 @@ def test_sigterm_and_sigkill_in_a_real_process(toy, tmp_path):
 # ================================================================ files of a run
 def test_files_are_written_aside(tmp_path):
     path = tmp_path / "x.json"
-    common.write_json(path, {"a": 1})
+    runs.write_json(path, {"a": 1})
     with pytest.raises(Break):
-        with common.written_aside(path) as aside:
+        with runs.written_aside(path) as aside:
             aside.write_text("half")
             raise Break
-    assert common.read_json(path) == {"a": 1}                      # readers never see half a file
+    assert runs.read_json(path) == {"a": 1}                      # readers never see half a file
 
 
 def test_a_torn_line_is_cut_off(tmp_path):
     path = tmp_path / "x.jsonl"
-    common.write_jsonl(path, [{"i": i, "text": "é\u2028"} for i in range(3)])
+    runs.write_jsonl(path, [{"i": i, "text": "é\u2028"} for i in range(3)])
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
-    assert [r["i"] for r in common.read_jsonl(path, torn=True)] == [0, 1]
-    common.write_jsonl(path, [{"i": 2, "text": "é\u2028"}], "a")
+    assert [r["i"] for r in runs.read_jsonl(path, torn=True)] == [0, 1]
+    runs.append_jsonl(path, [{"i": 2, "text": "é\u2028"}])
     assert path.read_bytes() == whole
 
 
 def test_an_interrupted_watch_goes_on(policy, streams, tmp_path):
     S = common.settings(vars(phase1), ["--MAX_NEW_TOKENS=16"])
     short = [s | {"clips": s["clips"][:3]} for s in streams[:2]]
-    watch = importlib.import_module("03_collect_tasks").watch
-    whole = watch(policy, S, short, path=tmp_path / "whole.jsonl")
+    before, policy.S = policy.S, S
+    whole = common.watch(policy, short, path=tmp_path / "whole.jsonl")
     assert [r["clip"] for r in whole[short[0]["stream"]]] == [0, 1, 2]
     lines = (tmp_path / "whole.jsonl").read_bytes().split(b"\n")
     (tmp_path / "cut.jsonl").write_bytes(b"\n".join(lines[:3]) + b"\n" + lines[3][:10])
-    assert watch(policy, S, short, path=tmp_path / "cut.jsonl") == whole
+    assert common.watch(policy, short, path=tmp_path / "cut.jsonl") == whole
+    policy.S = before
     key = lambda r: (r["clip"], r["stream"])
-    assert (sorted(common.read_jsonl(tmp_path / "cut.jsonl"), key=key)
-            == sorted(common.read_jsonl(tmp_path / "whole.jsonl"), key=key))
+    assert (sorted(runs.read_jsonl(tmp_path / "cut.jsonl"), key=key)
+            == sorted(runs.read_jsonl(tmp_path / "whole.jsonl"), key=key))

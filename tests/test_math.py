@@ -9,7 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
-import loading                                                              # noqa: E402
+from support.decode import HowToSample, pick                                # noqa: E402
+from support import overlay, runs, video, weights                                                              # noqa: E402
 
 
 NEAR = 1e-5                              # log-probs in fp32 by two ways of computing them
@@ -194,21 +195,22 @@ def test_pick_against_a_plain_loop_and_the_warpers_of_transformers(temperature, 
     logits = torch.tensor(rng.normal(0, 2, (300, 60)), dtype=torch.float32)
     logits[:, 7] = -torch.inf
     u = torch.tensor(rng.random(300))
-    got = common.pick(logits, u, temperature, top_p, top_k)
+    got = pick(logits, u, HowToSample(temperature, top_p, top_k))
     assert got.tolist() == [slow_pick(x, v, temperature, top_p, top_k) for x, v in zip(logits, u.tolist())]
     warped = TemperatureLogitsWarper(temperature)(None, logits)
     warped = TopKLogitsWarper(top_k)(None, warped) if top_k else warped
     warped = TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped
-    assert got.tolist() == common.pick(warped, u).tolist()
+    assert got.tolist() == pick(warped, u, HowToSample()).tolist()
     assert not (got == 7).any()                                    # what has no probability is never picked
     for end in (0.0, 1 - 1e-12):
-        token = common.pick(logits, torch.full((300,), end, dtype=torch.float64), temperature, top_p, top_k)
+        token = pick(logits, torch.full((300,), end, dtype=torch.float64),
+                     HowToSample(temperature, top_p, top_k))
         assert torch.isfinite(warped.gather(1, token[:, None])).all()
 
 
 def test_pick_draws_in_proportion():
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(10_000, 4)
-    share = common.pick(logits, (torch.arange(10_000) + 0.5) / 10_000).bincount(minlength=4) / 10_000
+    share = pick(logits, (torch.arange(10_000) + 0.5) / 10_000, HowToSample()).bincount(minlength=4) / 10_000
     assert share.tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=2e-4)
 
 
@@ -244,7 +246,7 @@ GOLDEN = [
 def test_frames_to_patches_gives_the_library_processors_values(case, grid, total, weighted, spread, first,
                                                                last):
     *shape, pixels = case
-    got, got_grid = common.frames_to_patches(stripes(*shape), pixels)
+    got, got_grid = video.frames_to_patches(stripes(*shape), pixels)
     assert got_grid == grid and got.shape == (math.prod(grid), 1536)
     levels = ((got.flatten() + 1) * 127.5).round().int().tolist()
     step = len(levels) // 12
@@ -261,13 +263,13 @@ def test_patch_order_and_sizes_are_the_librarys():
         frames = stripes(n, h, w)
         x = (torch.tensor(frames).permute(0, 3, 1, 2)[None].float() / 255 - 0.5) / 0.5
         want, *grid = library.Qwen3VLVideoProcessor.patchify(None, x, 16, 2, 2)
-        got, got_grid = common.frames_to_patches(frames, 10**6)
+        got, got_grid = video.frames_to_patches(frames, 10**6)
         assert got_grid == tuple(grid) and torch.allclose(got, want[0], atol=1e-6)
     rng = random.Random(6)
     for _ in range(500):
         h, w, pixels = rng.randrange(32, 2200), rng.randrange(32, 2200), rng.choice([9216, 448 * 448, 10**6])
         want = library.smart_resize(4, h, w, 2, 32, 1, 4 * pixels)
-        assert common.frame_size(h, w, pixels) == want, (h, w, pixels)
+        assert video.frame_size(h, w, pixels) == want, (h, w, pixels)
 
 
 # ================================================================ one row for a group: log-probs
@@ -276,8 +278,8 @@ def plain_logprobs(policy, context, prompt, ids):
     cache of features, no packing."""
     S, patches, grids = policy.S, [], []
     for clip in context.clips:
-        x, grid = common.frames_to_patches(
-            common.clip_frames(clip, S.FRAMES_PER_CLIP)[0], S.FRAME_PIXELS)
+        x, grid = video.frames_to_patches(
+            overlay.clip_frames(clip, S.FRAMES_PER_CLIP)[0], S.FRAME_PIXELS)
         patches.append(x)
         grids.append(grid)
     tokens = torch.cat([prompt.ids, torch.tensor(ids)])[None]
@@ -394,8 +396,8 @@ def test_rollout_equals_generate_token_for_token(policy, contexts, how):
     prompts, keys = policy.prepare(chosen), [(1, 2, i) for i in range(2)]
     groups = common.rollout(policy, chosen, 8, keys, **how)
     for context, prompt, key, got in zip(chosen, prompts, keys, groups):
-        frames = [common.clip_frames(c, policy.S.FRAMES_PER_CLIP)[0] for c in context.clips]
-        pixels = [common.frames_to_patches(x, policy.S.FRAME_PIXELS) for x in frames]
+        frames = [overlay.clip_frames(c, policy.S.FRAMES_PER_CLIP)[0] for c in context.clips]
+        pixels = [video.frames_to_patches(x, policy.S.FRAME_PIXELS) for x in frames]
         out = policy.model.generate(
             input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids[None]),
             mm_token_type_ids=prompt.visual[None].int() * 2,
@@ -418,11 +420,13 @@ def test_rollouts_do_not_depend_on_their_batch(policy, contexts):
     assert ids(common.rollout(policy, contexts[::-1], 8, keys[::-1]))[::-1] == together
     assert [ids(common.rollout(policy, [c], 8, [k]))[0] for c, k in zip(contexts, keys)] == together
     assert [g[:3] for g in together] == ids(common.rollout(policy, contexts, 3, keys))
-    policy.S.ROLLOUT_CONTEXTS, before = 3, policy.S.ROLLOUT_CONTEXTS
-    try:
-        assert ids(common.rollout(policy, contexts, 8, keys)) == together
-    finally:
-        policy.S.ROLLOUT_CONTEXTS = before
+    before = policy.contexts_at_once
+    for fewer in (1, 3):
+        policy.contexts_at_once = fewer
+        try:
+            assert ids(common.rollout(policy, contexts, 8, keys)) == together
+        finally:
+            policy.contexts_at_once = before
     assert ids(common.rollout(policy, contexts, 8, [(4, i) for i in range(4)])) != together
 
 
@@ -452,10 +456,10 @@ def test_steering_vector(policy, contexts, tmp_path):
     assert (steered - base).abs().max() > 1e-3
     with policy.using("phase1"):
         assert torch.equal(reading(policy, context, ids), base)
-    loading.save_adapter(policy, "phase2", tmp_path)
+    weights.save_adapter(policy, "phase2", tmp_path)
     policy.drop("phase2")
     assert torch.equal(reading(policy, context, ids), base)
-    loading.load_adapter(policy, "phase2", tmp_path)
+    weights.load_adapter(policy, "phase2", tmp_path)
     assert torch.equal(reading(policy, context, ids), steered)
     from safetensors.torch import load_file
     assert list(load_file(str(tmp_path / "steer.safetensors"))) == [
@@ -486,13 +490,13 @@ def test_lora_folder_is_a_peft_folder(policy, contexts, tmp_path):
     noisy_lora(policy)
     tuned = reading(policy, context, ids)
     assert (tuned - base).abs().max() > 1e-3
-    loading.save_adapter(policy, "phase1", tmp_path)
+    weights.save_adapter(policy, "phase1", tmp_path)
     policy.drop("phase1")
     assert torch.equal(reading(policy, context, ids), base)
-    loading.load_adapter(policy, "phase1", tmp_path)
+    weights.load_adapter(policy, "phase1", tmp_path)
     assert torch.equal(reading(policy, context, ids), tuned)
     plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(
-        common.ROOT / "tiny" / "base", dtype=torch.float32).eval(), str(tmp_path))
+        runs.ROOT / "tiny" / "base", dtype=torch.float32).eval(), str(tmp_path))
     tokens = torch.tensor([answers(policy, 14, (25,))[0]])    # text alone: LoRA is in the language model
     with torch.no_grad():
         assert (plain(input_ids=tokens).logits - policy.model(input_ids=tokens).logits).abs().max() < 1e-4
@@ -534,8 +538,8 @@ def test_whole_weights_swap_and_come_back_exactly(policy, contexts, tmp_path):
         with policy.using("base"):
             assert all(torch.equal(p, before[n]) for n, p in policy.model.named_parameters())
         assert torch.equal(reading(policy, context, ids), tuned)
-    loading.save_adapter(policy, "phase1", tmp_path)
+    weights.save_adapter(policy, "phase1", tmp_path)
     policy.drop("phase1")
     assert torch.equal(reading(policy, context, ids), base)
-    loading.load_adapter(policy, "phase1", tmp_path)
+    weights.load_adapter(policy, "phase1", tmp_path)
     assert torch.equal(reading(policy, context, ids), tuned)

@@ -13,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
+from support import runs                                                    # noqa: E402
 
 ENVIRONMENTS = ["action", "count", "object", "place", "speech", "wear"]
 ALWAYS = ["--CPU_THREADS=1", "--MAX_NEW_TOKENS=48"]
@@ -59,7 +60,7 @@ def same_files(before, after, but=()):
 
 # ================================================================ what is published
 def test_streams_and_tasks(chain):
-    streams, tasks = (common.read_jsonl(chain / "streams" / f"{n}.jsonl") for n in ("streams", "tasks"))
+    streams, tasks = (runs.read_jsonl(chain / "streams" / f"{n}.jsonl") for n in ("streams", "tasks"))
     assert sorted(s["split"] for s in streams) == ["deploy"] * 4 + ["test"] * 2 + ["train"] * 4
     for s in streams:
         assert set(s) == {"stream", "split", "source", "clips"} and len(s["clips"]) == 5
@@ -83,26 +84,26 @@ def test_phase1(chain):
                "thinking memory kl clipped grad_norm tokens_per_s rollout_s update_s gb").split()
     assert head.split(",") == columns and len(rows) == 2
     assert all(math.isfinite(float(x)) for row in rows for x in row.split(","))
-    explained = (common.ROOT / "02_phase1_train.py").read_text().split(
+    explained = (runs.ROOT / "02_phase1_train.py").read_text().split(
         "# log.csv, a row a step:")[1].split("\n\n")[0]
     assert not [c for c in columns[1:] if not re.search(rf"\b{c}\b", explained)]  # the script explains each
 
 
 def test_tasks_and_cache(chain):
-    memories = common.read_jsonl(chain / "tasks" / "memories.jsonl")
+    memories = runs.read_jsonl(chain / "tasks" / "memories.jsonl")
     every = [(f"deploy-{i:03}", t) for i in range(4) for t in range(5)]
     assert sorted((m["stream"], m["clip"]) for m in memories) == every
     assert all({"stream", "clip", "start", "end", "memory", "text"} <= set(m) for m in memories)
     assert any(m["memory"] for m in memories)
     assert len(list((chain / "tasks" / "memories").glob("*.txt"))) == 4
-    recent = common.read_json(chain / "tasks" / "recent.json")
+    recent = runs.read_json(chain / "tasks" / "recent.json")
     assert sorted(recent) == ENVIRONMENTS
     for environment, asked in recent.items():
         assert len(asked) == 8 and {t["environment"] for t in asked} == {environment}
         assert len({t["stream"] for t in asked[:4]}) == 4         # the first ones come from many streams
         assert {t["reply"] for t in asked} <= {"A", "B", "C", "D", "insufficient"}
         assert all(t["correct"] == (t["reply"] == t["answer"]) for t in asked)
-    cache = common.read_jsonl(chain / "tasks" / "cache.jsonl")
+    cache = runs.read_jsonl(chain / "tasks" / "cache.jsonl")
     written = {(m["stream"], m["clip"]): m["memory"] for m in memories}
     assert len(cache) == 20 and not (chain / "tasks" / "cache.part").exists()
     for row in cache:
@@ -119,8 +120,8 @@ def test_tasks_and_cache(chain):
 def test_reward(chain):
     folder = chain / "reward"
     cache = {(r["stream"], r["clip"]): r["samples"]
-             for r in common.read_jsonl(chain / "tasks" / "cache.jsonl")}
-    preferences, pairs, trl = (common.read_jsonl(folder / f"{n}.jsonl")
+             for r in runs.read_jsonl(chain / "tasks" / "cache.jsonl")}
+    preferences, pairs, trl = (runs.read_jsonl(folder / f"{n}.jsonl")
                                for n in ("preferences", "pairs", "pairs_trl"))
     assert preferences and 0 < len(pairs) == len(trl)
     for p in preferences + pairs:
@@ -135,12 +136,12 @@ def test_reward(chain):
     assert len({(p["environment"], p["stream"], p["clip"])
                 for p in pairs}) == len(pairs)                                   # one per context at most
     assert {"adapter_config.json", "adapter_model.safetensors", "head.safetensors"} <= names(folder / "model")
-    assert 0 <= common.read_json(folder / "report.json")["pair_accuracy"]["mean"] <= 1
+    assert 0 <= runs.read_json(folder / "report.json")["pair_accuracy"]["mean"] <= 1
 
 
 def test_phase2(chain):
     from safetensors.torch import load_file
-    paired = {p["environment"] for p in common.read_jsonl(chain / "reward" / "pairs.jsonl")}
+    paired = {p["environment"] for p in runs.read_jsonl(chain / "reward" / "pairs.jsonl")}
     made = {p.parent.parent.name
             for p in (chain / "phase2" / "dpo-steer").glob("*/adapter/steer.safetensors")}
     assert made == paired and paired
@@ -156,7 +157,7 @@ def test_phase2(chain):
 
 
 def test_eval(chain):
-    results = common.read_json(chain / "eval" / "results.json")
+    results = runs.read_json(chain / "eval" / "results.json")
     rows = {(r["method"], r["environment"], r["scope"]): r for r in results["rows"]}
     assert {m for m, _, _ in rows} == {"base", "base+prompt", "phase1", "dpo-steer", "grpo-steer"}
     for r in results["rows"]:
@@ -237,14 +238,14 @@ def test_all_parameters_in_phase1_and_an_adapter_on_top(chain, tmp_path):
 
 def test_without_tasks_the_memories_are_made_and_that_is_all(chain, tmp_path, capsys):
     """Nobody has to ask: 03 on streams without questions."""
-    rows = [r for r in common.read_jsonl(chain / "streams" / "streams.jsonl") if r["stream"] == "deploy-000"]
+    rows = [r for r in runs.read_jsonl(chain / "streams" / "streams.jsonl") if r["stream"] == "deploy-000"]
     for clip in rows[0]["clips"]:
         clip["file"] = str(chain / "streams" / clip["file"])
-    common.write_jsonl(tmp_path / "streams" / "streams.jsonl", rows)
-    common.write_jsonl(tmp_path / "streams" / "tasks.jsonl", [])
+    runs.write_jsonl(tmp_path / "streams" / "streams.jsonl", rows)
+    runs.write_jsonl(tmp_path / "streams" / "tasks.jsonl", [])
     stage("03_collect_tasks", tmp_path, f"--FROM={chain}")
     assert "no tasks ask about these streams" in capsys.readouterr().out
-    assert len(common.read_jsonl(tmp_path / "tasks" / "memories.jsonl")) == 5
+    assert len(runs.read_jsonl(tmp_path / "tasks" / "memories.jsonl")) == 5
 
 
 def test_another_layer_than_the_model_has_stops(chain, tmp_path):
@@ -267,7 +268,7 @@ def test_two_ranks_publish_what_one_process_does(chain, tmp_path):
     for name in ("streams", "phase1"):
         shutil.copytree(chain / name, tmp_path / name)
     script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(root=str(common.ROOT), tests=str(common.ROOT / "tests"),
+    script.write_text(RANKS.format(root=str(runs.ROOT), tests=str(runs.ROOT / "tests"),
                                    run=str(tmp_path)))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc-per-node=2", str(script)], capture_output=True, text=True, timeout=300,
@@ -283,5 +284,5 @@ def test_two_ranks_publish_what_one_process_does(chain, tmp_path):
         (run / "phase2" / "dpo-steer" / "place" / "log.csv").read_text().splitlines())]
     for a, b in zip(figures(chain), figures(tmp_path), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
-    assert common.read_json(tmp_path / "reward/report.json")["yield"] == common.read_json(
+    assert runs.read_json(tmp_path / "reward/report.json")["yield"] == runs.read_json(
         chain / "reward/report.json")["yield"]

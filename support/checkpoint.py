@@ -1,0 +1,128 @@
+"""Training that survives Ctrl-C, SIGTERM and SIGKILL: the same command goes on and ends in the same bytes."""
+import csv
+import json
+import math
+import signal
+
+from support.ranks import add_gradients, gather, is_first_rank, progress, torch
+from support.runs import written_aside
+
+
+class Training:
+    """The steps of a run that are still to do, for 02, 04 and 05:
+
+        run = Training(out, params, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP)
+        for step in run:
+            loss(...).backward()
+            norm = run.update()
+            run.log({"step": step, "loss": ..., "grad_norm": norm}, "loss")      # "loss" is shown beside the bar
+
+    It resumes from out/checkpoint.pt, which is written every `save_every` steps, after the last step, and, on Ctrl-C or
+    SIGTERM, after the step in hand. A step's noise must derive from its number alone, so that no state of a random
+    generator has to be kept. What else a step depends on is `batch.state` (any JSON), which is kept. fresh: begins at
+    step 0, whatever the folder holds. Raises SystemExit where the checkpoint's parameters are not those of `params`.
+    """
+
+    def __init__(self, out, params, *, steps, lr, save_every, grad_clip, batch=None, description=None, fresh=False):
+        self.params = params
+        self.steps = steps
+        self.lr = lr
+        self.save_every = save_every
+        self.grad_clip = grad_clip
+        self.batch = batch
+        self.description = description or out.name
+        self.checkpoint = out / "checkpoint.pt"
+        self.log_file = out / "log.csv"
+        self.optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+        self.first = 0
+        self.rows = []                           # of log.csv: {column: text}
+        self.bar = None                          # shown while the steps run
+        self.signals = []                        # those received since the steps began
+        if self.checkpoint.exists() and not fresh:
+            self.resume()
+
+    # ---- the steps
+    def __iter__(self):
+        if self.first >= self.steps:
+            return
+        handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, self.note_signal)
+        self.bar = progress(range(self.first, self.steps), self.description, initial=self.first, total=self.steps)
+        try:
+            for step in self.bar:
+                yield step
+                # A signal may reach one rank before the others. All of them stop after the same step.
+                stop = any(gather([bool(self.signals)]))
+                done = step + 1
+                if stop or done % self.save_every == 0 or done == self.steps:
+                    self.save(done)
+                if stop:
+                    sentence = f"stopped after step {step}; run the same command to go on"
+                    raise SystemExit(sentence if is_first_rank() else 1)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def note_signal(self, number, frame):
+        self.signals.append(number)
+
+    def update(self, lr=None):
+        """One optimizer step with the clipped sum of all ranks' gradients -> the norm before it was clipped.
+
+        Raises SystemExit, before anything is changed, where that norm is not finite.
+        """
+        add_gradients(self.params)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.grad_clip).item()
+        if not math.isfinite(norm):
+            raise SystemExit(f"step {len(self.rows)}: the gradient norm is {norm}; this update was not made. Start "
+                             f"again with a lower learning rate (now {self.lr:g}), as another run that reads the "
+                             f"earlier stages from this one: --RUN=NEWNAME --FROM=THISRUN")
+        self.optimizer.param_groups[0]["lr"] = self.lr if lr is None else lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def log(self, row, *shown):
+        """Adds a row, {column: number}, to log.csv; the columns `shown` stand beside the bar."""
+        self.rows.append({name: f"{value:.6g}" for name, value in row.items()})
+        self.bar.set_postfix({name: f"{row[name]:.3f}" for name in shown})
+        with written_aside(self.log_file) as aside, open(aside, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(self.rows[-1]))
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    # ---- the checkpoint
+    def save(self, done):
+        """Writes what `resume` reads, after `done` steps. A kill leaves the checkpoint before, whole."""
+        saved = {"step": done,
+                 "params": [p.detach().cpu() for p in self.params],
+                 "optimizer": self.optimizer.state_dict(),
+                 "state": json.dumps(self.batch.state if self.batch else None)}
+        with written_aside(self.checkpoint) as aside:
+            torch.save(saved, aside)
+
+    def resume(self):
+        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        shapes = [tuple(p.shape) for p in self.params]
+        saved_shapes = [tuple(values.shape) for values in saved["params"]]
+        if shapes != saved_shapes:
+            raise SystemExit(f"{self.checkpoint} holds {describe(saved_shapes)}, this run trains {describe(shapes)}: "
+                             "it was made by another version of the code or with another model. Take a new --RUN, "
+                             "or delete that folder")
+        with torch.no_grad():
+            for p, values in zip(self.params, saved["params"]):
+                p.copy_(values)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.first = saved["step"]
+        if self.batch:
+            self.batch.state = json.loads(saved["state"])
+        # log.csv may be ahead of the checkpoint: those steps are done again.
+        lines = self.log_file.read_text().splitlines()
+        self.rows = list(csv.DictReader(lines))[:self.first]
+
+
+def describe(shapes):
+    """What a list of parameters is, in few words."""
+    sizes = [math.prod(shape) for shape in shapes]
+    return f"{len(shapes)} parameters with {sum(sizes)} values"

@@ -1,0 +1,359 @@
+"""Who judges memories, and who reads them to answer questions: one interface, and what `JUDGE` can name.
+
+A judge has one method, judge.ask(prompt, items) -> list, with None for a verdict that failed. A stage hands in a
+prompt of its own, so an edited prompt takes effect. The prompts, their items and what is returned:
+  faithful  02  {context, memory}             -> bool: it is seen or heard in the newest clip, and it connects
+  clean     02  {previous, memory}            -> bool: nothing of the memory before, no boxes, no labels
+  rank      02  {context, memories}           -> ranks, 1 is the richest; ties, if any, share the mean rank
+  answer    03  {entries, question, options}  -> a letter, or a text where there are no options; or "insufficient".
+                                                 entries: [start, end, memory] in s, all that the reader gets to see
+  grade     03  {question, answer, reply}     -> bool: an open answer means the same as the right one
+  prefer    04  {questions, first, second}    -> "first" | "second" | "tie", by what the questions are after
+
+JUDGE = "tiny"           the toy world's exact one, which knows a clip's facts as a video judge sees them
+        "local"          the model itself with its adapters switched off: no second copy, nothing to pay. It
+                         reasons greedily, then the likeliest of the allowed replies is its verdict
+        "openai:MODEL"   an OpenAI-compatible endpoint (vLLM, Gemini, GPT) by the optional package `openai`;
+                         address and key from OPENAI_BASE_URL and OPENAI_API_KEY alone, never printed or saved
+
+A judge question of your own:
+  1. In the stage: SHORT = Verdict("short", 'Is "{memory}" short? Answer with {{"verdict": true}} or ...').
+  2. Choose the class by the reply that you ask for: Verdict, Ranking, Preference or Answer.
+  3. Where you need it: verdicts = judge.ask(SHORT, [{"memory": sample.memory} for sample in samples]).
+  4. The keys of an item are the {fields} of the text. With a "context" in it the judge sees the newest clip, and the
+     text may also say {heard} and {previous}.
+  5. The toy judge reads no prompts: it needs a method of that name, def short(self, memory), in tiny/world.py.
+"""
+import atexit
+import base64
+import hashlib
+import io
+import json
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from support.ranks import torch
+from support.reader import printed
+from support.runs import ROOT, Prompt, need, read_json, read_jsonl, write_json
+
+FRAMES = 8               # of the newest clip, that an endpoint sees; "local" sees FRAMES_PER_CLIP
+TRIES = 3                # a reply that can't be parsed is asked for again, then its verdict is None
+AT_ONCE = 8              # requests under way at a time
+RETRIES = 6              # of a failed request, each after a longer wait
+TIMEOUT = 120            # s of one request
+INSUFFICIENT = "insufficient"
+
+
+def load_judge(S, model=None):
+    """The judge and reader of S.JUDGE; model: for "local" (common.LocalModel).
+
+    SystemExit for an unknown one, or where the package or the key of an endpoint is missing.
+    """
+    kind, _, name = S.JUDGE.partition(":")
+    if S.JUDGE == "tiny":
+        return load_toy_judge(S)
+    if S.JUDGE == "local":
+        return TextJudge(Local(model))
+    if kind == "openai" and name:
+        return TextJudge(Endpoint(name, ROOT / "runs" / S.RUN / "judge"))
+    raise SystemExit(f'JUDGE={S.JUDGE} is unknown: take "tiny" (for the toy world), "local" or "openai:MODEL"')
+
+
+def load_toy_judge(S):
+    truth = need(S, "streams/streams.jsonl").parent / "truth.jsonl"
+    if not truth.exists():
+        raise SystemExit('JUDGE="tiny" judges the toy world alone: take "local" or "openai:MODEL"')
+    from tiny.world import Judge
+    print("judge: the toy world's exact one, which reads no prompts (editing FAITHFUL, PREFER, ... changes nothing)")
+    return Judge(read_jsonl(truth))
+
+
+# ---------------------------------------------------------------- prompts, and strict replies
+class JudgePrompt(Prompt):
+    """The text of a judge question with {fields}, and its name. A subclass says which replies count."""
+    key = ""                                                   # the one key of the reply's JSON object
+
+    def __new__(cls, name, text):
+        prompt = super().__new__(cls, text)
+        prompt.name = name
+        return prompt
+
+    def filled(self, item):
+        """The text for one item."""
+        return self.format(**self.fields(item))
+
+    def fields(self, item):
+        fields = dict(item)
+        if "context" in item:
+            context = item["context"]
+            heard = " ".join(text for _, _, text in context.clips[-1].get("speech", ()))
+            fields["heard"] = heard or "(nothing)"
+            fields["previous"] = context.history[-1] if context.history else ""
+        fields["previous"] = fields.get("previous") or "(nothing)"
+        return fields
+
+    def replies(self, item):
+        """All replies that count; None where any text does."""
+        raise NotImplementedError
+
+    def likeliest(self, replies, values):
+        """The reply of a model that gives the allowed replies these log-probs."""
+        return replies[values.index(max(values))]
+
+    def parse(self, reply, item):
+        """The verdict in a reply, or None: after any thinking it must be one JSON object with the one key asked for.
+
+        >>> CLEAN = Verdict("clean", "...")
+        >>> CLEAN.parse('It is fine.\\n</think>\\n{"verdict": true}', {}), CLEAN.parse('yes', {})
+        (True, None)
+        >>> Ranking("rank", "...").parse('{"best_first": [2, 1, 3]}', {"memories": "abc"})
+        [2.0, 1.0, 3.0]
+        >>> Preference("prefer", "...").parse('{"better": "both"}', {})
+        """
+        text = reply.rpartition("</think>")[2].strip()
+        text = text.removeprefix("```json").removeprefix("```").removesuffix("```")
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(found, dict) or list(found) != [self.key]:
+            return None
+        return self.verdict(found[self.key], item)
+
+    def verdict(self, value, item):
+        """The verdict that the key's value stands for, or None."""
+        raise NotImplementedError
+
+
+class Verdict(JudgePrompt):
+    """Asks for {"verdict": true} or {"verdict": false}."""
+    key = "verdict"
+
+    def replies(self, item):
+        return ['{"verdict": true}', '{"verdict": false}']
+
+    def verdict(self, value, item):
+        return value if isinstance(value, bool) else None
+
+
+class Ranking(JudgePrompt):
+    """Asks for {"best_first": [...]}: all numbers of the item's memories -> the rank of each memory, 1 is best."""
+    key = "best_first"
+
+    def fields(self, item):
+        fields = super().fields(item)
+        numbered = [f"{number}. {memory}" for number, memory in enumerate(item["memories"], 1)]
+        fields["memories"] = "\n".join(numbered)
+        return fields
+
+    def replies(self, item):
+        """The beginnings of replies: the more likely one begins with a memory's number, the better it ranks."""
+        return [f'{{"best_first": [{i + 1}' for i in range(len(item["memories"]))]
+
+    def likeliest(self, replies, values):
+        order = sorted(range(len(replies)), key=lambda i: -values[i])
+        return json.dumps({"best_first": [i + 1 for i in order]})
+
+    def verdict(self, value, item):
+        numbers = list(range(1, len(item["memories"]) + 1))
+        if not isinstance(value, list) or sorted(map(repr, value)) != sorted(map(repr, numbers)):
+            return None                                        # repr: strings such as "1" are no numbers
+        return [float(value.index(number) + 1) for number in numbers]
+
+
+class Preference(JudgePrompt):
+    """Asks for {"better": "first"}, "second" or "tie"."""
+    key = "better"
+    choices = ("first", "second", "tie")
+
+    def fields(self, item):
+        fields = super().fields(item)
+        fields["questions"] = "\n".join(item["questions"])
+        return fields
+
+    def replies(self, item):
+        return [f'{{"better": "{choice}"}}' for choice in self.choices]
+
+    def verdict(self, value, item):
+        return value if value in self.choices else None
+
+
+class Answer(JudgePrompt):
+    """Asks for {"answer": a letter of the item's options}, or a text where it has none; or "insufficient"."""
+    key = "answer"
+
+    def fields(self, item):
+        fields = super().fields(item)
+        fields["entries"] = "\n\n".join(printed(entry) for entry in item["entries"] if entry[2])
+        fields["options"] = "\n".join(item["options"])
+        return fields
+
+    def choices(self, item):
+        letters = [option[0] for option in item["options"]]
+        return [*letters, INSUFFICIENT]
+
+    def replies(self, item):
+        if not item["options"]:
+            return None
+        return [f'{{"answer": "{choice}"}}' for choice in self.choices(item)]
+
+    def verdict(self, value, item):
+        if not isinstance(value, str) or not value.strip():
+            return None
+        if not item["options"]:
+            return value.strip()
+        return value if value in self.choices(item) else None
+
+
+@dataclass
+class Question:
+    """One item under a prompt. To the model it is a context like those of common, of one clip or none."""
+    judge_prompt: JudgePrompt
+    item: dict
+    reasoning: str = ""                                        # what the model has written so far
+
+    @property
+    def text(self):
+        return self.judge_prompt.filled(self.item)
+
+    @property
+    def clips(self):
+        return self.item["context"].clips[-1:] if "context" in self.item else []
+
+    def replies(self):
+        return self.judge_prompt.replies(self.item)
+
+    def parse(self, reply):
+        return self.judge_prompt.parse(reply, self.item)
+
+    def prompt(self, video, tokenizer):
+        """As Context.prompt, in other words: the frames with their times, then the question."""
+        frames = ""
+        for pairs in video:
+            for seconds, tokens in pairs:
+                pads = "<|video_pad|>" * tokens
+                frames += f"<{seconds:.1f} seconds><|vision_start|>{pads}<|vision_end|>"
+        turn = {"role": "user", "content": f"{frames}\n{self.text}"}
+        text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        return text + self.reasoning
+
+
+class TextJudge:
+    """A judge by prompts and replies. send(questions, attempt) -> their replies, None where one failed."""
+
+    def __init__(self, send):
+        self.send = send
+
+    def ask(self, prompt, items):
+        questions = [Question(prompt, item) for item in items]
+        verdicts = [None] * len(items)
+        for attempt in range(TRIES):
+            missing = [i for i, verdict in enumerate(verdicts) if verdict is None]
+            if not missing:
+                break
+            replies = self.send([questions[i] for i in missing], attempt)
+            for i, reply in zip(missing, replies):
+                if reply is not None:
+                    verdicts[i] = questions[i].parse(reply)
+        return verdicts
+
+
+# ---------------------------------------------------------------- the model itself
+class Local:
+    """Replies of the policy's base. model: what common hands in, so that this file need not know the policy."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, questions, attempt):
+        top_k = 1 if attempt == 0 else 0                       # greedily first, then by chance
+        keys = [(0, 11, attempt)] * len(questions)
+        policy = self.model.policy
+        with policy.using("base"), torch.no_grad():
+            groups = self.model.rollout(questions, 1, keys, top_k=top_k)
+            return [self.choose(question, sample.text) for question, (sample,) in zip(questions, groups)]
+
+    def choose(self, question, text):
+        """The likeliest reply after the reasoning in `text`; without a choice, the text."""
+        replies = question.replies()
+        if replies is None:
+            return text
+        tokenizer = self.model.policy.tokenizer
+        ids = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
+        reasoning = text.partition("</think>")[0] + "\n</think>\n\n"
+        reasoned = Question(question.judge_prompt, question.item, reasoning)
+        values = [logp.sum().item() for logp in self.model.logprobs(reasoned, ids)]
+        return question.judge_prompt.likeliest(replies, values)
+
+
+# ---------------------------------------------------------------- an OpenAI-compatible endpoint
+class Endpoint:
+    """Replies of `model` at OPENAI_BASE_URL, several at a time.
+
+    Each is kept in `folder` under the hash of what was asked, so a resumed run pays nothing twice. Tokens and
+    failures are printed at the end.
+    """
+
+    def __init__(self, model, folder):
+        try:
+            import openai
+        except ImportError:
+            raise SystemExit('JUDGE="openai:MODEL" needs the package openai: pip install openai') from None
+        try:
+            self.client = openai.OpenAI(max_retries=RETRIES, timeout=TIMEOUT)
+        except openai.OpenAIError as error:
+            raise SystemExit(f"JUDGE=openai:{model}: {error}") from None
+        self.failures = (openai.OpenAIError, IndexError, AttributeError, TypeError)
+        self.model = model
+        self.folder = folder
+        self.used = Counter()
+        atexit.register(self.report)
+
+    def __call__(self, questions, attempt):
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(lambda question: self.reply(question, attempt), questions))
+
+    def reply(self, question, attempt):
+        text = question.text
+        messages = [{"role": "user", "content": [*pictures(question), {"type": "text", "text": text}]}]
+        asked = json.dumps([self.model, attempt, messages])
+        file = self.folder / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
+        if file.exists():
+            self.used["kept"] += 1
+            return read_json(file)["reply"]
+        try:
+            answer = self.client.chat.completions.create(
+                model=self.model, messages=messages, temperature=min(attempt, 1))
+            reply = answer.choices[0].message.content or ""
+        except self.failures as error:
+            self.used["failed"] += 1
+            self.used[type(error).__name__] += 1
+            return None
+        self.used["asked"] += 1
+        self.used["tokens_in"] += getattr(answer.usage, "prompt_tokens", 0) or 0
+        self.used["tokens_out"] += getattr(answer.usage, "completion_tokens", 0) or 0
+        write_json(file, {"reply": reply, "prompt": text})
+        return reply
+
+    def report(self):
+        if self.used:
+            print("judge: " + ", ".join(f"{name} {count}" for name, count in self.used.items()))
+
+
+def pictures(question):
+    """The frames of the question's clip as parts of a message."""
+    parts = []
+    for clip in question.clips:
+        frames, _ = clip_frames(clip, FRAMES)
+        for frame in frames:
+            parts.append({"type": "image_url", "image_url": {"url": data_address(frame)}})
+    return parts
+
+
+def data_address(frame):
+    """A frame (H, W, 3) as an address that holds its own data."""
+    from PIL import Image
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,120 @@
+"""Memories that outgrow the reader: which entries of a stream's memory the one who answers gets to see.
+
+An entry is [start, end, memory], in seconds of the stream. Where all entries fit the reader's budget of tokens, all
+are read. Of more, those are read that the question is about.
+"""
+import re
+
+from support.runs import clock
+
+try:
+    import numpy as np
+except ImportError:                                  # --help works before anything is installed
+    np = None
+
+# The share of its relevance that an entry lends to each neighbour. Questions ask what came next, or name a span of
+# time of which an entry in the middle says nothing.
+SHARE = 0.5
+
+# Signs of scripts that are written without spaces, such as Thai, Japanese, Chinese and Korean: each is a word.
+SIGNS = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"<\w+>|\d+(?::\d\d)+|[{SIGNS}]|[^\W{SIGNS}]+")
+
+
+def words(text):
+    """The words of a text for a search: IDs of faces and times stay whole.
+
+    >>> words("<face_3> waves at 00:01:30.")
+    ['<face_3>', 'waves', 'at', '00:01:30']
+    """
+    return WORD.findall(text.lower())
+
+
+def printed(entry):
+    """An entry as the reader sees it.
+
+    >>> printed([60.0, 70.0, "A cup."])
+    '00:01:00-00:01:10\\nA cup.'
+    """
+    start, end, memory = entry
+    return f"{clock(start)}-{clock(end)}\n{memory}"
+
+
+def times_in(text):
+    """Seconds of the times HH:MM:SS that a text names.
+
+    >>> times_in("Where was <face_3> at 00:01:30?")
+    [90]
+    """
+    found = re.findall(r"(\d+):(\d\d):(\d\d)", text)
+    return [int(hours) * 3600 + int(minutes) * 60 + int(seconds) for hours, minutes, seconds in found]
+
+
+def starts_at(seconds):
+    """A made-up word for the clip that starts at this time. No text holds it, because "=" is in no word."""
+    return f"={seconds}"
+
+
+class Retriever:
+    """What the reader sees of one stream: all memories where they fit, else the most relevant to the question.
+
+    Relevance is the BM25 score of an entry as it is printed, times included, and SHARE of its neighbours' scores.
+    The index is made once a stream, so a word's rarity and the mean length also count what was written after the
+    question. Nothing else of that is used.
+    """
+
+    def __init__(self, entries, tokenizer):
+        """entries: in the order of time."""
+        self.entries = entries
+        self.index = None                                      # made when a memory first exceeds the budget
+        ids = []
+        if entries:
+            texts = [printed(entry) + "\n\n" for entry in entries]
+            ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        tokens = []
+        for (_, _, memory), tokens_of_entry in zip(entries, ids):
+            tokens.append(len(tokens_of_entry) if memory else 0)         # a lost memory is never printed
+        self.tokens = np.array(tokens, int)                                           # (n,)
+        self.ends = np.array([end for _, end, _ in entries], float)                   # (n,) s
+
+    def __call__(self, question, options, time, budget):
+        """(entries in the order of time, whether they were retrieved).
+
+        At most `budget` tokens, as printed, of what was written by `time` (s).
+        """
+        written = np.flatnonzero(self.ends <= time)
+        if self.tokens[written].sum() <= budget:
+            return [self.entries[i] for i in written], False
+        written = written[self.tokens[written] > 0]
+        option_texts = [option[2:] for option in options]                # without "A."
+        relevance = self.relevance("\n".join([question, *option_texts]))[written]
+        after = np.append(relevance[1:], 0)
+        before = np.append(0, relevance[:-1])
+        score = relevance + SHARE * (after + before)                                  # (written,)
+        chosen = []
+        for i in written[np.argsort(-score, kind="stable")]:             # of equals, the earlier comes first
+            if self.tokens[i] <= budget:
+                budget -= self.tokens[i]
+                chosen.append(i)
+        return [self.entries[i] for i in sorted(chosen)], True
+
+    def relevance(self, query):
+        """Scores (n,) of all entries. SystemExit where bm25s is missing."""
+        if self.index is None:
+            self.index = self.make_index()
+        searched = words(query)
+        for time in times_in(query):
+            for start, end, _ in self.entries:
+                if start <= time < end:                                  # the clip that a time falls into
+                    searched.append(starts_at(start))
+        return self.index.get_scores_from_ids(self.index.get_tokens_ids(searched))
+
+    def make_index(self):
+        try:
+            import bm25s
+        except ImportError:
+            raise SystemExit("memories beyond READER_TOKENS need bm25s: pip install bm25s") from None
+        index = bm25s.BM25()
+        texts = [[*words(printed(entry)), starts_at(entry[0])] for entry in self.entries]
+        index.index(texts, show_progress=False)
+        return index

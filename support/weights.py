@@ -1,0 +1,400 @@
+"""The model: 4-bit experts, loading, and adapters on disk.
+
+The trick of the 4-bit experts. Qwen3-VL-30B-A3B keeps 93 % of its weights in two tensors a layer, each (E, out, in):
+one matrix for each of E experts. The library's 4-bit loading replaces `nn.Linear` alone and leaves these tensors in
+bf16, 56 of 58 GiB. Here they are packed as well. An expert becomes one row of codes and one row of scales, so the
+experts that a batch needs can be picked out by their row numbers:
+
+    weight (E, out, in), bf16         codes (E, out * in / 2), bytes      scales (E, out * in / 64), fp32
+    expert 0  [64 values][64 ..]  ->  [32 bytes][32 ..]                   [largest |value|][..]
+    expert 1  [64 values][64 ..]  ->  [32 bytes][32 ..]                   [largest |value|][..]
+
+A byte holds two codes of 4 bits. A code stands for one of the 16 levels of NF4, which lie between -1 and 1, and
+value = level * scale of its block of 64. This costs 4.5 bits a value: 4 for the code, 32 / 64 for the scale.
+
+- Loading (`quantization`): a tensor is packed as soon as it is read, so only one of them is ever whole.
+- Forward (`packed_experts`): the rows of the experts that were chosen are unpacked, multiplied and forgotten.
+- Backward (`PackedLinear`): they are unpacked once more. The weights are frozen, so they need no gradient.
+
+The arithmetic is the library's own (`dequantize_4bit`, `grouped_mm`), so outputs and LoRA gradients are bit-equal to
+those of a model that was unpacked as a whole. Router, norms, embeddings and head stay as they are.
+"""
+import functools
+import logging
+import os
+import re
+from collections import namedtuple
+
+from support.plan import BLOCK, check_plan, is_expert
+from support.ranks import is_first_rank, join, torch
+from support.runs import ROOT, read_json, written_aside
+
+# What an adapter's folder holds, by the kind of adapter.
+FILES = {"lora": "adapter_model.safetensors", "steer": "steer.safetensors", "all": "weights.safetensors"}
+UNLIMITED = 10**6                # samples beside one prompt, for a model so small that memory doesn't matter
+TINY_WIDTH = 512                 # a model wider than this is none of the toy world's
+
+# Scales that are themselves packed in 8 bits: codes (E, S), one fp32 scale for 256 of them (E, S / 256), their mean ().
+DoubleScales = namedtuple("DoubleScales", "codes scales mean")
+
+
+# ---------------------------------------------------------------- 4-bit experts: pack and unpack
+def pack(weight, double=False):
+    """Codes (E, out * in / 2) uint8 and scales of a weight (E, out, in).
+
+    The scales are fp32 (E, out * in / 64), or DoubleScales with `double`. Raises ValueError where a block would
+    reach over two experts.
+    """
+    from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+    experts = len(weight)
+    values = weight[0].numel()
+    tile = BLOCK * BLOCK if double else BLOCK
+    if values % tile:
+        raise ValueError(f"an expert of {values} values can't be cut into blocks of {tile}")
+    codes, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
+    codes = codes.view(experts, values // 2)
+    scales = state.absmax.view(experts, values // BLOCK)
+    if double:
+        mean = scales.mean()
+        # 256 scales share a scale of their own. An expert of the toy world has fewer.
+        block = next(size for size in (256, 128, 64) if scales.shape[1] % size == 0)
+        small, state = quantize_blockwise(scales - mean, blocksize=block)
+        scales = DoubleScales(small, state.absmax.view(experts, -1), mean)
+    return codes, scales
+
+
+def unpack(codes, scales, hit, shape, dtype):
+    """Weights (H, *shape) in `dtype` of the experts `hit` (H,), from what `pack` made. shape: (out, in)."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+    scales = unpack_scales(scales, hit) if isinstance(scales, DoubleScales) else scales[hit]
+    state = QuantState(scales.flatten(), (len(hit), *shape), dtype=dtype, blocksize=BLOCK, quant_type="nf4")
+    return dequantize_4bit(codes[hit].view(-1, 1), state)
+
+
+def unpack_scales(double, hit):
+    """fp32 scales (H, out * in / 64) of the experts `hit` (H,)."""
+    from bitsandbytes.functional import dequantize_blockwise
+    block = double.codes.shape[1] // double.scales.shape[1]
+    levels = levels_of_8_bits(double.codes.device)
+    scales = double.scales[hit].flatten()
+    return dequantize_blockwise(double.codes[hit], absmax=scales, code=levels, blocksize=block) + double.mean
+
+
+@functools.cache
+def levels_of_8_bits(device):
+    from bitsandbytes.functional import create_dynamic_map
+    return create_dynamic_map().to(device)
+
+
+# ---------------------------------------------------------------- 4-bit experts: forward and backward
+def sort_by_expert(chosen):
+    """Puts the (token, expert) pairs of chosen (N, k) in the order of their experts -> (order, hit, ends).
+
+    order (N k,): the pairs' places in chosen.flatten(); hit (H,): the experts that occur; ends (H,): where the rows
+    of each of them end. Three tokens, each sent to two experts:
+
+    >>> order, hit, ends = sort_by_expert(torch.tensor([[5, 2], [2, 7], [5, 2]]))
+    >>> (order // 2).tolist()                         # the token of each row
+    [0, 1, 2, 0, 2, 1]
+    >>> hit.tolist(), ends.tolist()                   # rows 0 to 2 are expert 2's, 3 and 4 are 5's, 5 is 7's
+    ([2, 5, 7], [3, 5, 6])
+    """
+    experts, order = chosen.flatten().sort(stable=True)
+    hit, count = experts.unique_consecutive(return_counts=True)
+    return order, hit, count.cumsum(0).to(torch.int32)
+
+
+# Without torch there is no class to build on, yet --help has to work.
+Function = torch.autograd.Function if torch else object
+
+
+class PackedLinear(Function):
+    """y = x W_e^T for rows x (R, in) that are sorted by their expert e -> (R, out); hit, ends: see `sort_by_expert`."""
+
+    @staticmethod
+    def forward(ctx, x, codes, scales, hit, ends, shape):
+        ctx.unpacked = functools.partial(unpack, codes, scales, hit, shape)
+        ctx.ends = ends
+        weight = ctx.unpacked(x.dtype)                                        # (H, out, in)
+        return torch.nn.functional.grouped_mm(x, weight.mT, offs=ends)        # (R, out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight = ctx.unpacked(grad.dtype)
+        grad_x = torch.nn.functional.grouped_mm(grad.contiguous(), weight, offs=ctx.ends)        # (R, in)
+        return grad_x, None, None, None, None, None
+
+
+def packed_experts(module, hidden, chosen, weights):
+    """The forward pass of a layer's experts, which transformers finds under the name "nf4".
+
+    hidden (N, d); chosen (N, k): the experts that the router sends each token to; weights (N, k) -> (N, d).
+    """
+    experts_per_token = chosen.shape[1]
+    order, hit, ends = sort_by_expert(chosen)
+
+    def linear(name, rows, shape):
+        return PackedLinear.apply(rows, getattr(module, name), module.scales[name], hit, ends, shape)
+
+    d = module.hidden_dim
+    width = module.intermediate_dim
+    rows = hidden[order // experts_per_token]                                 # (N k, d)
+    rows = linear("gate_up_proj", rows, (2 * width, d))                       # (N k, 2 width)
+    rows = module._apply_gate(rows)                                           # (N k, width)
+    rows = linear("down_proj", rows, (d, width))                              # (N k, d)
+    rows = rows * weights.flatten()[order, None]
+    # A token's k results are summed in the router's order, as in the library, because float sums depend on order.
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return rows[place].view(-1, experts_per_token, d).sum(1).to(hidden.dtype)
+
+
+# ---------------------------------------------------------------- 4-bit experts: packed while they load
+@functools.cache
+def quantization():
+    """The class of the 4-bit configuration: the library's own, whose quantiser packs experts too."""
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+    from transformers.quantizers.quantizers_utils import get_module_from_name
+
+    class Pack(Bnb4bitQuantize):
+        """What the library calls with each tensor that it has read."""
+
+        def convert(self, tensors, full_layer_name=None, model=None, **kwargs):
+            [(name, value)] = tensors.items()
+            if not is_expert(name):
+                return super().convert(tensors, full_layer_name, model, **kwargs)
+            if isinstance(value, list):
+                value = value[0]
+            double = self.hf_quantizer.quantization_config.bnb_4bit_use_double_quant
+            codes, scales = pack(value, double)
+            module, tensor_name = get_module_from_name(model, name)
+            module.scales = getattr(module, "scales", {}) | {tensor_name: scales}
+            return {name: torch.nn.Parameter(codes, requires_grad=False)}
+
+    @register_quantizer("nf4_experts")
+    class Quantizer(Bnb4BitHfQuantizer):
+        def param_needs_quantization(self, model, param_name, **kwargs):
+            return is_expert(param_name) or super().param_needs_quantization(model, param_name, **kwargs)
+
+        def get_quantize_ops(self):
+            return Pack(self)
+
+    @register_quantization_config("nf4_experts")
+    class Config(BitsAndBytesConfig):
+        def __init__(self, **kwargs):
+            super().__init__(load_in_4bit=True, bnb_4bit_quant_type="nf4", **kwargs)
+            self.quant_method = "nf4_experts"
+
+    ALL_EXPERTS_FUNCTIONS.register("nf4", packed_experts)
+    return Config
+
+
+def scales_of(model):
+    """The scale tensors of all packed weights, which are no parameters of the model."""
+    for module in model.modules():
+        for scales in getattr(module, "scales", {}).values():              # experts
+            if isinstance(scales, DoubleScales):
+                yield from scales
+            else:
+                yield scales
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)                       # linears, packed by the library
+        if state is not None:
+            yield state.absmax
+            if state.nested:
+                yield state.state2.absmax
+
+
+# ---------------------------------------------------------------- loading
+def model_name(S):
+    return str(ROOT / "tiny" / "base") if S.MODEL == "tiny" else S.MODEL
+
+
+def load_tokenizer(S):
+    """The tokenizer of S.MODEL, without the model."""
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(model_name(S))
+
+
+def load_model(S):
+    """(model, tokenizer, contexts, samples) of S.MODEL, frozen. Prints a byte plan first, and what was loaded after.
+
+    contexts: how many can be rolled out side by side; samples: how many answers to one context at a time. Raises
+    SystemExit where the model can't be had or doesn't fit.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    silence_libraries(S)
+    torch.set_num_threads(S.CPU_THREADS)
+    torch.manual_seed(S.SEED)                    # PEFT draws a new LoRA's A from the global generator
+    join()
+    on_gpu = torch.cuda.is_available()
+    device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    name = model_name(S)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        refuse_a_large_tiny_base(S, config)
+        tokenizer = load_tokenizer(S)
+        options = loading_options(S, config, dtype)
+        contexts, samples = S.ROLLOUT_CONTEXTS or 1, UNLIMITED
+        if S.MODEL != "tiny":
+            with torch.device("meta"):           # shapes without bytes
+                sketch = AutoModelForImageTextToText.from_config(config)
+            contexts, samples = check_plan(sketch, S, memory_of(device), dtype.itemsize)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, device_map=device, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"MODEL={S.MODEL} can't be loaded: {error}") from None
+    model.eval()
+    use_exact_kernels(model)
+    if S.MODEL != "tiny":
+        model.model.language_model.activation_checkpointing_enable()
+    add_steering(model, name)
+    print_model(model, name, S)
+    return model, tokenizer, contexts, samples
+
+
+def silence_libraries(S):
+    """No warnings about what is meant so, and no bar but rank 0's."""
+    import transformers
+    transformers.logging.set_verbosity_error()   # else a second adapter is said to be missing from a file
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)      # it misses a CPU kernel that is not used
+    if S.MODEL == "tiny" or not is_first_rank():
+        transformers.logging.disable_progress_bar()
+
+
+def refuse_a_large_tiny_base(S, config):
+    """MODEL=tiny chooses the toy world's constants, which would be wrong for another model at its place."""
+    width = config.get_text_config().hidden_size
+    if S.MODEL == "tiny" and width > TINY_WIDTH:
+        raise SystemExit(f"tiny/base holds a model {width} wide, but MODEL=tiny takes the toy world's constants. "
+                         "Name the model by --MODEL=FOLDER instead")
+
+
+def loading_options(S, config, dtype):
+    """Arguments of `from_pretrained`: torch's own attention, and 4 bits where BITS says so."""
+    options = {"attn_implementation": "sdpa"}
+    if S.BITS == 4:
+        left_whole = ["lm_head"] if S.VISION_BITS == 4 else ["lm_head", "model.visual"]
+        options["quantization_config"] = quantization()(
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=bool(S.DOUBLE_QUANT),
+            llm_int8_skip_modules=left_whole)
+    if hasattr(config.get_text_config(), "num_experts"):
+        options["experts_implementation"] = "nf4" if S.BITS == 4 else "grouped_mm"
+    return options
+
+
+def memory_of(device):
+    """Bytes of the card's memory, or of the machine's where there is none."""
+    if device != "cpu":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def use_exact_kernels(model):
+    """Switches off a CPU kernel of the library that packs the weights anew: neither exact nor made for training."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def flash(model):
+    """Whether flash-attn can take passes without a mask: it is installed, on a GPU, the model in 16 bits."""
+    from transformers.utils import is_flash_attn_2_available
+    return model.device.type == "cuda" and model.dtype != torch.float32 and is_flash_attn_2_available()
+
+
+def print_model(model, name, S):
+    """One line on what was loaded, and what it has to do without."""
+    values = 0
+    for p in model.parameters():
+        values += p.numel() * 2 if p.dtype == torch.uint8 else p.numel()       # a byte holds two codes
+    size = sum(tensor.nbytes for tensor in [*model.parameters(), *scales_of(model)])
+    text = model.config.get_text_config()
+    kind = f"NF4 and {model.dtype}" if S.BITS == 4 else f"{model.dtype}"
+    print(f"model {name}: {values / 1e6:.1f} M parameters, {size / 2**30:.3f} GiB in {kind}, "
+          f"{text.num_hidden_layers} layers {text.hidden_size} wide, on {model.device}")
+    if model.device.type == "cpu":
+        print("*** no GPU: fp32 on the CPU. Fine for the toy world; a 30B model is out of reach ***")
+    elif not flash(model):
+        print("*** flash-attn is missing (requirements-gpu.txt): torch's own attention kernels are used ***")
+
+
+# ---------------------------------------------------------------- a steering vector in a checkpoint
+def add_steering(model, name):
+    """Puts the steering vector of a Phase Two checkpoint in place for good, under whatever is trained on top.
+
+    The authors keep it as `...layers.N.adapter.steer`: a vector (d,) that is added to layer N's output.
+    """
+    from safetensors import safe_open
+    for key, file in tensor_files(name).items():
+        if not key.endswith(".adapter.steer"):
+            continue
+        with safe_open(file_of_model(name, file), "pt") as tensors:
+            vector = tensors.get_tensor(key).to(model.device)
+        layer = int(re.search(r"layers\.(\d+)", key)[1])
+        hook = functools.partial(add_vector, vector)
+        model.model.language_model.layers[layer].register_forward_hook(hook)
+        print(f"the checkpoint's steering vector (norm {vector.float().norm():.3f}) acts after layer {layer}")
+
+
+def add_vector(vector, layer, args, output):
+    """A forward hook of `layer`."""
+    return output + vector.to(output.dtype)
+
+
+def tensor_files(name):
+    """{name of a tensor: name of the file that holds it} of a model's folder or hub name."""
+    from safetensors import safe_open
+    index = file_of_model(name, "model.safetensors.index.json")
+    if index:
+        return read_json(index)["weight_map"]
+    single = file_of_model(name, "model.safetensors")
+    if not single:
+        return {}
+    with safe_open(single, "pt") as tensors:
+        return dict.fromkeys(tensors.keys(), "model.safetensors")
+
+
+def file_of_model(name, file):
+    """The path of a model's file, from the cache or the hub; None if the model has no such file."""
+    from transformers.utils import cached_file
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+
+
+# ---------------------------------------------------------------- adapters on disk
+def save_adapter(policy, writer, folder):
+    """Saves what `Policy.add` made: a PEFT folder, a vector under the authors' key, or the decoder's weights."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+    kind = policy.kind[writer]
+    if kind == "lora":
+        name = policy.lora[writer]
+        if is_first_rank():
+            policy.model.peft_config[name].save_pretrained(str(folder))
+        state = {}
+        for key, value in get_peft_model_state_dict(policy.model, adapter_name=name).items():
+            state[f"base_model.model.{key}"] = value
+    elif kind == "steer":
+        state = {f"model.language_model.layers.{policy.layer}.adapter.steer": policy.steer}
+    else:
+        state = policy.whole[writer]
+    tensors = {key: value.detach().contiguous().cpu() for key, value in state.items()}
+    with written_aside(folder / FILES[kind]) as aside:
+        save_file(tensors, str(aside))
+
+
+def load_adapter(policy, writer, folder):
+    """Puts what `save_adapter` wrote in the place of what `writer` had before, and switches it on.
+
+    Raises SystemExit where the folder holds no adapter.
+    """
+    kinds = [kind for kind, file in FILES.items() if (folder / file).exists()]
+    if not kinds:
+        raise SystemExit(f"{folder} holds none of {', '.join(FILES.values())}")
+    policy.drop(writer)
+    policy.add(writer, kinds[0], folder)
