@@ -11,7 +11,7 @@ To try another reward, add a list of values to the terms in `rewards`: it is sum
 and seen by the gate. Give a malformed sample 0, so that its reward stays FORMAT. A judge's question is one more
 prompt below: `BRIEF = Verdict("brief", "... {memory} ...")`, asked by
 `judge.ask(BRIEF, [{"memory": sample.memory} for sample in ...])`, with None for a verdict that failed. The toy
-world's judge reads no prompts: it needs a method of that name, `brief(self, item)`, in tiny/world.py. An edited
+world's judge reads no prompts: it needs a method of that name, `brief(self, memory)`, in tiny/world.py. An edited
 reward or prompt needs a run of its own: --RUN=NEWNAME --FROM=OLDRUN.
 
 Differs from the paper: LoRA over a frozen base instead of all parameters; a `KL` to the base in the toy world (the

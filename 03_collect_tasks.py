@@ -269,6 +269,12 @@ def cache_row(group, environments):
             "environments": environments, "samples": samples}
 
 
+def cached_context(stream, row, window):
+    """The context of a row of cache.jsonl, with the history that it was sampled with."""
+    first = row["clip"] - len(row["history"])
+    return make_context(stream, row["clip"], dict(enumerate(row["history"], first)), k=window)
+
+
 # ================================================================ the stage
 def main(argv=None):
     S = settings(globals(), argv)

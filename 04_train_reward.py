@@ -1,76 +1,120 @@
-"""Relevance preferences from the recent questions, and a reward model
-R(questions, history, memory) fitted on them.
+"""Relevance preferences from the recent questions, and a reward model R(questions, history, memory) fitted on them.
 
-The judge compares the cached memories of every context, once per environment. What survives both orders and
-the cycle rule gives a pair per context (for DPO in 05) and trains R (for the on-policy path of 05): a LoRA on
-the frozen base and a scalar head, on text alone, with the preferences of all environments together.
-Differs from the paper: R is ours; among equally long paths, pairs of equal quality come first; samples with
-the same text are not judged, as they tie by construction.
+The judge compares the cached memories of every context, once per environment. What survives both orders and the
+cycle rule gives one pair per context (for DPO in 05), and it trains R (for the on-policy path of 05): a LoRA on the
+frozen base and a scalar head, on text alone, with the preferences of all environments together.
+
+Differs from the paper: R is ours; among equally long paths, pairs of equal quality come first; samples with the same
+text are not judged, as they tie by construction.
 
 Run: python 04_train_reward.py [--NAME=value ...]
-     (embedded world: 52 s and 0.6 GB on 2 cores in use by others)
+     (toy world: 52 s and 0.6 GB on 2 cores in use by others)
 In:  streams/streams.jsonl (01), tasks/recent.json, cache.jsonl (03), and what the judge needs
-Out: reward/verdicts/, preferences.jsonl, pairs.jsonl, pairs_trl.jsonl (the same pairs in TRL's preference
-     format), log.csv, checkpoint.pt, model/, report.json
+Out: reward/verdicts/, preferences.jsonl, pairs.jsonl, pairs_trl.jsonl (the same pairs in TRL's preference format),
+     log.csv, checkpoint.pt, model/, report.json
 """
-import importlib, random, sys, time
-from collections import Counter
-from itertools import combinations, groupby
-from types import SimpleNamespace
+import random
+import sys
+import time
+from dataclasses import dataclass
+from itertools import combinations
 
-from common import (F, Training, both, load_policy, load_streams, make_context, need, np, read_json,
-                    read_jsonl, settings, slug, start, torch, visible, write_json, write_jsonl, written_aside)
-from judges import load_judge
-from loading import RANK, WORLD, gather, once, save_adapter
+from common import (TASK_PROMPT, F, build_prompt, load_judge, load_policy, np, per_model, settings, stage,
+                    torch)
+from support.attention import packed_owners, packed_positions, visible
+from support.checkpoint import Training
+from support.judges import Preference
+from support.ranks import gather_sum, my_share, once, progress
+from support.runs import (append_jsonl, load_streams, need, next_command, read_json, read_jsonl,
+                          read_progress, slug, start, write_json, write_jsonl, written_aside)
+from support.weights import save_adapter
 
-# ---------------------------------------------------------------- embedded world | Qwen3-VL-30B-A3B
-LR = both(3e-3, 1e-4)            # of LoRA and head; up over WARMUP steps, then linearly down to 0
-STEPS, WARMUP = both(200, 400), both(10, 20)
-CONTEXTS = both(8, 32)           # contexts per step, each with all of its preferences
-ROWS = both(8, 1)                # contexts per forward pass, bounded by memory; gradients add up over a step
+collect = stage("03_collect_tasks")
+
+# ---------------------------------------------------------------- per_model(toy world, Qwen3-VL-30B-A3B)
+LR = per_model(3e-3, 1e-4)       # of LoRA and head; up over WARMUP steps, then linearly down to 0
+STEPS = per_model(200, 400)      # optimizer steps
+WARMUP = per_model(10, 20)       # of these, until the full rate
+CONTEXTS = per_model(8, 32)      # contexts per step, each with all of its preferences
+ROWS = per_model(8, 1)           # contexts per forward pass, bounded by memory; gradients add up over a step
 SAVE_EVERY = 50                  # steps between checkpoints
 # ---------------------------------------------------------------- the method
-RECENT = 5                       # questions that define an environment (paper: 5-10); the next 5 validate R
+RECENT = 5                       # questions that define an environment (paper: 5 to 10); those after them test R
 HISTORY = 1                      # earlier memories that R reads; held out: 0.93 with all 4, 0.99 with 1
 HELD_OUT = 0.25                  # share of the cached streams (clips, of a single one) where R never trains
 CHUNK = 64                       # contexts per call of the judge: no more than this is lost with a call
-BOOTSTRAP, GRAD_CLIP = 1000, 1.0  # resamples of the held-out streams for a 95 % interval; norm at most
+BOOTSTRAP = 1000                 # resamples of the held-out streams for a 95 % interval
+GRAD_CLIP = 1.0                  # norm of the gradient at most
 # ----------------------------------------------------------------
-PREFER = """These questions were asked lately, and similar ones will come:
+PREFER = Preference("prefer", """These questions were asked lately, and similar ones will come:
 {questions}
 Find out what they are after. Which of two notes, {first!r} (first) or {second!r} (second), helps more to
-answer such questions? Answer with {{"better": "first"}}, {{"better": "second"}} or {{"better": "tie"}}."""
-# log.csv, a row a step: loss; accuracy (on the step's preferences); grad_norm (before clipping); lr; seconds.
+answer such questions? Answer with {{"better": "first"}}, {{"better": "second"}} or {{"better": "tie"}}.""")
 
-# ================================================================ preferences: a graph per context
+
+# ================================================================ a graph of preferences for each context
+# Nodes are the numbers of a context's samples. An edge (loser, winner) is a preference.
 def consistent(edges):
-    """The edges (loser, winner) outside every strongly connected component (paper, section 3, item 3).
+    """The edges outside every strongly connected component (paper, section 3).
+
     >>> consistent([(0, 1), (1, 2), (2, 0), (2, 3)])       # 0 < 1 < 2 < 0 is a contradiction; 2 < 3 stands
     [(2, 3)]
     """
-    above = {node: {w for l, w in edges if l == node} for edge in edges for node in edge}
-    for via in above:                                      # Warshall: then above[y] is all that y leads to
+    above = reachable(edges)
+    # An edge lies inside a component where its winner leads back to its loser.
+    return [(loser, winner) for loser, winner in edges if loser not in above[winner]]
+
+
+def reachable(edges):
+    """{node: the nodes that it leads to}, by Warshall's algorithm.
+
+    >>> reachable([(0, 1), (1, 2)])
+    {0: {1, 2}, 1: {2}, 2: set()}
+    """
+    above = {}
+    for loser, winner in edges:
+        above.setdefault(loser, set()).add(winner)
+        above.setdefault(winner, set())
+    for via in above:
         for node in above:
-            above[node] |= above[via] if via in above[node] else set()
-    return [(l, w) for l, w in edges if l not in above[w]]        # inside: the winner leads back to the loser
+            if via in above[node]:
+                above[node] |= above[via]
+    return above
+
 
 def longest_paths(edges):
-    """{(y, x): edges on the longest directed path from y up to x}, for every x that y leads to; cycles not
-    allowed.
+    """{(y, x): edges on the longest directed path from y up to x}, for every x that y leads to. No cycles allowed.
+
     >>> longest_paths([(0, 1), (1, 2), (0, 2)])            # 0 -> 2 directly, and longer by way of 1
     {(0, 1): 1, (0, 2): 2, (1, 2): 1}
     """
-    longest, ends, n = {}, set(edges), 1
-    while ends:                                            # ends: (first, last) of all paths of n edges
-        longest |= dict.fromkeys(ends, n)
-        ends, n = {(y, w) for y, x in ends for l, w in edges if l == x}, n + 1
+    longest = {}
+    ends = set(edges)                                      # (first, last) of all paths of `length` edges
+    length = 1
+    while ends:
+        for pair in ends:
+            longest[pair] = length
+        ends = one_edge_longer(ends, edges)
+        length += 1
     return dict(sorted(longest.items()))
 
+
+def one_edge_longer(ends, edges):
+    longer = set()
+    for first, last in ends:
+        for loser, winner in edges:
+            if loser == last:
+                longer.add((first, winner))
+    return longer
+
+
 def choose_pair(edges, quality, length):
-    """(winner, loser, path) of a context's one pair, or None (paper, section 3, item 4).
-    quality: 0.5 or -0.5 per sample; length: its memory's tokens. quality(x) >= quality(y) and not both low
-    mean that the winner is good. Ranked by the longest path; then equal quality (ours; relevance stays
-    first); then the smaller difference in length; then the index.
+    """(winner, loser, path) of a context's one pair, or None (paper, section 3).
+
+    quality: 0.5 or -0.5 per sample; length: its memory's tokens. The winner's quality is not below the loser's, and
+    not both are low: so the winner is good. The longest path comes first; then equal quality (ours: relevance stays
+    first); then the smaller difference in length; then the lower number.
+
     >>> choose_pair([(0, 1), (1, 2), (0, 2)], [-0.5, 0.5, 0.5], [9, 9, 9])   # the longest path
     (2, 0, 2)
     >>> choose_pair([(0, 2), (1, 2)], [-0.5, 0.5, 0.5], [9, 20, 9])          # equal quality
@@ -79,252 +123,576 @@ def choose_pair(edges, quality, length):
     (2, 1, 1)
     >>> choose_pair([(0, 1)], [0.5, -0.5], [9, 9])                           # the more relevant one is worse
     """
-    ranked = [(-path, quality[x] != quality[y], abs(length[x] - length[y]), x, y)
-              for (y, x), path in longest_paths(edges).items() if quality[x] >= quality[y] and quality[x] > 0]
-    return next(((x, y, -path) for path, _, _, x, y in sorted(ranked)), None)
+    allowed = []
+    for (loser, winner), path in longest_paths(edges).items():
+        if quality[winner] > 0 and quality[winner] >= quality[loser]:
+            allowed.append((winner, loser, path))
+
+    def best_first(candidate):
+        winner, loser, path = candidate
+        quality_differs = quality[winner] != quality[loser]
+        difference = abs(length[winner] - length[loser])
+        return -path, quality_differs, difference, winner, loser
+    return min(allowed, key=best_first, default=None)
+
+
+# ================================================================ verdicts
+def agreed(verdict, swapped):
+    """What the judge says of two memories in both orders together (paper, section 3).
+
+    swapped: its verdict with the second memory shown first. "first" and "second" count only where both verdicts mean
+    the same memory. 06 takes all that is neither of these nor "failed" for a tie.
+
+    >>> agreed("first", "second"), agreed("second", "first")
+    ('first', 'second')
+    >>> agreed("first", "first"), agreed("first", "tie"), agreed(None, "first")
+    ('contradicted', 'tied', 'failed')
+    """
+    if verdict is None or swapped is None:
+        return "failed"
+    if "tie" in (verdict, swapped):
+        return "tied"
+    return "contradicted" if verdict == swapped else verdict
+
 
 def comparable(samples):
-    """Pairs (i, j) worth a verdict: both well formed, of known quality, and not the same text."""
-    good = [i for i, s in enumerate(samples) if s["format"] == 0 and s["memory"] and s["quality"] is not None]
-    return [(i, j) for i, j in combinations(good, 2) if samples[i]["memory"] != samples[j]["memory"]]
+    """Pairs (i, j) worth a verdict: both are well formed and of known quality, and their texts differ."""
+    formed = []
+    for i, sample in enumerate(samples):
+        if sample["format"] == 0 and sample["memory"] and sample["quality"] is not None:
+            formed.append(i)
+    pairs = []
+    for i, j in combinations(formed, 2):
+        if samples[i]["memory"] != samples[j]["memory"]:
+            pairs.append((i, j))
+    return pairs
 
-def compare(S, judge, cache, questions, path):
-    """Per context [[i, j, what both orders say]]; contexts that the file `path` holds are not asked again.
-    Raises SystemExit when the judge fails on most of a call; the calls before it are kept."""
-    rows = once(lambda: read_jsonl(path, torn=True) if path.exists() else [])    # in the order of the cache
-    for i in range(len(rows), len(cache), S.CHUNK):
-        part = [(c, comparable(c["samples"])) for c in cache[i:i + S.CHUNK]]
-        answers = once(lambda: judge.ask("prefer", [
-            {"questions": questions, "first": c["samples"][a]["memory"], "second": c["samples"][b]["memory"]}
-            for c, pairs in part for i, j in pairs for a, b in ((i, j), (j, i))]))
-        if answers.count(None) * 2 > len(answers):
-            raise SystemExit(f"the judge failed on {answers.count(None)} of {len(answers)} comparisons; mend "
-                             f"it and run again: it goes on from {path}")
-        said = ("failed" if None in v else "tied" if "tie" in v else v[0] if v[0] != v[1] else "contradicted"
-                for v in zip(answers[::2], answers[1::2]))
-        rows += [{"stream": c["stream"], "clip": c["clip"],
-                  "verdicts": [[*pair, next(said)] for pair in pairs]} for c, pairs in part]
-        write_jsonl(path, rows[-len(part):], "a")
-    return [r["verdicts"] for r in rows]
 
-def preferences(S, judge, caches, questions, folder, name=""):
-    """Groups (what R learns from), pairs (what DPO learns from) and yield figures; caches, questions: rows
-    and texts of each environment. A group: environment, stream, clip, history; memories and tokens of all
-    samples ("" and 0 where malformed, which no preference names); preferences [(winner, loser)]."""
-    groups, pairs, yields = [], [], {}
+def compare(judge, cache, questions, path, chunk):
+    """Per row of the cache its verdicts: [[i, j, what `agreed` says]].
+
+    What the file `path` holds is not asked again. Raises SystemExit when the judge fails on most of a call; the
+    calls before it are kept.
+    """
+    done = read_progress(path)                             # in the order of the cache
+    firsts = range(len(done), len(cache), chunk)
+    for first in progress(firsts, f"judge {path.stem}", leave=False):
+        rows = cache[first:first + chunk]
+        pairs = [comparable(row["samples"]) for row in rows]
+        items = []
+        for row, pairs_of_row in zip(rows, pairs):
+            for i, j in pairs_of_row:
+                items.append(comparison(questions, row["samples"], i, j))
+                items.append(comparison(questions, row["samples"], j, i))
+        answers = once(lambda: judge.ask(PREFER, items))
+        failed = answers.count(None)
+        if failed * 2 > len(answers):
+            raise SystemExit(f"the judge failed on {failed} of {len(answers)} comparisons; mend it and run again: "
+                             f"it goes on from {path}")
+        said = iter(map(agreed, answers[::2], answers[1::2]))
+        judged = []
+        for row, pairs_of_row in zip(rows, pairs):
+            verdicts = [[i, j, next(said)] for i, j in pairs_of_row]
+            judged.append({"stream": row["stream"], "clip": row["clip"], "verdicts": verdicts})
+        append_jsonl(path, judged)
+        done += judged
+    return [row["verdicts"] for row in done]
+
+
+def comparison(questions, samples, i, j):
+    return {"questions": questions, "first": samples[i]["memory"], "second": samples[j]["memory"]}
+
+
+# ================================================================ preferences and pairs
+@dataclass
+class JudgedContext:
+    """What R learns from: a cached context with its preferences under the questions of an environment."""
+    environment: str
+    stream: str
+    clip: int
+    history: list                # memories of the clips before
+    memories: list               # of all samples, "" where malformed; no preference names those
+    tokens: list                 # of the memories, 0 where malformed
+    preferences: list            # (winner, loser), the samples' numbers
+
+    def reading(self, questions):
+        return Reading(questions, self.history, self.memories)
+
+
+@dataclass
+class Pair:
+    """What DPO learns from: two samples of a cached context."""
+    environment: str
+    stream: str
+    clip: int
+    winner: int
+    loser: int
+    path: int                    # edges between them
+
+
+@dataclass
+class Yield:
+    """How many preferences and pairs come of how many comparisons."""
+    contexts: int = 0
+    compared: int = 0            # pairs of memories, each judged in both orders
+    failed: int = 0              # of these, in one order at least without a verdict
+    tied: int = 0                # in one order at least
+    contradicted: int = 0        # the two orders name different memories
+    cyclic: int = 0              # part of a contradiction among several memories
+    preferences: int = 0         # what is left of `compared` without all these
+    contexts_with_pair: int = 0
+
+    def add(self, other):
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+
+def find_preferences(judge, cache, questions, folder, chunk, suffix=""):
+    """(judged contexts that have preferences, pairs, {environment: Yield}).
+
+    cache: rows of cache.jsonl; questions: {environment: [text]}. Verdicts go into a file per environment of `folder`.
+    """
     folder.mkdir(exist_ok=True)
-    for (environment, asked), cache in zip(questions.items(), caches.values()):
-        verdicts = compare(S, judge, cache, asked, folder / f"{slug(environment)}{name}.jsonl")
-        yields[environment] = figures = Counter(contexts=len(cache), judged=sum(map(len, verdicts)))
-        for c, mine in zip(cache, verdicts):
-            edges = [(j, i) if v == "first" else (i, j) for i, j, v in mine if v in ("first", "second")]
-            kept, tokens = consistent(edges), [x["memory_tokens"] for x in c["samples"]]
-            where = {"environment": environment, "stream": c["stream"], "clip": c["clip"]}
-            if kept:
-                groups.append(where | {
-                    "history": c["history"], "memories": [x["memory"] or "" for x in c["samples"]],
-                    "tokens": tokens, "preferences": [(w, l) for l, w in kept]})
-            pair = choose_pair(kept, [x["quality"] for x in c["samples"]], tokens)
-            pairs += [where | dict(zip(("winner", "loser", "path"), pair))] if pair else []
-            figures.update([v for *_, v in mine], cyclic=len(edges) - len(kept), kept=len(kept),
-                           with_pair=bool(pair))
-    return groups, pairs, yields
+    contexts = []
+    pairs = []
+    yields = {}
+    for environment, asked in questions.items():
+        rows = [row for row in cache if environment in row["environments"]]
+        file = folder / f"{slug(environment)}{suffix}.jsonl"
+        verdicts = compare(judge, rows, asked, file, chunk)
+        yields[environment] = Yield()
+        for row, verdicts_of_row in zip(rows, verdicts):
+            context, pair, counts = learn_from(environment, row, verdicts_of_row)
+            yields[environment].add(counts)
+            if context.preferences:
+                contexts.append(context)
+            if pair:
+                pairs.append(pair)
+    return contexts, pairs, yields
 
-def trl_rows(S, streams, cache, pairs, tokenizer):
-    """The pairs in TRL's preference format. Each clip is one <|video_pad|>, which Qwen3-VL's processor
-    expands into frames and their times; pairs.jsonl and streams.jsonl tell which files those are."""
-    build_prompt = importlib.import_module("02_phase1_train").build_prompt
-    streams, cached = {s["stream"]: s for s in streams}, {(c["stream"], c["clip"]): c for c in cache}
-    for p in pairs:
-        t, c = p["clip"], cached[p["stream"], p["clip"]]
-        context = make_context(streams[p["stream"]], t,
-                               dict(enumerate(c["history"], t - len(c["history"]))), k=S.K)
-        prompt = build_prompt(context, [[(0.0, 1)]] * len(context.clips),
-                              tokenizer).replace("<0.0 seconds>", "")
-        yield {"prompt": prompt} | {name: c["samples"][p[who]]["text"]
-                                    for name, who in (("chosen", "winner"), ("rejected", "loser"))}
+
+def learn_from(environment, row, verdicts):
+    """(JudgedContext, Pair or None, Yield) of one row of the cache."""
+    edges = []
+    for i, j, said in verdicts:
+        if said == "first":
+            edges.append((j, i))
+        if said == "second":
+            edges.append((i, j))
+    kept = consistent(edges)
+    place = environment, row["stream"], row["clip"]
+    memories = [sample["memory"] or "" for sample in row["samples"]]
+    tokens = [sample["memory_tokens"] for sample in row["samples"]]
+    quality = [sample["quality"] for sample in row["samples"]]
+    preferences = [(winner, loser) for loser, winner in kept]
+    context = JudgedContext(*place, row["history"], memories, tokens, preferences)
+    chosen = choose_pair(kept, quality, tokens)
+    pair = Pair(*place, *chosen) if chosen else None
+    said = [word for _, _, word in verdicts]
+    counts = Yield(
+        contexts=1,
+        compared=len(verdicts),
+        failed=said.count("failed"),
+        tied=said.count("tied"),
+        contradicted=said.count("contradicted"),
+        cyclic=len(edges) - len(kept),
+        preferences=len(kept),
+        contexts_with_pair=1 if pair else 0)
+    return context, pair, counts
+
+
+def trl_rows(streams, cache, pairs, tokenizer, window):
+    """The pairs in TRL's preference format.
+
+    Each clip is one <|video_pad|>, which Qwen3-VL's processor expands into frames and their times; pairs.jsonl and
+    streams.jsonl tell which files those are.
+    """
+    streams = {stream["stream"]: stream for stream in streams}
+    cached = {(row["stream"], row["clip"]): row for row in cache}
+    rows = []
+    for pair in pairs:
+        row = cached[pair.stream, pair.clip]
+        context = collect.cached_context(streams[pair.stream], row, window)
+        one_pad_each = [[(0.0, 1)]] * len(context.clips)
+        prompt = build_prompt(context, one_pad_each, tokenizer).replace("<0.0 seconds>", "")
+        samples = row["samples"]
+        rows.append({"prompt": prompt, "chosen": samples[pair.winner]["text"],
+                     "rejected": samples[pair.loser]["text"]})
+    return rows
+
 
 # ================================================================ the reward model
+@dataclass
+class Reading:
+    """What R reads: recent questions, a context's earlier memories, and memories of its newest clip to be valued."""
+    questions: list
+    history: list
+    memories: list
+
+
 class RewardModel:
-    """R(questions, history, memory): one more writer of the policy, "reward", which is a LoRA on its base and
-    does nothing while another is switched on; and a head at a memory's last token. `spread`, the unit of
-    `score`, is R's mean standard deviation within a context; `read` counts the tokens read."""
+    """R(questions, history, memory): one more writer of the policy, "reward", and a linear head.
 
-    def __init__(self, policy, S, folder=None):
+    The writer is a LoRA on the base and does nothing while another is switched on. The head reads the output at a
+    memory's last token. spread: R's mean standard deviation within a context, the unit of `score`.
+    """
+
+    def __init__(self, policy, *, history, rows, folder=None):
+        """history: earlier memories that R reads; rows: contexts per forward pass; folder: what `save` wrote."""
         from safetensors.torch import load_file
-        self.policy, self.S, self.read, writer = policy, S, 0, policy.who
-        self.params = policy.add("reward", "lora", folder)
-        policy.use(writer)
-        head = load_file(str(folder / "head.safetensors")) if folder else {"weight": torch.zeros(policy.hidden)}
-        self.spread, self.head = (float(head.get("spread", 1)),
-                                  torch.nn.Parameter(head["weight"].to(policy.device)))
-        self.params.append(self.head)                                  # (d,)
+        self.policy = policy
+        self.history = history
+        self.rows = rows
+        self.spread = 1.0
+        weight = torch.zeros(policy.hidden)
+        with policy.using("reward"):                       # afterwards the writer is who it was
+            self.params = policy.add("reward", "lora", folder)
+        if folder:
+            saved = load_file(str(folder / "head.safetensors"))
+            weight = saved["weight"]
+            self.spread = float(saved["spread"])
+        self.head = torch.nn.Parameter(weight.to(policy.device))                      # (d,)
+        self.params.append(self.head)
 
-    def tokens(self, questions, history, memories):
-        """Ids of what a context's memories share, then of each memory. A memory stands where the policy would
-        write it after a task prompt, so that the LoRA starts from what the base already makes of questions."""
-        encode = lambda text: self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-        task_prompt = importlib.import_module("02_phase1_train").TASK_PROMPT
-        history = [m or "(nothing)" for m in history[max(0, len(history) - self.S.HISTORY):]]
-        turn = {"role": "user", "content": "\n".join([task_prompt.strip("\n"), *questions, "", *history])}
+    def tokens(self, reading):
+        """Ids of what a reading's memories share, and a list of the ids of each memory.
+
+        A memory stands where the policy would write it after a task prompt, so the LoRA starts from what the base
+        already makes of questions.
+        """
+        first = max(0, len(reading.history) - self.history)
+        earlier = [memory or "(nothing)" for memory in reading.history[first:]]
+        content = "\n".join([TASK_PROMPT.strip("\n"), *reading.questions, "", *earlier])
+        turn = {"role": "user", "content": content}
         text = self.policy.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        return [encode(text + "\n</think>\n\n"), *(encode(m) + [self.policy.end] for m in memories)]
+        shared = self.ids(text + "\n</think>\n\n")
+        return shared, [self.ids(memory) + [self.policy.end] for memory in reading.memories]
 
-    def __call__(self, groups, questions):
-        """R (M,) in fp32 of each group's memories; questions: a list of texts per group. A group is one row
-        [shared | m1 | ... | mM], as in the policy's log-probs: a memory sees the shared part and itself."""
-        rows = [self.tokens(q, g["history"], g["memories"]) for g, q in zip(groups, questions)]
-        flat = lambda row: torch.tensor([x for part in row for x in part], device=self.policy.device)
-        pad = lambda rows, value: torch.nn.utils.rnn.pad_sequence(list(map(flat, rows)), True, value)
-        ids = pad(rows, self.policy.end)                                                          # (B, T)
-        owner = pad([[[j] * len(part) for j, part in enumerate(row)] for row in rows], -1)        # (B, T)
-        starts = [[0] + [len(row[0])] * (len(row) - 1) for row in rows]  # memories follow the shared part
-        place = pad([[range(at, at + len(m)) for at, m in zip(*x)] for x in zip(starts, rows)], 0)   # (B, T)
+    def ids(self, text):
+        return self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def __call__(self, readings):
+        """R (M,) in fp32 of each reading's memories.
+
+        A reading is one packed row [shared | m1 | ... | mM], as in the policy's log-probs (support/attention.py): a
+        memory sees the shared part and itself.
+        """
+        ids = []
+        owners = []
+        positions = []
+        for reading in readings:
+            shared, memories = self.tokens(reading)
+            ids.append(torch.tensor(sum(memories, shared)))                           # (T_i,)
+            owners.append(packed_owners(len(shared), memories)[0])                    # (T_i,)
+            of_shared = torch.arange(len(shared)).expand(3, -1)                       # (3, P)
+            positions.append(packed_positions(of_shared, memories).T)                 # (T_i, 3)
+        ids = self.padded(ids, self.policy.end)                                       # (B, T)
+        owner = self.padded(owners, -1)                                               # (B, T)
+        positions = self.padded(positions, 0).permute(2, 0, 1)                        # (3, B, T)
         self.policy.attend(owner)
-        hidden = self.policy.lm(input_ids=ids, position_ids=place.expand(3, -1, -1), use_cache=False,
-                                attention_mask=visible(owner, owner).tril()).last_hidden_state  # (B, T, d)
-        last = (owner > 0) & (owner != F.pad(owner[:, 1:], (0, 1), value=-1))                     # (B, T)
-        self.read += ids.numel()
-        return (hidden[last].float() @ self.head).split([len(row) - 1 for row in rows])           # (M,) each
+        hidden = self.policy.lm(
+            input_ids=ids, position_ids=positions, attention_mask=visible(owner, owner).tril(),
+            use_cache=False).last_hidden_state                                        # (B, T, d)
+        next_owner = F.pad(owner[:, 1:], (0, 1), value=-1)
+        last = (owner > 0) & (owner != next_owner)                                    # (B, T) ends of memories
+        values = hidden[last].float() @ self.head                                     # (B * M,)
+        return values.split([len(reading.memories) for reading in readings])
 
-    def measure(self, groups, questions):
-        """As a call, without gradient and in batches: an array (M,) per group."""
+    def padded(self, rows, value):
+        rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        return rows.to(self.policy.device)
+
+    def measure(self, readings):
+        """As a call, without gradient and in batches -> an array (M,) per reading."""
+        values = []
         with self.policy.using("reward"), torch.no_grad():
-            return [r.cpu().numpy() for i in range(0, len(groups), self.S.ROWS)
-                    for r in self(groups[i:i + self.S.ROWS], questions[i:i + self.S.ROWS])]
+            for i in range(0, len(readings), self.rows):
+                batch = self(readings[i:i + self.rows])
+                values += [R.cpu().numpy() for R in batch]
+        return values
+
+    def score(self, questions, history, memories):
+        """R of each of one context's memories, in units of `spread`."""
+        if not memories:
+            return []
+        values = self.measure([Reading(questions, history, memories)])[0]             # (M,)
+        return [R / self.spread for R in values.tolist()]
 
     def save(self, folder):
         from safetensors.torch import save_file
         save_adapter(self.policy, "reward", folder)
+        head = {"weight": self.head.detach().cpu(), "spread": torch.tensor(self.spread)}
         with written_aside(folder / "head.safetensors") as aside:
-            save_file({"weight": self.head.detach().cpu(), "spread": torch.tensor(self.spread)}, str(aside))
+            save_file(head, str(aside))
+
 
 def load_reward_model(S, policy):
     """The reward model of runs/RUN (or FROM) as one more adapter on `policy`, whose writer stays on."""
     folder = need(S, "reward/model/head.safetensors").parent
-    return RewardModel(policy, SimpleNamespace(**read_json(folder.parent / "settings.json")), folder)
+    trained_with = read_json(folder.parent / "settings.json")
+    return RewardModel(policy, history=trained_with["HISTORY"], rows=trained_with["ROWS"], folder=folder)
 
-def score(model, items):
-    """R of items {questions, history, memory} in units of `spread`; neighbours of one context share a row."""
-    rows = [(q, {"history": h, "memories": [x["memory"] for x in mine]})
-            for (q, h), mine in groupby(items, key=lambda x: (x["questions"], x["history"]))]
-    values = model.measure([g for _, g in rows], [q for q, _ in rows])
-    return [r / model.spread for row in values for r in row.tolist()]
 
-def train(S, model, groups, questions, out):
-    """Bradley-Terry: -log sigmoid(R(winner) - R(loser)), mean over a context's preferences, then over
-    contexts. Each draw shows one to all of the environment's questions in random order, so that R
-    reads what they are after, not how many there are or where. Draws depend on (seed, step) alone;
-    resumes from out/checkpoint.pt."""
-    run = Training(S, out, model.params)
-    with model.policy.using("reward"):
-        model.policy.train_only(model.params)
-        for step in run:
-            # ---- batch
-            began, draw, gaps, loss = time.time(), random.Random(f"{S.SEED} {step}"), [], 0.0
-            batch = draw.sample(groups, min(S.CONTEXTS, len(groups)))
-            shown = [draw.sample(q, draw.randint(1, len(q)))
-                     for q in (questions[g["environment"]] for g in batch)]
-            # ---- loss
-            mine, shown = batch[RANK::WORLD], shown[RANK::WORLD]             # of several GPUs, this one's
-            for i in range(0, len(mine), S.ROWS):
-                R = model(mine[i:i + S.ROWS], shown[i:i + S.ROWS])                                # (M,) each
-                gaps += [torch.stack([r[w] - r[l] for w, l in g["preferences"]])
-                         for g, r in zip(mine[i:], R)]
-                share = -sum(F.logsigmoid(gap).mean() for gap in gaps[i:]) / len(batch)           # ()
-                share.backward()
-                loss += share.item()
-            # ---- update and log
-            lr = S.LR * min((step + 1) / S.WARMUP, 1, (S.STEPS - step) / max(1, S.STEPS - S.WARMUP))
-            norm, right = run.update(lr), sum(gather([(gap > 0).tolist() for gap in gaps]), [])
-            run.log(dict(step=step, loss=sum(gather([loss])), accuracy=sum(right) / len(right),
-                         grad_norm=norm, lr=lr, seconds=time.time() - began), "loss", "accuracy")
+# ================================================================ training
+# log.csv, a row a step:
+#   loss          see `train`
+#   accuracy      share of the step's preferences that R orders as the judge does
+#   grad_norm     before clipping
+#   lr            learning rate
+#   seconds       of the step
+def train(run, model, contexts, questions, *, seed, batch_size, lr, warmup):
+    """Bradley-Terry: -log sigmoid(R(winner) - R(loser)), the mean over a context's preferences, then over contexts.
+
+    run: the Training; questions: {environment: [text]}. A step's draws depend on (seed, step) alone.
+    """
+    model.policy.train_only(model.params)
+    for step in run:
+        # ---------------- batch
+        began = time.time()
+        draw = random.Random(f"{seed} {step}")
+        batch = draw.sample(contexts, min(batch_size, len(contexts)))
+        shown = [some_questions(draw, questions[context.environment]) for context in batch]
+        # ---------------- loss
+        share = my_share(zip(batch, shown))
+        loss = 0.0
+        right = []                                         # whether R orders a preference as the judge does
+        for i in range(0, len(share), model.rows):
+            part = share[i:i + model.rows]
+            values = model([context.reading(asked) for context, asked in part])       # (M,) each
+            losses = []
+            for (context, _), R in zip(part, values):
+                margin = margins(context.preferences, R)                              # (preferences,)
+                losses.append(-F.logsigmoid(margin).mean())                           # ()
+                right += (margin > 0).tolist()
+            part_loss = sum(losses) / len(batch)                                      # ()
+            part_loss.backward()
+            loss += part_loss.item()
+        # ---------------- update
+        rate = learning_rate(step, run.steps, lr, warmup)
+        grad_norm = run.update(rate)
+        # ---------------- log and save
+        accuracy = gather_sum(sum(right)) / gather_sum(len(right))
+        row = {"step": step, "loss": gather_sum(loss), "accuracy": accuracy, "grad_norm": grad_norm, "lr": rate,
+               "seconds": time.time() - began}
+        run.log(row, "loss", "accuracy")
+
+
+def some_questions(draw, questions):
+    """One to all of the questions in random order, so that R reads what they are after, not how many there are."""
+    count = draw.randint(1, len(questions))
+    return draw.sample(questions, count)
+
+
+def margins(preferences, R):
+    """R(winner) - R(loser) of each preference; R (M,) -> (preferences,)."""
+    return torch.stack([R[winner] - R[loser] for winner, loser in preferences])
+
+
+def learning_rate(step, steps, lr, warmup):
+    """Up over `warmup` steps, then linearly down to 0."""
+    up = (step + 1) / warmup
+    down = (steps - step) / max(1, steps - warmup)
+    return lr * min(up, 1, down)
+
 
 # ================================================================ validation
-def pair_accuracy(S, groups, values):
-    """{mean, low, high}: share of preferences that `values` order as the judge does (equal ones count half),
-    95 % by a bootstrap over streams (over clips of a single one), whose preferences are not independent."""
-    right, total, single = Counter(), Counter(), len({g["stream"] for g in groups}) == 1
-    for g, v in zip(groups, values):
-        right[g["stream"], single * g["clip"]] += sum((v[w] > v[l]) + 0.5 * (v[w] == v[l])
-                                                      for w, l in g["preferences"])
-        total[g["stream"], single * g["clip"]] += len(g["preferences"])
-    right, total = (np.array([counts[s] for s in sorted(total)], dtype=float) for counts in (right, total))
-    drawn = np.random.default_rng(S.SEED).integers(len(right), size=(S.BOOTSTRAP, len(right)))
-    low, high = np.percentile(right[drawn].sum(1) / total[drawn].sum(1), [2.5, 97.5]).tolist()
-    return {"mean": float(right.sum() / total.sum()), "low": low, "high": high}
+def validate(model, contexts, questions, *, resamples, seed):
+    """Figures on held-out contexts, judged and read by held-out questions {environment: [text]}.
 
-def validate(S, model, groups, questions):
-    """Figures on groups of held-out streams, judged and read by held-out questions {environment: [text]}."""
-    draw, asked = random.Random(S.SEED), [questions[g["environment"]] for g in groups]
-    others = [draw.choice([q for q in questions.values() if q != mine] or [mine]) for mine in asked]
-    R, mixed = model.measure(groups, asked), model.measure(groups, [draw.sample(q, len(q)) for q in asked])
-    same = [(r[w] > r[l]) == (m[w] > m[l]) for g, r, m in zip(groups, R, mixed) for w, l in g["preferences"]]
-    alone = [abs(r - model.measure([g | {"memories": [m]}], [q])[0][0])
-             for g, q, row in zip(groups[:8], asked, R) for m, r in zip(g["memories"], row)]
-    tokens = [np.array(g["tokens"]) for g in groups]                     # 0 where malformed
-    a, b = (np.concatenate([v[n > 0] - v[n > 0].mean() for v, n in zip(x, tokens)]) for x in (R, tokens))
-    return {"pair_accuracy": pair_accuracy(S, groups, R),
-            "shuffled_accuracy": pair_accuracy(S, groups, model.measure(groups, others)),  # others' questions
-            "length_correlation": float(a @ b / max(1e-9, np.sqrt(a @ a * (b @ b)))),    # within contexts
-            "order_agreement": float(np.mean(same)),                                     # questions reordered
-            "order_change": float(np.abs(np.concatenate(R) - np.concatenate(mixed)).mean() / model.spread),
-            "padding_change": float(max(alone))}                                         # packed | one by one
+    pair_accuracy: on the questions that the judge had; shuffled_accuracy: on those of another environment, so it
+    tells how much R reads the questions at all.
+    """
+    draw = random.Random(seed)
+    readings = []
+    shuffled = []
+    for context in contexts:
+        asked = questions[context.environment]
+        others = [other for other in questions.values() if other != asked]
+        readings.append(context.reading(asked))
+        shuffled.append(context.reading(draw.choice(others or [asked])))
+    values = model.measure(readings)
+    shuffled_values = model.measure(shuffled)
+    return {"pair_accuracy": pair_accuracy(contexts, values, resamples, seed),
+            "shuffled_accuracy": pair_accuracy(contexts, shuffled_values, resamples, seed),
+            "length_correlation": length_correlation(contexts, values),
+            "spread": model.spread}
 
+
+def pair_accuracy(contexts, values, resamples, seed):
+    """{mean, low, high}: the share of preferences that `values` order as the judge does; equal ones count half.
+
+    The interval holds 95 % of a bootstrap over streams (over clips of a single one), because preferences of one
+    stream are not independent.
+    """
+    one_stream = len({context.stream for context in contexts}) == 1
+    counts = {}                                            # {unit: [right, preferences]}
+    for context, R in zip(contexts, values):
+        unit = context.stream, context.clip if one_stream else 0
+        of_unit = counts.setdefault(unit, [0.0, 0.0])
+        for winner, loser in context.preferences:
+            of_unit[0] += (1 + np.sign(R[winner] - R[loser])) / 2        # 1 right, 0.5 equal, 0 wrong
+            of_unit[1] += 1
+    table = np.array([counts[unit] for unit in sorted(counts)])                       # (U, 2)
+    n = len(table)
+    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))              # (resamples, U)
+    right, preferences = table[drawn].sum(1).T                                        # (resamples,) each
+    low, high = np.percentile(right / preferences, [2.5, 97.5]).tolist()
+    mean = table[:, 0].sum() / table[:, 1].sum()
+    return {"mean": float(mean), "low": low, "high": high}
+
+
+def length_correlation(contexts, values):
+    """Correlation of R with the memory's length within contexts: whether R merely rewards long memories."""
+    R_centred = []
+    tokens_centred = []
+    for context, R in zip(contexts, values):
+        tokens = np.array(context.tokens)                                             # (M,)
+        R = R[tokens > 0]                                  # of the well-formed memories
+        tokens = tokens[tokens > 0]
+        R_centred.append(R - R.mean())
+        tokens_centred.append(tokens - tokens.mean())
+    a = np.concatenate(R_centred)
+    b = np.concatenate(tokens_centred)
+    norms = np.sqrt(a @ a * (b @ b))
+    return float(a @ b / max(1e-9, norms))
+
+
+def mean_spread(contexts, values):
+    """Mean over contexts of R's standard deviation over the well-formed memories; 1 where R is constant."""
+    deviations = []
+    for context, R in zip(contexts, values):
+        formed = np.array(context.tokens) > 0
+        deviations.append(R[formed].std())
+    spread = float(np.mean(deviations))
+    return spread if spread > 0 else 1.0
+
+
+# ================================================================ the stage
 def main(argv=None):
     S = settings(globals(), argv)
-    out = start(S, "reward")
+    out = start(S, "reward", find_preferences, train, RewardModel.tokens)
+    # ---------------- questions, and the contexts that may be learned from
     recent = read_json(need(S, "tasks/recent.json"))
-    asked = {e: [r["question"] for r in rows[:S.RECENT]] for e, rows in recent.items()}
-    later = {e: [r["question"] for r in rows[S.RECENT:2 * S.RECENT]] or asked[e] for e, rows in recent.items()}
-    if any(q is asked[e] for e, q in later.items()):
-        print("*** too few questions to hold some out: where they lack, R is validated on its own ***")
-    streams, stage3 = load_streams(S, "deploy"), importlib.import_module("03_collect_tasks")
-    caches = stage3.cached(S, streams)
-    every = [c for mine in caches.values() for c in mine]
-    unit = lambda c: c["stream"] if len({c["stream"] for c in every}) > 1 else (c["stream"], c["clip"])
-    units = sorted({unit(c) for c in every})         # streams; of a single endless one, its clips
-    held = set(units[len(units) - max(1, round(S.HELD_OUT * len(units))):])
-    unseen = {e: [c for c in mine if unit(c) in held] for e, mine in caches.items()}
-    asks = lambda parts: sum(len(comparable(c["samples"])) for mine in parts.values() for c in mine)
-    print(f"cost: {2 * asks(caches) + 2 * asks(unseen)} judge calls, both orders, on {len(every)} contexts of "
-          f"{len(asked)} environments; {len(held)} of {len(units)} streams once more with held-out questions")
-    # ---- preferences
+    asked, later = split_questions(recent, S.RECENT)
+    streams = load_streams(S, "deploy")
+    collect.check_recent(S, streams)
+    cache = [row for row in read_jsonl(need(S, "tasks/cache.jsonl")) if row["environments"]]
+    held_out = hold_out(cache, S.HELD_OUT)
+    test_cache = [row for row in cache if (row["stream"], row["clip"]) in held_out]
+    calls = 2 * (count_comparisons(cache) + count_comparisons(test_cache))
+    print(f"cost: {calls} judge calls, both orders, on {len(cache)} contexts for {len(recent)} environments; "
+          f"{len(test_cache)} of them once more with held-out questions")
+    # ---------------- preferences and pairs
     policy = load_policy(S)
     judge = load_judge(S, lambda: policy)
-    groups, pairs, yields = preferences(S, judge, caches, asked, out / "verdicts")
-    tests, _, _ = preferences(S, judge, unseen, later, out / "verdicts", "-later")
-    write_jsonl(out / "pairs.jsonl", pairs)
-    write_jsonl(out / "preferences.jsonl", [
-        {k: g[k] for k in ("environment", "stream", "clip")} | {"winner": w, "loser": l}
-        for g in groups for w, l in g["preferences"]])
-    yields["all"] = sum(yields.values(), Counter())
-    for e, y in yields.items():
-        print(f"{e:16}",
-              *(f"{y[k]} {k}, " for k in ("judged", "failed", "tied", "contradicted", "cyclic", "kept")),
-              f"{y['with_pair'] / y['contexts']:.2%} of contexts have a pair (paper: 29.17 %)")
-    # ---- reward model
-    write_jsonl(out / "pairs_trl.jsonl", trl_rows(S, streams, every, pairs, policy.tokenizer))
-    learn = [g for g in groups if unit(g) not in held]
+    contexts, pairs, yields = find_preferences(judge, cache, asked, out / "verdicts", S.CHUNK)
+    tests, _, _ = find_preferences(judge, test_cache, later, out / "verdicts", S.CHUNK, "-later")
+    yields["all"] = summed(yields)
+    print_yields(yields)
+    write_jsonl(out / "preferences.jsonl", preference_rows(contexts))
+    write_jsonl(out / "pairs.jsonl", [vars(pair) for pair in pairs])
+    write_jsonl(out / "pairs_trl.jsonl", trl_rows(streams, cache, pairs, policy.tokenizer, S.K))
+    # ---------------- reward model
+    learn = [context for context in contexts if (context.stream, context.clip) not in held_out]
     if not learn or not tests:
-        few = (f"no reward model: preferences in {len(learn)} contexts to learn from, in {len(tests)} to test on; "
-               f"{yields['all']['tied']} of {yields['all']['judged']} comparisons were ties")
-        return print(f"*** {few}. 05 with dpo has {len(pairs)} pairs ***") if pairs else sys.exit(few)
-    torch.manual_seed(S.SEED)                                          # of the LoRA's first values
-    model, began, few = RewardModel(policy, S), time.time(), random.Random(S.SEED).choices(learn, k=64)
-    model.measure(few, [asked[g["environment"]] for g in few])
-    work = S.STEPS * S.CONTEXTS / len(few)                             # a step takes 3 times its forward pass
-    print(f"cost: {sum(p.numel() for p in model.params)} trainable parameters, {S.STEPS} steps x {S.CONTEXTS}"
-          f" of {len(learn)} contexts with {sum(len(g['preferences']) for g in learn)} preferences, "
-          f"{model.read * work / 1e6:.2f} M tokens, about {3 * work * (time.time() - began) / 60:.1f} min")
-    train(S, model, learn, asked, out)
-    values = model.measure(few, [asked[g["environment"]] for g in few])
-    model.spread = float(np.mean([v[np.array(g["tokens"]) > 0].std() for g, v in zip(few, values)])) or 1.0
-    model.save(out / "model")
-    report = validate(S, model, tests, later) | {"spread": model.spread, "yield": yields}
+        say_why_no_reward_model(S, learn, tests, pairs, yields["all"])
+        return
+    model = train_reward_model(S, out, policy, learn, asked)
+    report = validate(model, tests, later, resamples=S.BOOTSTRAP, seed=S.SEED)
+    for name, value in report.items():
+        print(f"  {name:20} {value}")
+    report["yield"] = {environment: vars(counts) for environment, counts in yields.items()}
     write_json(out / "report.json", report)
-    for name, value in list(report.items())[:-1]:
-        print(f"{name:20}", value if isinstance(value, dict) else round(value, 6))
+    print(f"{len(pairs)} pairs and the reward model are in {out}; next: {next_command(S, '05_phase2_train.py')}")
+
+
+def split_questions(recent, n):
+    """({environment: its first n questions}, {environment: the n after them, on which R is validated})."""
+    asked = {}
+    later = {}
+    for environment, tasks in recent.items():
+        questions = [task["question"] for task in tasks]
+        asked[environment] = questions[:n]
+        later[environment] = questions[n:2 * n]
+    lacking = [environment for environment in recent if not later[environment]]
+    for environment in lacking:
+        later[environment] = asked[environment]
+    if lacking:
+        print(f"*** too few questions to hold some out: for {', '.join(lacking)} R is validated on its own ***")
+    return asked, later
+
+
+def hold_out(cache, share):
+    """{(stream, clip)} of a share of the cached streams, the last ones; of a single stream, of its last clips."""
+    places = sorted((row["stream"], row["clip"]) for row in cache)
+    streams = sorted({stream for stream, _ in places})
+    if len(streams) == 1:
+        return set(last_share(places, share))
+    held_out = last_share(streams, share)
+    return {(stream, clip) for stream, clip in places if stream in held_out}
+
+
+def last_share(items, share):
+    """The last items, a share of all but at least one."""
+    return items[-max(1, round(share * len(items))):]
+
+
+def count_comparisons(cache):
+    count = 0
+    for row in cache:
+        count += len(comparable(row["samples"])) * len(row["environments"])
+    return count
+
+
+def preference_rows(contexts):
+    rows = []
+    for context in contexts:
+        for winner, loser in context.preferences:
+            rows.append({"environment": context.environment, "stream": context.stream, "clip": context.clip,
+                         "winner": winner, "loser": loser})
+    return rows
+
+
+def summed(yields):
+    whole = Yield()
+    for counts in yields.values():
+        whole.add(counts)
+    return whole
+
+
+def print_yields(yields):
+    for environment, counts in yields.items():
+        share = counts.contexts_with_pair / max(1, counts.contexts)
+        print(f"  {environment:16} {counts.compared} compared: {counts.failed} failed, {counts.tied} tied, "
+              f"{counts.contradicted} contradicted, {counts.cyclic} cyclic, {counts.preferences} preferences; "
+              f"{share:.2%} of contexts have a pair (paper: 29.17 %)")
+
+
+def say_why_no_reward_model(S, learn, tests, pairs, counts):
+    """SystemExit where there is no pair either."""
+    why = (f"no reward model: preferences in {len(learn)} contexts to learn from, in {len(tests)} to test on; "
+           f"{counts.tied} of {counts.compared} comparisons were ties")
+    if not pairs:
+        sys.exit(why)
+    print(f"*** {why}. 05 with dpo has {len(pairs)} pairs ***\nnext: {next_command(S, '05_phase2_train.py')}")
+
+
+def train_reward_model(S, out, policy, contexts, questions):
+    """Trains R on judged contexts, saves it in out/model and hands it back."""
+    torch.manual_seed(S.SEED)                              # of the LoRA's first values
+    model = RewardModel(policy, history=S.HISTORY, rows=S.ROWS)
+    count = sum(len(context.preferences) for context in contexts)
+    print(f"cost: {S.STEPS} steps x {S.CONTEXTS} of {len(contexts)} contexts with {count} preferences; "
+          f"{sum(p.numel() for p in model.params)} trainable parameters")
+    run = Training(out, model.params, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP)
+    with policy.using("reward"):
+        train(run, model, contexts, questions, seed=S.SEED, batch_size=S.CONTEXTS, lr=S.LR, warmup=S.WARMUP)
+    some = random.Random(S.SEED).choices(contexts, k=64)
+    values = model.measure([context.reading(questions[context.environment]) for context in some])
+    model.spread = mean_spread(some, values)
+    model.save(out / "model")
+    return model
+
 
 if __name__ == "__main__":
     main()

@@ -1,40 +1,45 @@
 """Stage 6: watch the test streams with every policy, answer from its memories alone, write the report.
 
-A policy watches each test stream once, clip by clip, with its own memories as history. The reader answers the
-questions of *every* environment from them, so the cross-task transfer matrix costs no second watching;
-without TRANSFER an adapter watches what its own environment asks about. Only "+ task prompt" watches once for
-each. All are validated in Phase One's contexts: win / tie / loss. Of online streams, what was seen up to an
-environment's last recent question keeps the memories of the policy without its adapter, and what 03 cached is
-not validated on.
+A policy watches each test stream once, clip by clip, with its own memories as history. A reader answers the questions
+of *every* environment (a kind of question, as in the paper) from these memories, so that the matrix of transfer between
+environments costs no second watching; without TRANSFER an adapter watches what its own environment asks about.
+"+ task prompt" is told the recent questions, so it watches once for each environment. In addition all policies write in
+the same contexts, and these memories are judged: win / tie / loss against Phase One. Of online streams (see 01), what
+was seen up to an environment's last recent question keeps the memories of the policy without its adapter, and contexts
+that 03 cached are not judged.
 
-Differences from the paper: 95 % intervals, by a bootstrap over streams (questions about one stream share its
-memories, so the stream is the independent unit; below 5 streams it is the question); the questions after the
-update (scope "after") stand apart from "all", which pools the first recent questions as the paper does; a
-reply that the judge failed to give is dropped and counted, never a miss. results/report.py lays it all out.
+Differences from the paper: 95 % intervals, by a bootstrap over streams (questions about one stream share its memories;
+with fewer than 5 streams it is over questions); the questions after the update (scope "after") stand apart from "all",
+which pools the first recent questions as the paper does; a reply that the judge failed to give is dropped and counted,
+never a miss.
 
-Run:  python 06_eval.py     (finished policies are kept: interrupt it, or train another adapter, and go on)
+Run:  python 06_eval.py     (finished policies are stored: interrupt it, or train another adapter, and go on)
 In:   streams/*.jsonl  phase1/adapter  tasks/recent.json, cache.jsonl  phase2/*/*/adapter (whichever exist)
 Out:  eval/results.json, results.md, report.html (one file, opens offline), memories.jsonl
 """
-import importlib, random
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
-import common
-import loading
-from common import np
-from judges import load_judge
-from loading import fingerprint
-from results import report
-from results.report import apart, ratio, resamples
+from common import (build_prompt, load_judge, load_policy, make_context, per_model, rollout, settings, stage,
+                    watch)
+from support import figures, report
+from support.ranks import gather, my_share, once, progress
+from support.runs import (NOT_COMPARED, ROOT, fingerprint, load_streams, need, next_command, read_json, read_jsonl,
+                          say_what_differs, slug, start, write_json, write_jsonl, write_text)
+from support.weights import load_adapter
 
-stage3 = importlib.import_module("03_collect_tasks")
+phase1 = stage("02_phase1_train")
+tasks_stage = stage("03_collect_tasks")
+reward_stage = stage("04_train_reward")
 
 # ------------------------------------------------------------------------------------------------------------
 STREAMS = 0                         # test streams to watch; 0 = all of them
 METHODS = ""                        # evaluate only these beside base and phase1, like base+prompt,dpo-steer
 EXPECT = "dpo-steer,grpo-steer"     # Phase Two policies of a full comparison; others found in phase2/ join in
 RECENT = 5                          # questions in a task prompt, and pooled into scope "all" (paper: 5)
-TRANSFER = common.both(1, 0)        # 1: adapters also answer what the other environments ask
+TRANSFER = per_model(1, 0)          # 1: adapters also answer what the other environments ask
 READERS = ""                        # others who answer from the same memories, like local,openai:MODEL
 VALIDATE = 160                      # contexts for the quality of a method, dealt out to its adapters
 VALIDATE_TEMPERATURE = 1.0          # as in training: at 0.6 even an untrained base looks faithful
@@ -43,287 +48,456 @@ EXAMPLES = 3                        # clips shown in the report with their frame
 # ------------------------------------------------------------------------------------------------------------
 
 
-# -------------------------------------------------------------------------------- statistics
-METRICS = {"accuracy": (2, 0), "coverage": (1, 0), "precision": (2, 1)}    # columns of `count`: top / bottom
-QUALITY = {"win": (7, 6), "tie": (8, 6), "loss": (9, 6), "faithful": (2, 0), "non_redundant": (3, 0),
-           "fully_right": (4, 0), "well_formed": (1, 0), "tokens": (5, 1)}     # columns of `tally`
+# ================================================================ who is examined
+@dataclass
+class Examinee:
+    """A policy that is examined: a method, and the environment that its adapter or its prompt is for."""
+    method: str                     # "base", "phase1", "base+prompt", "dpo-steer", ...
+    environment: str                # "": it is for all of them
+    writer: str                     # whose weights write: "base", "phase1", "phase2"
+    folder: Path | None = None      # of the Phase Two adapter
+
+    @property
+    def slug(self):
+        return slug(f"{self.method}.{self.environment}" if self.environment else self.method)
+
+    @property
+    def is_prompted(self):
+        return self.method.endswith("+prompt")
+
+    def is_for(self, environment):
+        return self.environment in ("", environment)
 
 
-def count(rows, units):
-    """(streams, 4) of asked, covered, correct, and answered from a part of the memories, as not all fit the
-    reader. A reply of None (the judge failed) is in none of them."""
-    table = np.zeros((len(units), 4))
-    for row in rows:
-        if row["reply"] is not None:
-            table[units[row["stream"]]] += (1, row["reply"] != "insufficient", bool(row["correct"]),
-                                            row.get("retrieved", False))
-    return table
+BASE = Examinee("base", "", "base")
+PHASE1 = Examinee("phase1", "", "phase1")
 
 
-def tally(rows, units, budget):
-    """(streams, 10): samples, well formed, faithful within budget, clean, all of it, tokens if well formed;
-    comparisons, wins, ties, losses. What the judge failed on is left out of its part."""
-    table = np.zeros((len(units), 10))
-    for row in rows:
-        sums, formed = table[units[row["stream"]]], bool(row["memory"])
-        if None not in (row["faithful"], row["clean"]):
-            good = row["faithful"] and row["tokens"] <= budget
-            sums[:6] += (1, formed, good, row["clean"], good and row["clean"], formed * row["tokens"])
-        for verdict in row["verdicts"].values():
-            sums[6:] += (verdict is not None, verdict == "win", verdict == "tie", verdict == "loss")
-    return table
+def find_examinees(S, environments):
+    """All of them, base and Phase One first. A Phase Two policy that is expected and missing is said."""
+    examinees = []
+    for plain in (BASE, PHASE1):
+        examinees.append(plain)
+        for environment in environments:
+            examinees.append(Examinee(f"{plain.method}+prompt", environment, plain.writer))
+    folders = find_adapters(S)
+    expected = (S.METHODS or S.EXPECT).split(",")
+    found = sorted({method for method, _ in folders})
+    for method in dict.fromkeys(expected + found):
+        is_phase2 = method.split("+")[0] not in ("base", "phase1")
+        if not is_phase2 or not is_wanted(S, method):
+            continue
+        missing = []
+        for environment in environments:
+            folder = folders.get((method, slug(environment)))
+            if folder:
+                examinees.append(Examinee(method, environment, "phase2", folder))
+            else:
+                missing.append(environment)
+        if missing:
+            say_missing(S, method, missing)
+    return [examinee for examinee in examinees if is_wanted(S, examinee.method)]
 
 
-def figures(counts, weights, minus=None, columns=METRICS):
-    return {name: ratio(counts, weights, *pair, minus) for name, pair in columns.items()}
+def is_wanted(S, method):
+    return not S.METHODS or method in ("base", "phase1", *S.METHODS.split(","))
 
 
-def early_tasks(recent, S):
-    return {t["task"] for asked in recent.values() for t in asked[:S.RECENT]}
+def find_adapters(S):
+    """{(method, slug of the environment): folder} of the Phase Two adapters of RUN and FROM."""
+    own = ROOT / "runs" / S.RUN
+    runs = [own]
+    # The adapters of FROM belong to its Phase One: a fork with a Phase One of its own has no use for them.
+    if S.FROM and not (own / "phase1" / "adapter").exists():
+        runs = [ROOT / "runs" / S.FROM, own]
+    folders = {}
+    for run in runs:
+        for file in run.glob("phase2/*/*/adapter/*.safetensors"):
+            method, environment = file.parts[-4:-2]
+            folders[method, environment] = file.parent
+    return folders
 
 
-def summarise(jobs, answers, recent, units, weights, S):
-    """{rows, gains, transfer}: shares in [0, 1], gains in points, each {mean, low, high}.
-
-    Counts are pooled over questions, never means of ratios, so that accuracy = coverage x precision.
-    """
-    early = early_tasks(recent, S)
-    of = lambda j, e: [r for r in answers[j.slug] if r["environment"] == e]
-    table = {(j.method, j.environment, e): count([r for r in of(j, e) if r["task"] not in early], units)
-             for j in jobs for e in recent}
-    first = {e: count(recent[e][:S.RECENT], units) for e in recent}
-    # before the update all write as Phase One, whose answers 03 has; but for the base, which has its own
-    based = {e: count([r for r in of(jobs[0], e) if r["task"] in early], units) for e in recent}
-    mine = lambda m, e: (m, e if (m, e, e) in table else "", e)        # the policy meant for environment e
-    pool = lambda keys: sum(table[key] for key in keys)
-    rows, gains, transfer = [], {}, {}
-    for m in dict.fromkeys(j.method for j in jobs):
-        have = [e for e in recent if mine(m, e) in table]
-        for e, asked in [(e, [e]) for e in have] + [("all", have)]:
-            scopes = {"after": pool(mine(m, x) for x in asked)}
-            pooled = sum((based if m.startswith("base") else first)[x] for x in asked)
-            if not m.startswith("base") or sum(based.values()).any():
-                scopes["all"] = scopes["after"] + pooled
-            rows += [{"method": m, "environment": e, "scope": scope, **figures(c, weights),
-                      "questions": int(c[:, 0].sum()), "retrieved": int(c[:, 3].sum())}
-                     for scope, c in scopes.items()]
-        over = lambda ref, keys: figures(pool(keys), weights, pool(mine(ref, key[2]) for key in keys))
-        gains[m] = {"over_" + ref: over(ref, [mine(m, e) for e in have]) if m != ref else None
-                    for ref in ("base", "phase1")} | {"mismatched": None}
-        if m not in ("base", "phase1") and not m.endswith("+prompt"):
-            transfer[m] = {a: {e: figures(table[m, a, e], weights) for e in recent} for a in have}
-            others = [(m, a, e) for a in have for e in recent if a != e and table[m, a, e].any()]
-            gains[m]["mismatched"] = over("phase1", others) if others else None
-    transfer["phase1"] = {e: figures(table["phase1", "", e], weights) for e in recent}
-    return {"rows": rows, "gains": gains, "transfer": transfer}
+def say_missing(S, method, environments):
+    names = ("ALGORITHM", "ADAPTER", "NAME")                       # a method's name is made of these
+    arguments = [f"--{name}={value}" for name, value in zip(names, method.split("-", 2))]
+    print(f"!! {method}: no adapter for {', '.join(environments)}, left out here (05 makes none where there is "
+          f"no pair). To make it: {next_command(S, '05_phase2_train.py', *arguments)}")
 
 
-# -------------------------------------------------------------------------------- policies
-def find_jobs(S, environments):
-    """What is evaluated: method, the environment learned or told ("" = none), writer, adapter folder, slug.
-    An expected Phase Two policy that phase2/ lacks is named with its command."""
-    job = lambda method, environment, writer, folder=None: SimpleNamespace(
-        method=method, environment=environment, writer=writer, folder=folder, told=method.endswith("+prompt"),
-        slug=common.slug(f"{method}.{environment}" if environment else method))
-    wanted = lambda m: not S.METHODS or m in ("base", "phase1", *S.METHODS.split(","))
-    jobs, (own, old) = [], (common.ROOT / "runs" / r for r in (S.RUN, S.FROM or S.RUN))
-    for writer in ("base", "phase1"):
-        jobs += [job(writer, "", writer)] + [job(writer + "+prompt", e, writer) for e in environments]
-    # adapters of FROM belong to its Phase One: no use for a fork with its own
-    runs = [own] if (own / "phase1" / "adapter").exists() else [old, own]
-    found = {f.parts[-4:-2]: f.parent for r in runs for f in r.glob("phase2/*/*/adapter/*.safetensors")}
-    methods = dict.fromkeys((S.METHODS or S.EXPECT).split(",") + sorted({m for m, _ in found}))
-    for method in [m for m in methods if wanted(m) and m.split("+")[0] not in ("base", "phase1")]:
-        jobs += [job(method, e, "phase2", found[method, common.slug(e)]) for e in environments
-                 if (method, common.slug(e)) in found]
-        if lacks := [e for e in environments if (method, common.slug(e)) not in found]:
-            names = zip(("ALGORITHM", "ADAPTER", "NAME"), method.split("-", 2))
-            how = loading.command(S, "05_phase2_train.py", *(f"--{k}={v}" for k, v in names))
-            print(f"!! {method}: no adapter for {', '.join(lacks)}, left out here (05 makes none where there is no "
-                  f"pair). To make it: {how}")
-    return [j for j in jobs if wanted(j.method)]
+# ================================================================ on what
+@dataclass
+class Exam:
+    """What all are examined on, with what, and where it is written."""
+    S: SimpleNamespace
+    out: Path
+    policy: "LazyPolicy"
+    streams: list                   # rows of streams.jsonl, test and online, that a task is about
+    tasks: list                     # rows of tasks.jsonl about them, in the environments below
+    recent: dict                    # environment -> its first RECENT tasks, with Phase One's replies from 03
+    key: str = ""                   # hash of all that the results depend on
+
+    @property
+    def environments(self):
+        return list(self.recent)
+
+    @property
+    def questions(self):
+        """{environment: texts of its recent questions}"""
+        return {name: [task["question"] for task in tasks] for name, tasks in self.recent.items()}
+
+    def key_of(self, examinee):
+        return fingerprint(self.key, examinee.method, examinee.environment, examinee.folder or "")
 
 
-class Writer:
-    """Loads the model when the first memory that is not kept is asked for; switches to a job's adapters."""
+def load_exam(S, out, phase1_adapter):
+    streams = load_streams(S, "test")
+    recent = {}
+    for environment, tasks in read_json(need(S, "tasks/recent.json")).items():
+        recent[environment] = tasks[:S.RECENT]
+    tasks = [task for task in read_jsonl(need(S, "streams/tasks.jsonl")) if task["environment"] in recent]
+    streams = about(tasks, streams)
+    if S.STREAMS:
+        streams = streams[:S.STREAMS]
+    if not streams:
+        raise SystemExit(f"no test or online stream has a question of {', '.join(recent)} (01 makes them)")
+    names = {stream["stream"] for stream in streams}
+    tasks = [task for task in tasks if task["stream"] in names]
+    exam = Exam(S, out, LazyPolicy(S, phase1_adapter), streams, tasks, recent)
+    constants = {name: value for name, value in vars(S).items() if name not in NOT_COMPARED}
+    exam.key = fingerprint(constants, phase1_adapter, streams, exam.questions, sorted(figures.early_tasks(recent)))
+    return exam
 
-    def __init__(self, S, phase1):
-        self.S, self.phase1, self.policy, self.folder = S, phase1, None, None
+
+def about(tasks, streams):
+    """The streams that tasks are about."""
+    names = {task["stream"] for task in tasks}
+    return [stream for stream in streams if stream["stream"] in names]
+
+
+def tasks_for(exam, examinee):
+    """What an examinee is asked."""
+    early = figures.early_tasks(exam.recent)
+    asked = []
+    for task in exam.tasks:
+        # Before the update all write as Phase One, whose replies 03 has. Only the base has replies of its own.
+        is_new = task["task"] not in early or examinee.method == "base"
+        if is_new and (exam.S.TRANSFER or examinee.is_for(task["environment"])):
+            asked.append(task)
+    return asked
+
+
+class LazyPolicy:
+    """The policy, loaded when the first memory that isn't stored is asked for. It puts on an examinee's adapters."""
+
+    def __init__(self, S, phase1_adapter):
+        self.S = S
+        self.phase1_adapter = phase1_adapter
+        self.policy = None
+        self.folder = None                             # of the Phase Two adapter that is loaded
 
     def load(self):
         if self.policy is None:
-            self.policy = common.load_policy(self.S)
-            loading.load_adapter(self.policy, "phase1", self.phase1)
+            self.policy = load_policy(self.S)
+            load_adapter(self.policy, "phase1", self.phase1_adapter)
         return self.policy
 
-    def using(self, job):
-        if job.folder and job.folder != self.folder:
-            loading.load_adapter(self.load(), "phase2", job.folder)
-            self.folder = job.folder
-        return self.load().using(job.writer)
+    def using(self, examinee):
+        policy = self.load()
+        if examinee.folder and examinee.folder != self.folder:
+            load_adapter(policy, "phase2", examinee.folder)
+            self.folder = examinee.folder
+        return policy.using(examinee.writer)
 
 
-def kept(path, key, make):
-    """Rows of `make(part)`, stored with their key; read back where the file has this key: a run goes on.
-    part: where `make` may keep unfinished work; its name holds the key, so no other run takes it up."""
-    head, *rows = loading.once(lambda: common.read_jsonl(path) if path.exists() else [None])
-    if head == {"fingerprint": key}:
+def read_stored(path, key):
+    """The rows of a file that was made with this key; None if there is none, or with another key."""
+    rows = once(lambda: read_jsonl(path) if path.exists() else [])
+    return rows[1:] if rows and rows[0] == {"fingerprint": key} else None
+
+
+def store(path, key, rows):
+    write_jsonl(path, [{"fingerprint": key}, *rows])
+
+
+# ================================================================ watch
+def watch_streams(exam, examinee, memories, description):
+    """Rows {stream, clip, start, end, memory} of an examinee's pass over the streams; "" where malformed.
+
+    memories: {slug: rows} of those who watched before, base and Phase One first.
+    """
+    key = exam.key_of(examinee)
+    path = exam.out / "memories" / f"{examinee.slug}.jsonl"
+    rows = read_stored(path, key)
+    if rows is not None:
         return rows
-    part = path.with_suffix(f".{key[:12]}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = make(part)
-    common.write_jsonl(path, [{"fingerprint": key}, *rows])
-    part.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    streams = about(tasks_for(exam, examinee), exam.streams)
+    questions = exam.questions[examinee.environment] if examinee.is_prompted else ()
+    unfinished = path.with_suffix(f".{key[:12]}.part")        # with the key, so that no other run takes it up
+    with exam.policy.using(examinee) as policy:
+        watched = watch(policy, streams, questions, unfinished, written_before(exam, examinee, memories), description)
+    rows = []
+    for stream in streams:
+        for row in watched[stream["stream"]]:
+            rows.append({name: value for name, value in row.items() if name != "text"})
+    store(path, key, rows)
+    unfinished.unlink(missing_ok=True)
     return rows
 
 
-# ------------------------------------------------------------------------------- watch, answer, judge
-def before(job, recent, memories, S):
-    """{stream: rows} of what the policy without the job's adapter or prompt wrote of the streams of its
-    environment's recent questions, up to the last of these."""
-    old = memories["base" if job.writer == "base" else "phase1"] if job.environment else ()
-    last = stage3.last_asked(recent.get(job.environment, [])[:S.RECENT])
-    return {s: [row for row in old if row["stream"] == s and row["end"] <= t] for s, t in last.items()}
+def written_before(exam, examinee, memories):
+    """{stream: first rows}: what was written before the examinee had its adapter or its prompt.
+
+    It is about the streams of its environment's recent questions, up to the last of these.
+    """
+    if not examinee.environment:
+        return {}
+    plain = BASE if examinee.writer == "base" else PHASE1
+    begun = {}
+    for stream, seconds in tasks_stage.last_asked(exam.recent[examinee.environment]).items():
+        rows = [row for row in memories[plain.slug] if row["stream"] == stream]
+        begun[stream] = [row for row in rows if row["end"] <= seconds]
+    return begun
 
 
-def watch(writer, job, streams, questions, begun, S, part):
-    """Rows {stream, clip, start, end, memory}, "" where malformed: a policy's pass over the streams."""
-    told = questions[job.environment] if job.told else ()
-    with writer.using(job) as policy:
-        seen = stage3.watch(policy, S, streams, told, job.slug, part, begun)       # {stream: [row per clip]}
-    return [{k: row[k] for k in row if k != "text"} for s in streams for row in seen[s["stream"]]]
+# ================================================================ answer
+def answer_tasks(exam, judge, examinee, memories):
+    """Rows of `answer` about all that an examinee is asked."""
+    tasks = tasks_for(exam, examinee)
+    key = fingerprint(exam.key_of(examinee), tasks)
+    path = exam.out / "answers" / f"{examinee.slug}.jsonl"
+    rows = read_stored(path, key)
+    if rows is None:
+        rows = answer(exam.S, judge, tasks, memories)
+        store(path, key, rows)
+    return rows
 
 
 def answer(S, judge, tasks, memories):
-    """Rows {task, stream, environment, reply, correct, retrieved}; the reader gets what came before."""
-    entries = {s: [row for row in memories if row["stream"] == s] for s in {t["stream"] for t in tasks}}
-    replies, retrieved = stage3.answer(S, judge, tasks, entries)
-    if 2 * (lost := replies.count(None)) > len(replies):
-        raise SystemExit(f"the judge failed on {lost} of {len(replies)} questions: mend it and run again")
-    return [{k: t[k] for k in ("task", "stream", "environment")} | {"reply": None if good is None else reply,
-             "correct": good, "retrieved": part} for t, reply, good, part in zip(
-                 tasks, replies, stage3.right(judge, tasks, replies), retrieved)]
+    """Rows {task, stream, environment, reply, correct, retrieved}; reply and correct are None where the judge failed.
 
-
-def compare(judge, questions, pairs):
-    """win | tie | loss of the first memory of each pair for such questions; both orders must agree, else it
-    is a tie (as in 04). None where the judge failed."""
-    ask = lambda a, b: {"questions": questions, "first": a, "second": b}
-    both = loading.once(lambda: judge.ask("prefer", [ask(*x) for a, b in pairs for x in ((a, b), (b, a))]))
-    named = {("first", "second"): "win", ("second", "first"): "loss"}
-    return [None if None in said else named.get(said, "tie") for said in zip(both[::2], both[1::2])]
-
-
-def validate(writer, judge, job, contexts, questions, S, reference=None):
-    """Rows {stream, clip, memory, tokens, faithful, clean, verdicts}: one sample per context.
-
-    contexts: with the Phase One history. verdicts: environment -> `compare` with the reference's memory.
-    A malformed response is neither faithful nor clean, and never compared. reference: None makes that itself.
+    The reader gets what an examinee wrote before the question, and nothing else. memories: its rows.
     """
-    with writer.using(job) as policy:
-        told = questions[job.environment] if job.told else []
-        asked = [c._replace(questions=told) for c in contexts]
-        # the reference has noise of its own: Phase One against itself must not be a tie by construction
-        keys = [(S.SEED, 9, int(reference is None), i) for i in range(len(contexts))]
-        part = slice(loading.RANK, None, loading.WORLD)                  # of several GPUs, this one's
-        samples = loading.gather(common.rollout(policy, asked[part], 1, keys[part], S.VALIDATE_TEMPERATURE))
-    rows = [{"stream": c.stream, "clip": c.clip, "memory": s.memory or "", "tokens": s.memory_tokens,
-             "faithful": False, "clean": False, "verdicts": {}} for c, (s,) in zip(contexts, samples)]
-    if reference is None:
-        return rows
-    last = lambda context: (context.history or [""])[-1]
-    formed = [(row, c) for row, c in zip(rows, contexts) if row["memory"]]
-    faithful, clean = loading.once(lambda: (
-        judge.ask("faithful", [{"context": c, "memory": row["memory"]} for row, c in formed]),
-        judge.ask("clean", [{"previous": last(c), "memory": row["memory"]} for row, c in formed])))
-    for (row, _), one, two in zip(formed, faithful, clean):
-        row |= {"faithful": one, "clean": two}
-    theirs = {(r["stream"], r["clip"]): r["memory"] for r in reference}
-    both = [(row, theirs[c.stream, c.clip]) for row, c in formed if theirs[c.stream, c.clip]]
-    for e in [job.environment] if job.environment else questions:
-        for (row, _), verdict in zip(both, compare(judge, questions[e], [(a["memory"], b) for a, b in both])):
-            row["verdicts"][e] = verdict
+    of_stream = {task["stream"]: [] for task in tasks}
+    for row in memories:
+        if row["stream"] in of_stream:
+            of_stream[row["stream"]].append(row)
+    replies, retrieved = tasks_stage.answer(S, judge, tasks, of_stream)
+    failed = replies.count(None)
+    if 2 * failed > len(replies):
+        raise SystemExit(f"the judge failed on {failed} of {len(replies)} questions: mend it and run again")
+    correct = tasks_stage.right(judge, tasks, replies)
+    rows = []
+    for task, reply, is_correct, is_retrieved in zip(tasks, replies, correct, retrieved):
+        rows.append({
+            "task": task["task"],
+            "stream": task["stream"],
+            "environment": task["environment"],
+            "reply": None if is_correct is None else reply,
+            "correct": is_correct,
+            "retrieved": is_retrieved,
+        })
     return rows
 
 
-# -------------------------------------------------------------------------------- the stage
+def answer_by_reader(exam, reader, examinee, name, memories):
+    """Rows of `answer` by another reader, about what the examinee's environment asks."""
+    tasks = [task for task in tasks_for(exam, examinee) if examinee.is_for(task["environment"])]
+    key = fingerprint(exam.key_of(examinee), tasks)
+    path = exam.out / "answers" / slug(name) / f"{examinee.slug}.jsonl"
+    rows = read_stored(path, key)
+    if rows is None:
+        rows = answer(exam.S, reader, tasks, memories)
+        store(path, key, rows)
+    return rows
+
+
+# ================================================================ validate: a memory each in the same contexts
+def validation_contexts(exam, memories):
+    """Contexts with Phase One's memories as history, drawn from the clips of streams that 03 has not cached."""
+    cached = {(row["stream"], row["clip"]) for row in read_jsonl(need(exam.S, "tasks/cache.jsonl"))}
+    places = []
+    for stream in about(tasks_for(exam, PHASE1), exam.streams):
+        for t in range(1, len(stream["clips"])):
+            if (stream["stream"], t) not in cached:
+                places.append((stream, t))
+    history = {stream["stream"]: [] for stream in exam.streams}
+    for row in memories:
+        history[row["stream"]].append(row["memory"])
+    drawn = random.Random(exam.S.SEED).sample(places, min(exam.S.VALIDATE, len(places)))
+    return [make_context(stream, t, history[stream["stream"]], k=exam.S.K) for stream, t in drawn]
+
+
+def write_reference(exam, contexts):
+    """Rows of Phase One in all contexts, which the others are compared with.
+
+    It writes once more when it is examined, with other noise, so that it does not tie with itself by construction.
+    """
+    path = exam.out / "checked" / "reference.jsonl"
+    rows = read_stored(path, exam.key)
+    if rows is None:
+        rows = write_memories(exam, PHASE1, contexts, attempt=1)
+        store(path, exam.key, rows)
+    return rows
+
+
+def validate(exam, judge, examinee, contexts, reference):
+    """Rows {stream, clip, memory, tokens, faithful, clean, verdicts}: a sample in each context, judged."""
+    if examinee.environment:
+        # A method's contexts are dealt out to its examinees, so that it is validated once in all of them.
+        contexts = contexts[exam.environments.index(examinee.environment)::len(exam.environments)]
+    key = exam.key_of(examinee)
+    path = exam.out / "checked" / f"{examinee.slug}.jsonl"
+    rows = read_stored(path, key)
+    if rows is None:
+        rows = write_memories(exam, examinee, contexts, attempt=0)
+        judge_quality(judge, rows, contexts)
+        for environment, questions in exam.questions.items():
+            if examinee.is_for(environment):
+                judge_relevance(judge, rows, reference, environment, questions)
+        store(path, key, rows)
+    return rows
+
+
+def write_memories(exam, examinee, contexts, attempt):
+    """Rows as of `validate`, not judged yet. attempt: a number that changes the noise."""
+    if examinee.is_prompted:
+        questions = exam.questions[examinee.environment]
+        contexts = [replace(context, questions=questions) for context in contexts]
+    keys = [(exam.S.SEED, 9, attempt, i) for i in range(len(contexts))]
+    with exam.policy.using(examinee) as policy:
+        share = rollout(policy, my_share(contexts), 1, my_share(keys), exam.S.VALIDATE_TEMPERATURE)
+    rows = []
+    for context, (sample,) in zip(contexts, gather(share)):
+        rows.append({
+            "stream": context.stream,
+            "clip": context.clip,
+            "memory": sample.memory or "",
+            "tokens": sample.memory_tokens,
+            "faithful": False,                         # a malformed response is neither faithful nor clean
+            "clean": False,
+            "verdicts": {},                            # environment -> "win", "tie", "loss"
+        })
+    return rows
+
+
+def judge_quality(judge, rows, contexts):
+    """Fills in whether a memory is faithful and clean; None where the judge failed."""
+    well_formed = [(row, context) for row, context in zip(rows, contexts) if row["memory"]]
+    truths = []
+    repetitions = []
+    for row, context in well_formed:
+        truths.append({"context": context, "memory": row["memory"]})
+        repetitions.append({"previous": phase1.previous_memory(context), "memory": row["memory"]})
+    faithful = once(lambda: judge.ask(phase1.FAITHFUL, truths))
+    clean = once(lambda: judge.ask(phase1.CLEAN, repetitions))
+    for (row, _), is_faithful, is_clean in zip(well_formed, faithful, clean):
+        row["faithful"] = is_faithful
+        row["clean"] = is_clean
+
+
+def judge_relevance(judge, rows, reference, environment, questions):
+    """Fills in the verdicts of one environment. A malformed response is never compared."""
+    others = {(row["stream"], row["clip"]): row["memory"] for row in reference}
+    compared = [row for row in rows if row["memory"] and others[row["stream"], row["clip"]]]
+    pairs = [(row["memory"], others[row["stream"], row["clip"]]) for row in compared]
+    for row, verdict in zip(compared, compare(judge, questions, pairs)):
+        row["verdicts"][environment] = verdict
+
+
+def compare(judge, questions, pairs):
+    """"win", "tie" or "loss" of the first memory of each pair for such questions; None where the judge failed.
+
+    The judge sees a pair in both orders. What it says counts where both agree (as in 04); else it is a tie.
+    """
+    items = []
+    for memory, other in pairs:
+        items.append({"questions": questions, "first": memory, "second": other})
+        items.append({"questions": questions, "first": other, "second": memory})
+    replies = once(lambda: judge.ask(reward_stage.PREFER, items))
+    words = {"first": "win", "second": "loss", "failed": None}
+    agreed = [reward_stage.agreed(*both_orders) for both_orders in zip(replies[::2], replies[1::2])]
+    return [words.get(each, "tie") for each in agreed]
+
+
+# ================================================================ the stage
 def main(argv=None):
-    S = common.settings(globals(), argv)
-    out = common.start(S, "eval")
-    from tqdm import tqdm
-    streams = common.load_streams(S, "test")
-    recent, phase1 = common.read_json(common.need(S, "tasks/recent.json")), common.need(S, "phase1/adapter")
-    questions = {e: [t["question"] for t in rows[:S.RECENT]] for e, rows in recent.items()}
-    tasks, early = common.read_jsonl(common.need(S, "streams/tasks.jsonl")), early_tasks(recent, S)
-    about = {t["stream"] for t in tasks if t["environment"] in recent}
-    streams = [s for s in streams if s["stream"] in about][:S.STREAMS or None]
-    ids = [s["stream"] for s in streams]
-    if not ids:
-        raise SystemExit(f"no test or online stream has a question of {', '.join(recent)} (01 makes them)")
-    jobs, writer = find_jobs(S, list(recent)), Writer(S, phase1)
-    judge = load_judge(S, writer.load)
-    own = lambda j, t: t["environment"] == (j.environment or t["environment"])
-    asked = {j.slug: [t for t in tasks if t["stream"] in ids and t["environment"] in recent and (
-        t["task"] not in early or j.slug == "base") and (S.TRANSFER or own(j, t))] for j in jobs}
-    seen = {j.slug: [s for s in streams if s["stream"] in {t["stream"] for t in asked[j.slug]}] for j in jobs}
-    clips = sum(len(s["clips"]) for j in jobs for s in seen[j.slug])
-    print(f"{len(jobs)} policies, {len(ids)} test streams: {clips} memories, {sum(map(len, asked.values()))} "
-          f"answers, up to {S.VALIDATE} validated memories a method; less what is kept")
-    # ---- every policy watches and answers; new adapters, streams or questions make its part anew
-    world = fingerprint({k: v for k, v in vars(S).items() if k not in common.HARMLESS}, phase1, streams,
-                        questions, sorted(early))
-    key = {j.slug: fingerprint(world, j.method, j.environment, j.folder or "") for j in jobs}
-    memories, answers = {}, {}
-    for j in tqdm(jobs, desc="watch and answer"):
-        begun = before(j, recent, memories, S)
-        memories[j.slug] = kept(out / "memories" / f"{j.slug}.jsonl", key[j.slug], lambda part: watch(
-            writer, j, seen[j.slug], questions, begun, S, part))
-        answers[j.slug] = kept(out / "answers" / f"{j.slug}.jsonl", fingerprint(key[j.slug], asked[j.slug]),
-                               lambda _: answer(S, judge, asked[j.slug], memories[j.slug]))
-    # ---- every method writes in the same contexts, with Phase One's memories as history
-    past = {s: [row["memory"] for row in memories["phase1"] if row["stream"] == s] for s in ids}
-    old = {(r["stream"], r["clip"]) for r in common.read_jsonl(common.need(S, "tasks/cache.jsonl"))}
-    spots = [(s, t) for s in seen["phase1"] for t in range(1, len(s["clips"])) if (s["stream"], t) not in old]
-    spots = random.Random(S.SEED).sample(spots, min(S.VALIDATE, len(spots)))
-    contexts = [common.make_context(s, t, past[s["stream"]], (), S.K) for s, t in spots]
-    reference = kept(out / "checked" / "reference.jsonl", world, lambda _: validate(
-        writer, judge, next(j for j in jobs if j.slug == "phase1"), contexts, questions, S))
-    place = {e: i for i, e in enumerate(recent)}
-    dealt = lambda j: contexts[place[j.environment]::len(place)] if j.environment else contexts
-    checked = {j.slug: kept(out / "checked" / f"{j.slug}.jsonl", key[j.slug], lambda _: validate(
-        writer, judge, j, dealt(j), questions, S, reference)) for j in tqdm(jobs, desc="validate")}
-    # ---- figures and report
-    split, unit = (dict, "streams") if len(ids) >= 5 else (apart, "questions")      # too few are not resampled
-    answers, checked, recent = (split(parts) for parts in (answers, checked, recent))
-    ids = sorted({r["stream"] for parts in (answers, checked) for rows in parts.values() for r in rows})
-    first = sorted({t["stream"] for rows in recent.values() for t in rows[:S.RECENT]} - set(ids))
-    units = {s: i for i, s in enumerate(ids + first)}
-    weights = resamples([len(ids), len(first)], S.BOOTSTRAP, S.SEED)
-    R = {"run": S.RUN, "source": streams[0]["source"], "streams": len(streams), "unit": unit, "readers": {}}
-    R |= summarise(jobs, answers, recent, units, weights, S)
-    for name in filter(None, S.READERS.split(",")):
-        reader, replies = load_judge(SimpleNamespace(**vars(S) | {"JUDGE": name}), writer.load), {}
-        for j in tqdm(jobs, desc=name):
-            mine = [t for t in asked[j.slug] if own(j, t)]
-            replies[j.slug] = kept(out / "answers" / common.slug(name) / f"{j.slug}.jsonl", fingerprint(
-                key[j.slug], mine), lambda _: answer(S, reader, mine, memories[j.slug]))
-        R["readers"][name] = summarise(jobs, split(replies), recent, units, weights, S)["rows"]
-    sums = {j.slug: tally(checked[j.slug], units, S.MEMORY_TOKENS) for j in jobs}
-    groups = [(m, e, [sums[j.slug] for j in jobs if j.method == m and e in ("all", j.environment)])
-              for m in R["gains"] for e in (*recent, "all")]
-    R["validation"] = [{"method": m, "environment": e, **figures(sum(group), weights, None, QUALITY)}
-                       for m, e, group in groups if group]
-    R["dropped"] = {"replies": sum(r["reply"] is None for rows in answers.values() for r in rows),
-                    "verdicts": sum(None in (r["faithful"], r["clean"], *r["verdicts"].values())
-                                    for rows in checked.values() for r in rows)}
-    common.write_json(out / "results.json", R)
-    common.write_jsonl(out / "memories.jsonl", [{"method": j.method, "environment": j.environment, **row}
-                                                for j in jobs for row in memories[j.slug]])
-    common.write_text(out / "results.md", report.markdown(R))
-    common.write_text(out / "report.html", report.page(R, S, jobs, memories, streams, phase1))
-    report.show(R, "Answers from memory", "Gains", "By type", "Beside the paper", "Other readers")
-    print(f"\nThe report, which opens offline: {out / 'report.html'}\nTry an ablation (README), or another adapter:\n"
-          f"  {loading.command(S, '05_phase2_train.py', '--ADAPTER=lora')} && {loading.command(S, '06_eval.py')}")
+    S = settings(globals(), argv)
+    out = start(S, "eval", build_prompt, phase1.quality, tasks_stage.answer, tasks_stage.right)
+    phase1_adapter = need(S, "phase1/adapter")
+    say_what_differs(phase1_adapter.parent, "02_phase1_train.py", build_prompt, phase1.quality)
+    exam = load_exam(S, out, phase1_adapter)
+    examinees = find_examinees(S, exam.environments)
+    judge = load_judge(S, exam.policy.load)
+    say_cost(exam, examinees)
+    # ---------------- watch and answer
+    memories = {}
+    answers = {}
+    for number, examinee in enumerate(examinees, 1):
+        name = examinee.slug
+        memories[name] = watch_streams(exam, examinee, memories, f"{name} ({number} of {len(examinees)})")
+        answers[name] = answer_tasks(exam, judge, examinee, memories[name])
+    # ---------------- validate
+    contexts = validation_contexts(exam, memories[PHASE1.slug])
+    reference = write_reference(exam, contexts)
+    checked = {}
+    for examinee in progress(examinees, "validate"):
+        checked[examinee.slug] = validate(exam, judge, examinee, contexts, reference)
+    # ---------------- other readers of the same memories
+    other_answers = {}
+    for reader_name in [name for name in S.READERS.split(",") if name]:
+        reader = load_judge(SimpleNamespace(**vars(S) | {"JUDGE": reader_name}), exam.policy.load)
+        other_answers[reader_name] = {}
+        for examinee in progress(examinees, reader_name):
+            rows = answer_by_reader(exam, reader, examinee, reader_name, memories[examinee.slug])
+            other_answers[reader_name][examinee.slug] = rows
+    # ---------------- figures with intervals
+    bootstrap = figures.draw_units(exam.streams, exam.recent, answers, checked, S.BOOTSTRAP, S.SEED)
+    readers = {}
+    for reader_name, replies in other_answers.items():
+        readers[reader_name] = figures.summarise(examinees, replies, exam.recent, bootstrap)["rows"]
+    results = {
+        "run": S.RUN,
+        "source": exam.streams[0]["source"],
+        "streams": len(exam.streams),
+        "unit": bootstrap.unit,
+        "readers": readers,
+        **figures.summarise(examinees, answers, exam.recent, bootstrap),
+        "validation": figures.summarise_validation(
+            examinees, checked, exam.environments, S.MEMORY_TOKENS, bootstrap),
+        "dropped": figures.count_dropped(answers, checked),
+    }
+    # ---------------- write
+    write_json(out / "results.json", results)
+    write_memories_of_all(out / "memories.jsonl", examinees, memories)
+    write_text(out / "results.md", report.markdown(results))
+    curves = report.training_curves(examinees, phase1_adapter)
+    examples = report.examples(examinees, memories, exam.streams, S.EXAMPLES, S.FRAMES_PER_CLIP)
+    write_text(out / "report.html", report.page(results, curves, examples))
+    report.show(results)
+    print(f"made in {out}: results.json, results.md, memories.jsonl, and report.html, which opens offline\n"
+          f"next: an ablation (README), or another adapter:\n"
+          f"  {next_command(S, '05_phase2_train.py', '--ADAPTER=lora')} && {next_command(S, '06_eval.py')}")
+
+
+def say_cost(exam, examinees):
+    clips = 0
+    answers = 0
+    for examinee in examinees:
+        tasks = tasks_for(exam, examinee)
+        answers += len(tasks)
+        clips += sum(len(stream["clips"]) for stream in about(tasks, exam.streams))
+    print(f"{len(examinees)} policies, {len(exam.streams)} test streams: {clips} memories, {answers} answers, up to "
+          f"{exam.S.VALIDATE} validated memories a method; less what is stored")
+
+
+def write_memories_of_all(path, examinees, memories):
+    rows = []
+    for examinee in examinees:
+        for row in memories[examinee.slug]:
+            rows.append({"method": examinee.method, "environment": examinee.environment, **row})
+    write_jsonl(path, rows)
 
 
 if __name__ == "__main__":

@@ -4,26 +4,28 @@ import json
 import math
 import signal
 
-from support.ranks import add_gradients, gather, is_first_rank, progress, torch
+from support.ranks import add_gradients, gather, progress, said_once, torch
 from support.runs import written_aside
 
 
 class Training:
     """The steps of a run that are still to do, for 02, 04 and 05:
 
-        run = Training(out, params, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP)
+        run = Training(out, params, steps=80, lr=1e-4, save_every=10, grad_clip=1.0)
         for step in run:
-            loss(...).backward()
+            loss.backward()
             norm = run.update()
-            run.log({"step": step, "loss": ..., "grad_norm": norm}, "loss")      # "loss" is shown beside the bar
+            run.log({"step": step, "loss": loss.item(), "norm": norm}, "loss")     # "loss": beside the bar
 
-    It resumes from out/checkpoint.pt, which is written every `save_every` steps, after the last step, and, on Ctrl-C or
-    SIGTERM, after the step in hand. A step's noise must derive from its number alone, so that no state of a random
-    generator has to be kept. What else a step depends on is `batch.state` (any JSON), which is kept. fresh: begins at
-    step 0, whatever the folder holds. Raises SystemExit where the checkpoint's parameters are not those of `params`.
+    It resumes from out/checkpoint.pt, which is written every `save_every` steps, after the last one and, on
+    Ctrl-C or SIGTERM, after the step in hand. A step's noise must derive from its number alone, so no state
+    of a random generator is kept. What else a step depends on is `batch.state` (any JSON), which is kept.
+    fresh: begins at step 0, whatever the folder holds. Raises SystemExit where the checkpoint holds other
+    parameters than `params`.
     """
 
-    def __init__(self, out, params, *, steps, lr, save_every, grad_clip, batch=None, description=None, fresh=False):
+    def __init__(self, out, params, *, steps, lr, save_every, grad_clip, batch=None,
+                 description=None, fresh=False):
         self.params = params
         self.steps = steps
         self.lr = lr
@@ -48,7 +50,8 @@ class Training:
         handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             handlers[number] = signal.signal(number, self.note_signal)
-        self.bar = progress(range(self.first, self.steps), self.description, initial=self.first, total=self.steps)
+        to_do = range(self.first, self.steps)
+        self.bar = progress(to_do, self.description, initial=self.first, total=self.steps)
         try:
             for step in self.bar:
                 yield step
@@ -59,7 +62,7 @@ class Training:
                     self.save(done)
                 if stop:
                     sentence = f"stopped after step {step}; run the same command to go on"
-                    raise SystemExit(sentence if is_first_rank() else 1)
+                    raise SystemExit(said_once(sentence))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -75,9 +78,10 @@ class Training:
         add_gradients(self.params)
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.grad_clip).item()
         if not math.isfinite(norm):
-            raise SystemExit(f"step {len(self.rows)}: the gradient norm is {norm}; this update was not made. Start "
-                             f"again with a lower learning rate (now {self.lr:g}), as another run that reads the "
-                             f"earlier stages from this one: --RUN=NEWNAME --FROM=THISRUN")
+            raise SystemExit(said_once(
+                f"step {len(self.rows)}: the gradient norm is {norm}; this update was not made. Start again "
+                f"with a lower learning rate (now {self.lr:g}), as another run that reads the earlier stages "
+                "from this one: --RUN=NEWNAME --FROM=THISRUN"))
         self.optimizer.param_groups[0]["lr"] = self.lr if lr is None else lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -107,9 +111,10 @@ class Training:
         shapes = [tuple(p.shape) for p in self.params]
         saved_shapes = [tuple(values.shape) for values in saved["params"]]
         if shapes != saved_shapes:
-            raise SystemExit(f"{self.checkpoint} holds {describe(saved_shapes)}, this run trains {describe(shapes)}: "
-                             "it was made by another version of the code or with another model. Take a new --RUN, "
-                             "or delete that folder")
+            raise SystemExit(said_once(
+                f"{self.checkpoint} holds {describe(saved_shapes)}, but this run trains {describe(shapes)}: "
+                "it was made with another model or another version of the code. Take a new --RUN, or delete "
+                "that folder"))
         with torch.no_grad():
             for p, values in zip(self.params, saved["params"]):
                 p.copy_(values)
@@ -125,4 +130,4 @@ class Training:
 def describe(shapes):
     """What a list of parameters is, in few words."""
     sizes = [math.prod(shape) for shape in shapes]
-    return f"{len(shapes)} parameters with {sum(sizes)} values"
+    return f"{len(shapes)} tensors with {sum(sizes)} parameters"

@@ -33,6 +33,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from support.overlay import clip_frames
 from support.ranks import torch
 from support.reader import printed
 from support.runs import ROOT, Prompt, need, read_json, read_jsonl, write_json

@@ -1,4 +1,5 @@
-"""What a run will cost, said before it is spent: bytes on the card; rollouts, tokens and judge calls."""
+"""What a run will cost, said before it is spent: bytes on the card, rollouts, tokens and judge calls."""
+import math
 import re
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ class Weights:
 
 @dataclass
 class Plan:
-    """Bytes at the widest moments of rollout and training. Weights and cache are exact, the rest are estimates."""
+    """Bytes at the widest moments of a step. Weights and cache are exact, the rest are estimates."""
     prompt: int          # tokens of a full prompt
     row: int             # tokens of a context with all its answers, at their longest
     token_cache: int     # bytes of one cached token
@@ -42,18 +43,19 @@ def is_expert(name):
 def weight_bytes(model, S, whole=2):
     """{kind: Weights} under BITS, VISION_BITS and DOUBLE_QUANT; `model` may be on the meta device.
 
-    whole: bytes of a value that is not packed. A packed one has half a byte, and its part of a scale in 4 bytes, or
-    with DOUBLE_QUANT in 1 byte and a 256th of another 4.
+    whole: bytes of a value that is not packed. A packed one takes half a byte and a 64th of its scale: of
+    4 bytes, or with DOUBLE_QUANT of 1 byte and a 256th of another 4.
     """
     scale = 1 + 4 / 256 if S.DOUBLE_QUANT else 4
     packed = 1 / 2 + scale / BLOCK
+    bits = {"experts": S.BITS, "linears": S.BITS, "vision linears": S.VISION_BITS}
     table = {}
     for name, parameter in model.named_parameters():
         kind = kind_of(model, name)
-        in_4_bits = S.VISION_BITS == 4 if kind == "vision linears" else S.BITS == 4 and kind in ("experts", "linears")
-        row = table.setdefault(kind, Weights())
-        row.values += parameter.numel()
-        row.bytes += int(parameter.numel() * (packed if in_4_bits else whole))
+        bytes_each = packed if bits.get(kind) == 4 else whole
+        weights = table.setdefault(kind, Weights())
+        weights.values += parameter.numel()
+        weights.bytes += int(parameter.numel() * bytes_each)
     return table
 
 
@@ -70,15 +72,18 @@ def kind_of(model, name):
 
 
 def prompt_tokens(S):
-    """Tokens of a full prompt: K clips of frame pairs, each with its time, and memories of all but the newest."""
-    pairs = -(-S.FRAMES_PER_CLIP // 2)
-    pair = S.FRAME_PIXELS // 1024 + 9            # a token for 32 x 32 pixels of both frames; 9: the time
+    """Tokens of a full prompt: K clips of frame pairs with their times, and the memories of K - 1 clips."""
+    pairs = math.ceil(S.FRAMES_PER_CLIP / 2)
+    pair = S.FRAME_PIXELS // 1024 + 9        # a token for 32 x 32 pixels of both frames; 9 for the time
     clip = pairs * pair + 20
     return S.K * clip + (S.K - 1) * S.MEMORY_TOKENS + 120
 
 
 def plan(model, S, whole=2):
-    """The Plan of a model, which may be on the meta device, for S's batch. whole: bytes of a value not packed."""
+    """The Plan of a model for S's batch.
+
+    model: may be on the meta device; whole: bytes of a value that is not packed.
+    """
     text = model.config.get_text_config()
     d = text.hidden_size
     layers = text.num_hidden_layers
@@ -89,17 +94,18 @@ def plan(model, S, whole=2):
     prompt = prompt_tokens(S)
     row = prompt + group * S.MAX_NEW_TOKENS
 
-    # What one token needs of a layer: its hidden vector, what its experts (or the one MLP) see and make, its cache.
+    # What a token takes in a layer: a hidden vector, what its experts (or the MLP) see and make, its cache.
     hidden = d * whole
     mlp = experts_per_token * (2 * d + 3 * width) * whole
     layer_cache = 2 * text.num_key_value_heads * text.head_dim * whole         # keys and values
     token_cache = layers * layer_cache
-    # The keys and values of the layer at work exist once more as they grow, and once for every head that shares them.
+    # A layer at work has its keys and values once more as they grow, and once for each head that shares them.
     copies = 1 + text.num_attention_heads // text.num_key_value_heads
     # Of the experts that are unpacked, the wider tensor (E, 2 width, d) counts.
     unpacked = experts * 2 * width * d * whole if S.BITS == 4 else 0
 
-    held = {"adapter and optimizer": 16 * lora_values(model, S),     # a weight, a gradient, two moments, fp32 each
+    # Of the adapter there are its weights, their gradient and Adam's two moments, all in fp32.
+    held = {"adapter and optimizer": 16 * lora_values(model, S),
             "unpacked experts": unpacked,
             "vision features": S.FEATURE_CLIPS * prompt // S.K * d * 4 * whole}
     rollout = {"cache": token_cache * row,
@@ -125,14 +131,15 @@ def lora_values(model, S):
 def check_plan(model, S, card, whole=2):
     """Prints the byte plan -> (contexts to roll out side by side, samples of one context at a time).
 
-    model: may be on the meta device; card: bytes of memory; whole: bytes of a value that is not packed. Raises
-    SystemExit, with the constants to change, where a step doesn't fit. Nothing is ever cut to fit.
+    model: may be on the meta device; card: bytes of memory; whole: bytes of a value that is not packed.
+    Raises SystemExit, with the constants to change, where a step doesn't fit. No prompt is ever cut to fit.
     """
     bytes_of = plan(model, S, whole)
     longest = model.config.get_text_config().max_position_embeddings
     if bytes_of.prompt + S.MAX_NEW_TOKENS > longest:
-        raise SystemExit(f"a prompt of {bytes_of.prompt} tokens and {S.MAX_NEW_TOKENS} new ones exceed the model's "
-                         f"{longest}: lower FRAME_PIXELS, FRAMES_PER_CLIP or K; nothing is cut")
+        raise SystemExit(
+            f"a prompt of {bytes_of.prompt} tokens and {S.MAX_NEW_TOKENS} new ones exceed the model's "
+            f"{longest}: lower FRAME_PIXELS, FRAMES_PER_CLIP or K; nothing is cut")
     trains = hasattr(S, "LR")
     print_plan(bytes_of, S, trains)
 
@@ -143,18 +150,19 @@ def check_plan(model, S, card, whole=2):
     for_answers = free - bytes_of.rollout["prefill"] - bytes_of.token_cache * bytes_of.prompt
     samples = int(for_answers // (1.2 * bytes_of.token_cache * S.MAX_NEW_TOKENS))
     samples = max(0, min(group, samples))
+    weights = sum(bytes_of.weights.values())
     if samples == 0 or step > USABLE * card:
         raise SystemExit(
-            f"MODEL={S.MODEL} does not fit: a card of {gib(card)}, weights {gib(sum(bytes_of.weights.values()))}, "
-            f"a step {gib(step)}. Change one of BITS=4, VISION_BITS=4, DOUBLE_QUANT=1 (now {S.BITS}, "
-            f"{S.VISION_BITS}, {S.DOUBLE_QUANT}), FRAME_PIXELS={S.FRAME_PIXELS}, "
+            f"MODEL={S.MODEL} does not fit: a card of {gib(card)}, weights {gib(weights)}, "
+            f"a step {gib(step)}. Change one of BITS=4, VISION_BITS=4, DOUBLE_QUANT=1 "
+            f"(now {S.BITS}, {S.VISION_BITS}, {S.DOUBLE_QUANT}), FRAME_PIXELS={S.FRAME_PIXELS}, "
             f"FRAMES_PER_CLIP={S.FRAMES_PER_CLIP}, K={S.K}, FEATURE_CLIPS={S.FEATURE_CLIPS}, "
             f"THINK_TOKENS={S.THINK_TOKENS}, MAX_NEW_TOKENS={S.MAX_NEW_TOKENS}")
     contexts = S.ROLLOUT_CONTEXTS or max(1, int(free // sum(bytes_of.rollout.values())))
-    print(f"  a step takes {gib(step)} of {gib(card)}; {contexts} contexts are rolled out side by side")
+    print(f"  a step takes {gib(step)} of {gib(card)}; contexts rolled out side by side: {contexts}")
     if S.FEATURE_CLIPS < getattr(S, "CONTEXTS", 0) * S.K:
-        print(f"*** FEATURE_CLIPS={S.FEATURE_CLIPS} is less than the {S.CONTEXTS} x {S.K} clips of a step: "
-              "vision runs more than once a clip ***")
+        print(f"*** FEATURE_CLIPS={S.FEATURE_CLIPS} is less than the {S.CONTEXTS} x {S.K} clips of a "
+              "step: vision runs more than once a clip ***")
     if samples < group:
         print(f"*** {samples} of {group} samples fit beside one prompt: "
               "a group is rolled out in parts, from one prefill ***")
@@ -163,9 +171,12 @@ def check_plan(model, S, card, whole=2):
 
 def print_plan(bytes_of, S, trains):
     """A line for each part of the plan, with its items beside it."""
-    print(f"byte plan in GiB, for prompts of {bytes_of.prompt} tokens ({S.K} clips x {S.FRAMES_PER_CLIP} frames of at "
-          f"most {S.FRAME_PIXELS} pixels) and packed rows of {bytes_of.row}:")
-    parts = {"weights": bytes_of.weights, "beside them": bytes_of.held, "rollout, a context": bytes_of.rollout}
+    print(f"byte plan in GiB, for prompts of {bytes_of.prompt} tokens ({S.K} clips x "
+          f"{S.FRAMES_PER_CLIP} frames of at most {S.FRAME_PIXELS} pixels) and packed rows of "
+          f"{bytes_of.row}:")
+    parts = {"weights": bytes_of.weights,
+             "beside them": bytes_of.held,
+             "rollout, a context": bytes_of.rollout}
     if trains:
         parts["training, a row"] = bytes_of.training
     for part, items in parts.items():
@@ -179,16 +190,17 @@ def gib(size):
 
 # ---------------------------------------------------------------- rollouts, tokens, judge calls
 def announce(groups, samples_each, judge_calls, S, what=""):
-    """Prints one line on the work to come, in all: groups of `samples_each` rollouts, and `judge_calls`.
+    """Prints one line on the work to come: `groups` of `samples_each` rollouts, `judge_calls` in all.
 
-    what: the name of this work. samples_each: 0 where nothing is sampled. An answer is taken to use its budget of
-    thinking and memory.
+    what: the name of this work; samples_each: 0 where nothing is sampled. An answer is taken to use its
+    budget of thinking and memory.
     """
     rollouts = groups * samples_each
     tokens = rollouts * (S.THINK_TOKENS + S.MEMORY_TOKENS)
     sampled = "nothing is sampled"
     if rollouts:
-        sampled = (f"{groups:,} groups x {samples_each} samples = {rollouts:,} rollouts of about {tokens:,} tokens "
-                   f"in all, at most {S.MAX_NEW_TOKENS:,} each")
+        sampled = (f"{groups:,} groups x {samples_each} samples = {rollouts:,} rollouts of about "
+                   f"{tokens:,} tokens in all, at most {S.MAX_NEW_TOKENS:,} each")
     name = f"{what}: " if what else ""
-    print(f"cost: {name}{sampled}; {judge_calls:,} judge calls; prompts of at most {prompt_tokens(S):,} tokens")
+    print(f"cost: {name}{sampled}; {judge_calls:,} judge calls; "
+          f"prompts of at most {prompt_tokens(S):,} tokens")

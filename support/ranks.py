@@ -1,7 +1,8 @@
 """Several GPUs: `torchrun --nproc-per-node=4 02_phase1_train.py` starts one process (a rank) for each.
 
-Every rank runs the same script. It works on its own share of the contexts, `gather` puts the shares together, and
-all ranks then hold the same list. With one process each function here hands back what it was given.
+Every rank runs the same script. It works on its own share of the contexts, `gather` puts the shares
+together, and all ranks then hold the same list. With one process each function here hands back what it
+was given.
 """
 import datetime
 import os
@@ -10,8 +11,9 @@ import sys
 RANK = int(os.environ.get("RANK", 0))                # set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-if RANK:                                             # rank 0 alone speaks
+if RANK:                                             # rank 0 alone speaks, and draws bars
     sys.stdout = open(os.devnull, "w")
+    os.environ["TQDM_DISABLE"] = "1"                 # for bars of libraries, read as tqdm is imported
 
 try:
     import torch
@@ -24,7 +26,7 @@ def is_first_rank():
 
 
 def my_share(items):
-    """The items of this rank: of 7 items and 2 ranks, rank 0 takes the items 0, 2, 4, 6 and rank 1 the others."""
+    """The items of this rank: of 7 items and 2 ranks, rank 0 takes 0, 2, 4 and 6, rank 1 the others."""
     return list(items)[RANK::WORLD]
 
 
@@ -63,6 +65,14 @@ def once(make):
         join()
         torch.distributed.broadcast_object_list(value)
     return value[0]
+
+
+def said_once(sentence):
+    """What to end with, as in `raise SystemExit(said_once("why"))`, where all ranks come to the same end.
+
+    Rank 0 says it, the others end with the exit status 1.
+    """
+    return sentence if is_first_rank() else 1
 
 
 def add_gradients(params):

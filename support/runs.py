@@ -33,7 +33,8 @@ NOT_COMPARED = ("RUN", "SCRIPT", "COMMAND", "SHOW", "ENVIRONMENT", "READERS", "P
 def explain_interruption(kind, error, trace):
     """Ctrl-C outside of a training loop ends in a sentence and not in a traceback."""
     if kind is KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
+        if is_first_rank():
+            print("\nstopped; the same command goes on", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -55,8 +56,8 @@ def read_constants(shared, script, argv):
     """
     defaults = {}
     for name, value in (shared | script).items():
-        is_constant = isinstance(value, (str, int, float, per_model)) and not isinstance(value, Prompt)
-        if name.isupper() and is_constant:
+        settable = isinstance(value, (str, int, float, per_model)) and not isinstance(value, Prompt)
+        if name.isupper() and settable:
             defaults[name] = value
     if "-h" in argv or "--help" in argv:
         print_help(script["__doc__"], defaults)
@@ -92,7 +93,8 @@ def parse_arguments(argv, names):
         name, equals, text = arg.removeprefix("--").partition("=")
         if not arg.startswith("--") or not equals or name not in names:
             nearest = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0)[0]
-            raise SystemExit(f"unknown argument {arg!r}: write --NAME=value; the nearest name is --{nearest}")
+            raise SystemExit(f"unknown argument {arg!r}: write --NAME=value; "
+                             f"the nearest name is --{nearest}")
         given[name] = text
     return given
 
@@ -118,30 +120,64 @@ def next_command(S, script, *more):
 
 # ---------------------------------------------------------------- run folders
 def sources(*functions):
-    """{name: hash} of functions, and of the functions and prompts of the same script that they use, in turn.
+    """{name: hash} of functions, and of what they use in turn: functions of the same script, prompts, tables.
 
-    So a run can tell that a prompt or a reward was edited. Comments and line breaks don't count.
+    So a run can tell that a prompt or a reward was edited. Comments, docstrings and line breaks don't count.
+    A constant of one number or one word isn't hashed, because it stands in the settings by itself.
     """
     found = {}
+
+    def add(name, text, script):
+        code = fingerprint(text)[:12]
+        if found.get(name, code) != code:        # 02 and 05 both have `rewards`
+            name += f" of {script}"
+        found[name] = code
+
+    waiting = [(function.__name__, function) for function in functions]
     seen = set()
-    waiting = list(functions)
     while waiting:
-        function = waiting.pop()
+        name, function = waiting.pop()
+        function = inspect.unwrap(function)      # of a decorated function, what was written
         if function in seen:
             continue
         seen.add(function)
-        name = function.__name__
-        if name in found:                                          # 02 and 05 both have `rewards`
-            name += f" of {pathlib.Path(inspect.getsourcefile(function)).name}"
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        found[name] = fingerprint(ast.unparse(tree))[:12]
-        for node in ast.walk(tree):
-            value = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
+        script = pathlib.Path(inspect.getsourcefile(function)).name
+        code = parse_function(function)
+        add(name, ast.unparse(code), script)
+        for used in names_in(code):
+            value = function.__globals__.get(used)
             if isinstance(value, Prompt):
-                found[node.id] = fingerprint(value)[:12]
-            elif inspect.isfunction(value) and value.__module__ == function.__module__:
-                waiting.append(value)
+                add(used, value, script)
+            elif used.isupper() and type(value) in (tuple, list, dict):
+                add(used, without_addresses(value), script)
+            elif is_function_of(value, function.__module__):
+                waiting.append((used, value))
     return found
+
+
+def parse_function(function):
+    """A function's syntax tree without its docstrings."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+def names_in(tree):
+    return sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)})
+
+
+def is_function_of(value, module):
+    if not callable(value):
+        return False
+    function = inspect.unwrap(value)
+    return inspect.isfunction(function) and function.__module__ == module
+
+
+def without_addresses(table):
+    """A table as text that is the same in every process, even where functions stand in it."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(table))
 
 
 def start(S, stage, *functions):
@@ -150,7 +186,8 @@ def start(S, stage, *functions):
     functions: those whose edit asks for a new run, such as the reward (see `sources`). SystemExit on a difference.
     """
     if torch is None:
-        raise SystemExit("torch and numpy are missing: ./run.sh setup (or pip install -r requirements.txt)")
+        raise SystemExit("torch and numpy are missing: ./run.sh setup "
+                         "(or pip install -r requirements.txt)")
     out = ROOT / "runs" / S.RUN / stage                             # an absolute RUN stays as it is
     out.mkdir(parents=True, exist_ok=True)
     now = {name: value for name, value in vars(S).items() if name not in NOT_COMPARED}
@@ -194,11 +231,14 @@ def say_what_differs(folder, script, *functions):
     """
     saved = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
     before = saved.get("SOURCES", {})
-    differing = [name for name, code in sources(*functions).items() if name in before and before[name] != code]
+    differing = []
+    for name, code in sources(*functions).items():
+        if name in before and before[name] != code:
+            differing.append(name)
     if differing:
-        print(f"*** {folder} was made by {saved.get('SCRIPT')} with another {', '.join(sorted(differing))} than "
-              f"{script} has. What is used from here on is {script}'s. To use the fork's: put its name in the place "
-              f"of {script.removesuffix('.py')!r} where the scripts after it import that ***")
+        print(f"*** {folder} was made by {saved.get('SCRIPT')} with another {', '.join(differing)} than "
+              f"{script} has. What is used from here on is {script}'s. To use the fork's: put its name in "
+              f"the place of {script.removesuffix('.py')!r} where the scripts after it import that ***")
 
 
 def need(S, name):
@@ -208,7 +248,7 @@ def need(S, name):
         if path.exists():
             return path
     stage = name.split("/")[0]
-    maker = next(ROOT.glob(f"0?_*{stage}*.py")).name               # a script's name holds its stage's folder
+    maker = next(ROOT.glob(f"0?_*{stage}*.py")).name       # a script's name holds its stage's folder
     raise SystemExit(f"{' or '.join(map(str, paths))} is missing. Make it first: "
                      f"python {maker} --RUN={S.RUN}, or name a run that has it: --FROM=OTHERRUN")
 
@@ -222,7 +262,8 @@ def load_streams(S, split):
     splits = {split} if split == "train" else {split, "online"}
     rows = [row for row in read_jsonl(path) if row["split"] in splits]
     if not rows:
-        raise SystemExit(f"{path} holds no stream of the split {split!r}: see SPLIT in 01_make_streams.py")
+        raise SystemExit(f"{path} holds no stream of the split {split!r}: "
+                         "see SPLIT in 01_make_streams.py")
     for row in rows:
         for clip in row["clips"]:
             clip["file"] = str(path.parent / clip["file"])         # an absolute path stays as it is

@@ -1,23 +1,26 @@
 """The model: 4-bit experts, loading, and adapters on disk.
 
-The trick of the 4-bit experts. Qwen3-VL-30B-A3B keeps 93 % of its weights in two tensors a layer, each (E, out, in):
-one matrix for each of E experts. The library's 4-bit loading replaces `nn.Linear` alone and leaves these tensors in
-bf16, 56 of 58 GiB. Here they are packed as well. An expert becomes one row of codes and one row of scales, so the
-experts that a batch needs can be picked out by their row numbers:
+The trick of the 4-bit experts. Qwen3-VL-30B-A3B keeps 93 % of its weights in two tensors a layer,
+each (E, out, in): one matrix for each of E experts. The library's 4-bit loading replaces `nn.Linear`
+alone and leaves these tensors in bf16, 56 of 58 GiB. Here they are packed as well. An expert becomes
+one row of codes and one row of scales, so the experts that a batch needs are picked by row number:
 
-    weight (E, out, in), bf16         codes (E, out * in / 2), bytes      scales (E, out * in / 64), fp32
-    expert 0  [64 values][64 ..]  ->  [32 bytes][32 ..]                   [largest |value|][..]
-    expert 1  [64 values][64 ..]  ->  [32 bytes][32 ..]                   [largest |value|][..]
+    weight (E, out, in), say (3, 2, 64)       codes (3, 64) uint8         scales (3, 2) fp32
+    expert 0  [ 64 values | 64 values ]  ->   [ 32 bytes | 32 bytes ]     [ 0.31 | 0.28 ]
+    expert 1  [ 64 values | 64 values ]  ->   [ 32 bytes | 32 bytes ]     [ 0.25 | 0.30 ]
+    expert 2  [ 64 values | 64 values ]  ->   [ 32 bytes | 32 bytes ]     [ 0.27 | 0.33 ]
 
-A byte holds two codes of 4 bits. A code stands for one of the 16 levels of NF4, which lie between -1 and 1, and
-value = level * scale of its block of 64. This costs 4.5 bits a value: 4 for the code, 32 / 64 for the scale.
+A byte holds two codes of 4 bits. A code is the number of one of NF4's 16 levels between -1 and 1, and
+the scale of a block of 64 values is the largest of them. Code 12 is the level 0.44, which stands for
+0.44 * 0.31 = 0.14 in the first block. So a value takes 4.5 bits: 4, and 32 / 64 for its scale.
 
-- Loading (`quantization`): a tensor is packed as soon as it is read, so only one of them is ever whole.
-- Forward (`packed_experts`): the rows of the experts that were chosen are unpacked, multiplied and forgotten.
-- Backward (`PackedLinear`): they are unpacked once more. The weights are frozen, so they need no gradient.
+- Loading (`quantization`): a tensor is packed as soon as it is read. Only one at a time is ever whole.
+- Forward (`packed_experts`): the experts that were chosen are unpacked, multiplied and forgotten.
+- Backward (`PackedLinear`): they are unpacked once more. Frozen weights need no gradient themselves.
 
-The arithmetic is the library's own (`dequantize_4bit`, `grouped_mm`), so outputs and LoRA gradients are bit-equal to
-those of a model that was unpacked as a whole. Router, norms, embeddings and head stay as they are.
+The arithmetic is the library's own (`dequantize_4bit`, `grouped_mm`), so outputs and LoRA gradients are
+bit-equal to those of a model that was unpacked as a whole. Router, norms, embeddings and head stay as
+they are.
 """
 import functools
 import logging
@@ -30,11 +33,14 @@ from support.ranks import is_first_rank, join, torch
 from support.runs import ROOT, read_json, written_aside
 
 # What an adapter's folder holds, by the kind of adapter.
-FILES = {"lora": "adapter_model.safetensors", "steer": "steer.safetensors", "all": "weights.safetensors"}
-UNLIMITED = 10**6                # samples beside one prompt, for a model so small that memory doesn't matter
+FILES = {"lora": "adapter_model.safetensors",
+         "steer": "steer.safetensors",
+         "all": "weights.safetensors"}
+UNLIMITED = 10**6                # samples beside one prompt, where a model is so small that all fit
 TINY_WIDTH = 512                 # a model wider than this is none of the toy world's
 
-# Scales that are themselves packed in 8 bits: codes (E, S), one fp32 scale for 256 of them (E, S / 256), their mean ().
+# Scales that are packed themselves: 8-bit codes (E, S), an fp32 scale for 256 codes (E, S / 256), and the
+# mean that was taken off before ().
 DoubleScales = namedtuple("DoubleScales", "codes scales mean")
 
 
@@ -42,8 +48,8 @@ DoubleScales = namedtuple("DoubleScales", "codes scales mean")
 def pack(weight, double=False):
     """Codes (E, out * in / 2) uint8 and scales of a weight (E, out, in).
 
-    The scales are fp32 (E, out * in / 64), or DoubleScales with `double`. Raises ValueError where a block would
-    reach over two experts.
+    The scales are fp32 (E, out * in / 64), or DoubleScales with `double`. Raises ValueError where a block
+    would reach over two experts.
     """
     from bitsandbytes.functional import quantize_4bit, quantize_blockwise
     experts = len(weight)
@@ -64,10 +70,14 @@ def pack(weight, double=False):
 
 
 def unpack(codes, scales, hit, shape, dtype):
-    """Weights (H, *shape) in `dtype` of the experts `hit` (H,), from what `pack` made. shape: (out, in)."""
+    """Weights (H, out, in) in `dtype` of the experts `hit` (H,), from what `pack` made. shape: (out, in)."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
-    scales = unpack_scales(scales, hit) if isinstance(scales, DoubleScales) else scales[hit]
-    state = QuantState(scales.flatten(), (len(hit), *shape), dtype=dtype, blocksize=BLOCK, quant_type="nf4")
+    if isinstance(scales, DoubleScales):
+        scales = unpack_scales(scales, hit)                                   # (H, out * in / 64)
+    else:
+        scales = scales[hit]
+    whole = (len(hit), *shape)
+    state = QuantState(scales.flatten(), whole, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
     return dequantize_4bit(codes[hit].view(-1, 1), state)
 
 
@@ -76,8 +86,9 @@ def unpack_scales(double, hit):
     from bitsandbytes.functional import dequantize_blockwise
     block = double.codes.shape[1] // double.scales.shape[1]
     levels = levels_of_8_bits(double.codes.device)
-    scales = double.scales[hit].flatten()
-    return dequantize_blockwise(double.codes[hit], absmax=scales, code=levels, blocksize=block) + double.mean
+    absmax = double.scales[hit].flatten()
+    scales = dequantize_blockwise(double.codes[hit], absmax=absmax, code=levels, blocksize=block)
+    return scales + double.mean
 
 
 @functools.cache
@@ -88,15 +99,15 @@ def levels_of_8_bits(device):
 
 # ---------------------------------------------------------------- 4-bit experts: forward and backward
 def sort_by_expert(chosen):
-    """Puts the (token, expert) pairs of chosen (N, k) in the order of their experts -> (order, hit, ends).
+    """Sorts the (token, expert) pairs of chosen (N, k) by expert -> (order, hit, ends).
 
-    order (N k,): the pairs' places in chosen.flatten(); hit (H,): the experts that occur; ends (H,): where the rows
-    of each of them end. Three tokens, each sent to two experts:
+    order (N k,): the pairs' places in chosen.flatten(); hit (H,): the experts that occur; ends (H,): where
+    the rows of each of them end. Three tokens, each sent to two experts:
 
     >>> order, hit, ends = sort_by_expert(torch.tensor([[5, 2], [2, 7], [5, 2]]))
-    >>> (order // 2).tolist()                         # the token of each row
+    >>> (order // 2).tolist()                # the token of each row
     [0, 1, 2, 0, 2, 1]
-    >>> hit.tolist(), ends.tolist()                   # rows 0 to 2 are expert 2's, 3 and 4 are 5's, 5 is 7's
+    >>> hit.tolist(), ends.tolist()          # rows 0, 1, 2 are expert 2's, 3 and 4 expert 5's, 5 expert 7's
     ([2, 5, 7], [3, 5, 6])
     """
     experts, order = chosen.flatten().sort(stable=True)
@@ -109,7 +120,10 @@ Function = torch.autograd.Function if torch else object
 
 
 class PackedLinear(Function):
-    """y = x W_e^T for rows x (R, in) that are sorted by their expert e -> (R, out); hit, ends: see `sort_by_expert`."""
+    """Rows x (R, in), sorted by expert, each times its expert's weight (out, in) -> (R, out).
+
+    codes, scales, shape: see `unpack`; hit, ends: see `sort_by_expert`. The gradient is for x alone.
+    """
 
     @staticmethod
     def forward(ctx, x, codes, scales, hit, ends, shape):
@@ -121,20 +135,22 @@ class PackedLinear(Function):
     @staticmethod
     def backward(ctx, grad):
         weight = ctx.unpacked(grad.dtype)
-        grad_x = torch.nn.functional.grouped_mm(grad.contiguous(), weight, offs=ctx.ends)        # (R, in)
+        grad = grad.contiguous()
+        grad_x = torch.nn.functional.grouped_mm(grad, weight, offs=ctx.ends)  # (R, in)
         return grad_x, None, None, None, None, None
 
 
 def packed_experts(module, hidden, chosen, weights):
     """The forward pass of a layer's experts, which transformers finds under the name "nf4".
 
-    hidden (N, d); chosen (N, k): the experts that the router sends each token to; weights (N, k) -> (N, d).
+    hidden (N, d); chosen (N, k): the experts that the router sends a token to; weights (N, k) -> (N, d).
     """
     experts_per_token = chosen.shape[1]
     order, hit, ends = sort_by_expert(chosen)
 
     def linear(name, rows, shape):
-        return PackedLinear.apply(rows, getattr(module, name), module.scales[name], hit, ends, shape)
+        codes = getattr(module, name)
+        return PackedLinear.apply(rows, codes, module.scales[name], hit, ends, shape)
 
     d = module.hidden_dim
     width = module.intermediate_dim
@@ -143,7 +159,7 @@ def packed_experts(module, hidden, chosen, weights):
     rows = module._apply_gate(rows)                                           # (N k, width)
     rows = linear("down_proj", rows, (d, width))                              # (N k, d)
     rows = rows * weights.flatten()[order, None]
-    # A token's k results are summed in the router's order, as in the library, because float sums depend on order.
+    # A token's k results are summed in the router's order, as the library does: float sums depend on it.
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     return rows[place].view(-1, experts_per_token, d).sum(1).to(hidden.dtype)
@@ -178,7 +194,8 @@ def quantization():
     @register_quantizer("nf4_experts")
     class Quantizer(Bnb4BitHfQuantizer):
         def param_needs_quantization(self, model, param_name, **kwargs):
-            return is_expert(param_name) or super().param_needs_quantization(model, param_name, **kwargs)
+            usual = super().param_needs_quantization(model, param_name, **kwargs)
+            return is_expert(param_name) or usual
 
         def get_quantize_ops(self):
             return Pack(self)
@@ -202,7 +219,7 @@ def scales_of(model):
             else:
                 yield scales
         weight = getattr(module, "weight", None)
-        state = getattr(weight, "quant_state", None)                       # linears, packed by the library
+        state = getattr(weight, "quant_state", None)                       # linears, by the library
         if state is not None:
             yield state.absmax
             if state.nested:
@@ -221,15 +238,15 @@ def load_tokenizer(S):
 
 
 def load_model(S):
-    """(model, tokenizer, contexts, samples) of S.MODEL, frozen. Prints a byte plan first, and what was loaded after.
+    """(model, tokenizer, contexts, samples) of S.MODEL. Prints a byte plan first, and then what was loaded.
 
-    contexts: how many can be rolled out side by side; samples: how many answers to one context at a time. Raises
-    SystemExit where the model can't be had or doesn't fit.
+    contexts: how many can be rolled out side by side; samples: how many answers to one of them at a time.
+    Raises SystemExit where the model can't be had or doesn't fit.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
     silence_libraries(S)
     torch.set_num_threads(S.CPU_THREADS)
-    torch.manual_seed(S.SEED)                    # PEFT draws a new LoRA's A from the global generator
+    torch.manual_seed(S.SEED)                # PEFT draws a new LoRA's A from the global generator
     join()
     on_gpu = torch.cuda.is_available()
     device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
@@ -240,12 +257,13 @@ def load_model(S):
         refuse_a_large_tiny_base(S, config)
         tokenizer = load_tokenizer(S)
         options = loading_options(S, config, dtype)
+        options |= {"dtype": dtype, "device_map": device}
         contexts, samples = S.ROLLOUT_CONTEXTS or 1, UNLIMITED
         if S.MODEL != "tiny":
-            with torch.device("meta"):           # shapes without bytes
+            with torch.device("meta"):       # shapes without bytes
                 sketch = AutoModelForImageTextToText.from_config(config)
             contexts, samples = check_plan(sketch, S, memory_of(device), dtype.itemsize)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, device_map=device, **options)
+        model = AutoModelForImageTextToText.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"MODEL={S.MODEL} can't be loaded: {error}") from None
     model.eval()
@@ -260,18 +278,20 @@ def load_model(S):
 def silence_libraries(S):
     """No warnings about what is meant so, and no bar but rank 0's."""
     import transformers
-    transformers.logging.set_verbosity_error()   # else a second adapter is said to be missing from a file
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)      # it misses a CPU kernel that is not used
+    # Otherwise a second adapter is said to be missing from a file.
+    transformers.logging.set_verbosity_error()
+    # It misses a CPU kernel that is not used.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if S.MODEL == "tiny" or not is_first_rank():
         transformers.logging.disable_progress_bar()
 
 
 def refuse_a_large_tiny_base(S, config):
-    """MODEL=tiny chooses the toy world's constants, which would be wrong for another model at its place."""
+    """MODEL=tiny takes the toy world's constants, which are wrong for another model in its place."""
     width = config.get_text_config().hidden_size
     if S.MODEL == "tiny" and width > TINY_WIDTH:
-        raise SystemExit(f"tiny/base holds a model {width} wide, but MODEL=tiny takes the toy world's constants. "
-                         "Name the model by --MODEL=FOLDER instead")
+        raise SystemExit(f"tiny/base holds a model {width} wide, but MODEL=tiny takes the toy world's "
+                         "constants. Name the model by --MODEL=FOLDER instead")
 
 
 def loading_options(S, config, dtype):
@@ -296,32 +316,34 @@ def memory_of(device):
 
 
 def use_exact_kernels(model):
-    """Switches off a CPU kernel of the library that packs the weights anew: neither exact nor made for training."""
+    """Switches off a CPU kernel of the library that packs weights anew: it is not exact, nor for training."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
 def flash(model):
-    """Whether flash-attn can take passes without a mask: it is installed, on a GPU, the model in 16 bits."""
+    """Whether flash-attn can take passes without a mask: it needs a GPU and a model in 16 bits."""
     from transformers.utils import is_flash_attn_2_available
-    return model.device.type == "cuda" and model.dtype != torch.float32 and is_flash_attn_2_available()
+    suits = model.device.type == "cuda" and model.dtype != torch.float32
+    return suits and is_flash_attn_2_available()
 
 
 def print_model(model, name, S):
     """One line on what was loaded, and what it has to do without."""
     values = 0
     for p in model.parameters():
-        values += p.numel() * 2 if p.dtype == torch.uint8 else p.numel()       # a byte holds two codes
+        codes_in_a_value = 2 if p.dtype == torch.uint8 else 1
+        values += p.numel() * codes_in_a_value
     size = sum(tensor.nbytes for tensor in [*model.parameters(), *scales_of(model)])
     text = model.config.get_text_config()
     kind = f"NF4 and {model.dtype}" if S.BITS == 4 else f"{model.dtype}"
     print(f"model {name}: {values / 1e6:.1f} M parameters, {size / 2**30:.3f} GiB in {kind}, "
           f"{text.num_hidden_layers} layers {text.hidden_size} wide, on {model.device}")
     if model.device.type == "cpu":
-        print("*** no GPU: fp32 on the CPU. Fine for the toy world; a 30B model is out of reach ***")
+        print("*** no GPU: fp32 on the CPU. Fine for the toy world, out of reach for a 30B model ***")
     elif not flash(model):
-        print("*** flash-attn is missing (requirements-gpu.txt): torch's own attention kernels are used ***")
+        print("*** flash-attn is missing (requirements-gpu.txt): torch's own attention is used ***")
 
 
 # ---------------------------------------------------------------- a steering vector in a checkpoint
@@ -339,7 +361,8 @@ def add_steering(model, name):
         layer = int(re.search(r"layers\.(\d+)", key)[1])
         hook = functools.partial(add_vector, vector)
         model.model.language_model.layers[layer].register_forward_hook(hook)
-        print(f"the checkpoint's steering vector (norm {vector.float().norm():.3f}) acts after layer {layer}")
+        norm = vector.float().norm()
+        print(f"the checkpoint's steering vector (norm {norm:.3f}) acts after layer {layer}")
 
 
 def add_vector(vector, layer, args, output):
@@ -368,7 +391,7 @@ def file_of_model(name, file):
 
 # ---------------------------------------------------------------- adapters on disk
 def save_adapter(policy, writer, folder):
-    """Saves what `Policy.add` made: a PEFT folder, a vector under the authors' key, or the decoder's weights."""
+    """Saves what `Policy.add` made: a PEFT folder, a vector under the authors' key, a decoder's weights."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
     kind = policy.kind[writer]
