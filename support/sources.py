@@ -1,0 +1,507 @@
+"""Where videos come from: what a source holds, which of its files can be read, and how they become clips.
+
+A source is a function of (S, folder, data) that gives the streams that it found, as parts of files, and the questions
+about them. S.DATA is `data`, and `folder` is it, or the folder around it where it is one file. To add a source, write
+such a function and put it into SOURCES.
+"""
+import importlib.util
+import math
+import pathlib
+import re
+import time
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from support.overlay import read_srt
+from support.ranks import progress
+from support.runs import clock, read_json, read_jsonl, stamp, write_jsonl
+from support.video import DECODE_SECONDS, VideoError, frame_times, probe_video, read_frames
+
+# The splits, and the stages that read them.
+SPLITS = {"train": "02", "deploy": "03 to 05", "test": "06", "online": "03 to 06"}
+
+SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg",
+            ".flv", ".wmv", ".3gp", ".ogv"}
+
+
+@dataclass
+class Part:
+    """A part of a file that belongs to a stream."""
+    file: pathlib.Path
+    start: float | None = None   # s of the file's clock; None: from its beginning
+    end: float | None = None     # None: to its end
+    at: float | None = None      # s of the stream at which it begins; None: on the file's clock
+
+
+@dataclass
+class Stream:
+    """A stream that a source has found."""
+    name: str
+    split: str
+    parts: list
+    cues: list = field(default_factory=list)    # as `read_srt` gives them, on the stream's clock
+
+
+@dataclass
+class Question:
+    """A question of a source, to become a row of tasks.jsonl."""
+    stream: str
+    environment: str             # the kind of question; those of one kind share an adapter
+    text: str
+    answer: str
+    options: list = field(default_factory=list)
+    time: float | None = None    # s of the stream; None: asked at its end
+    name: str | None = None      # of the task; None: after the stream
+    place: str | None = None     # where a user wrote it, so that a mistake there is an error
+
+
+# ---------------------------------------------------------------- any videos
+TASK_NEEDS = {"video", "question", "answer"}
+TASK_MAY_HAVE = {"options", "time", "environment", "task"}
+
+
+def videos(S, folder, data):
+    """Any video file, or all in a folder and below; the questions of its tasks.jsonl."""
+    if data.is_file():
+        files = [data]
+    else:
+        # A name with a leading dot is no video: macOS leaves ._NAME.mp4 beside NAME.mp4 on other disks.
+        files = sorted(file for file in folder.rglob("[!.]*") if is_video(file))
+    if not files:
+        suffixes = " ".join(sorted(SUFFIXES))
+        raise SystemExit(f"{data}: no video file in it or below (looked for {suffixes})")
+    if S.LIMIT:
+        files = files[:S.LIMIT]
+    streams = []
+    called = {}                                  # {what a task may call the video: its stream}
+    for file, name in stream_names(folder, files).items():
+        inside = file.relative_to(folder)
+        first_folder = inside.with_suffix("").parts[0]
+        split = first_folder if first_folder in SPLITS else S.SPLIT
+        cues = read_srt(file.with_suffix(".srt"))
+        streams.append(Stream(name, split, [Part(file)], cues))
+        for alias in (name, inside, file):
+            called[pathlib.PurePath(alias)] = name
+    tasks = written_tasks(folder / "tasks.jsonl")
+    questions = [written_question(place, row, called) for place, row in tasks]
+    return streams, chosen("TYPES", S.TYPES, questions, lambda question: question.environment)
+
+
+def is_video(file):
+    return file.suffix.lower() in SUFFIXES and file.is_file()
+
+
+def stream_names(folder, files):
+    """{file: name}: its path without the suffix, or with it where a.mp4 lies beside a.mkv, or a.mp4.mkv."""
+    bare = {file: file.relative_to(folder).with_suffix("") for file in files}
+    count = Counter(bare.values())
+    names = {}
+    for file, path in bare.items():
+        is_unique = count[path] == 1 and folder / path not in bare
+        if not is_unique:
+            path = file.relative_to(folder)
+        names[file] = path.as_posix()
+    return names
+
+
+def written_tasks(path):
+    """[(place, row)] of a user's tasks.jsonl; [] where there is none. SystemExit on a row of another form."""
+    if not path.exists():
+        return []
+    try:
+        rows = read_jsonl(path)
+    except ValueError as error:
+        raise SystemExit(f"not one JSON object per line: {error}") from None
+    tasks = []
+    for number, row in enumerate(rows, 1):
+        place = f"{path}, task {number}"
+        if not isinstance(row, dict) or not TASK_NEEDS <= set(row) <= TASK_NEEDS | TASK_MAY_HAVE:
+            raise SystemExit(f"{place}: needs video, question and answer, may have options, time, "
+                             f"environment and task; is {str(row)[:200]}")
+        options = row.get("options", [])
+        seconds = row.get("time", 0)
+        others = [value for key, value in row.items() if key not in ("options", "time")]
+        is_time = isinstance(seconds, (int, float)) and math.isfinite(seconds)
+        is_list = isinstance(options, list)
+        if not (is_time and is_list and all(isinstance(text, str) for text in others + options)):
+            raise SystemExit(f"{place}: options is a list, time a number, all else text; is {row}")
+        tasks.append((place, row))
+    return tasks
+
+
+def written_question(place, row, called):
+    """The Question of a row of a user's tasks.jsonl."""
+    return Question(
+        stream=called.get(pathlib.PurePath(row["video"]), row["video"]),
+        environment=row.get("environment", "questions"),
+        text=row["question"],
+        answer=row["answer"],
+        options=row.get("options", []),
+        time=row.get("time"),
+        name=row.get("task"),
+        place=place)
+
+
+# ---------------------------------------------------------------- Video-MME
+VIDEOMME_TABLES = ("videomme/*.jsonl", "videomme*.jsonl", "videomme/*.parquet", "*.parquet")
+
+
+def videomme(S, folder, data):
+    """Video-MME: a stream per video, in the order of the table."""
+    rows = videomme_rows(folder)
+    rows = chosen("DURATION", S.DURATION, rows, lambda row: row["duration"])
+    rows = chosen("TYPES", S.TYPES, rows, lambda row: row["task_type"])
+    files = videos_by_stem(folder, "data", "video")
+    names = limited([row["videoID"] for row in rows], files, S.LIMIT)
+    streams = []
+    for name in names:
+        if name in files:
+            cues = read_srt(folder / "subtitle" / f"{name}.srt")
+            streams.append(Stream(name, S.SPLIT, [Part(files[name])], cues))
+    questions = []
+    for row in rows:
+        if row["videoID"] in names:
+            questions.append(Question(
+                stream=row["videoID"],
+                environment=row["task_type"],
+                text=row["question"],
+                answer=row["answer"],
+                options=row["options"],
+                name=row["question_id"]))
+    return streams, questions
+
+
+def videomme_rows(folder):
+    """The rows of the table, as published in parquet, or as JSON lines."""
+    tables = []
+    for place in VIDEOMME_TABLES:
+        tables += sorted(folder.glob(place))
+    if not tables:
+        raise SystemExit(f"{folder}: none of {', '.join(VIDEOMME_TABLES)}")
+    table = tables[0]
+    if table.suffix != ".parquet":
+        return read_jsonl(table)
+    if importlib.util.find_spec("pyarrow") is None:
+        other = folder / "videomme.jsonl"
+        raise SystemExit(f"{table} needs the package pyarrow: pip install pyarrow. Or write its rows "
+                         f"to {other}, one JSON object a line")
+    import pyarrow.parquet
+    return pyarrow.parquet.read_table(table).to_pylist()
+
+
+# ---------------------------------------------------------------- EgoLife
+EIGHT_DIGITS = "[0-9]" * 8
+
+
+def egolife(S, folder, data):
+    """EgoLife: all files of one wearer are one stream, with gaps, in s since DAY1 00:00."""
+    usual = folder / "EgoLifeQA" / "EgoLifeQA_A1_JAKE.json"
+    tables = sorted(usual.parent.glob("EgoLifeQA_*.json"))
+    streams = []
+    questions = []
+    for table in tables or [usual]:
+        wearer = re.match(r"EgoLifeQA_(\w+)", table.name)[1]
+        videos_of_days = folder.glob(f"{wearer}/DAY*/DAY*_{wearer}_{EIGHT_DIGITS}.mp4")
+        files = sorted(videos_of_days, key=file_instant)
+        asked = egolife_questions(wearer, read_json(table))
+        if S.LIMIT and S.LIMIT < len(files):
+            # What is asked after the next file begins is left out with that file.
+            cut = file_instant(files[S.LIMIT])
+            asked = [question for question in asked if question.time <= cut]
+            files = files[:S.LIMIT]
+        if files:
+            parts = [Part(file, at=file_instant(file)) for file in files]
+            streams.append(Stream(wearer, S.SPLIT, parts, egolife_cues(folder, wearer)))
+        questions += asked
+    return streams, chosen("TYPES", S.TYPES, questions, lambda question: question.environment)
+
+
+def egolife_questions(wearer, rows):
+    """The questions of one wearer's table, in the order in which they are asked."""
+    questions = []
+    for row in rows:
+        asked_at = row["query_time"]
+        questions.append(Question(
+            stream=wearer,
+            environment=row["type"],
+            text=row["question"],
+            answer=row["answer"],
+            options=[row[f"choice_{letter}"] for letter in "abcd"],
+            time=instant(asked_at["date"], asked_at["time"]),
+            name=f"{wearer}-{row['ID']}"))
+    return sorted(questions, key=lambda question: question.time)
+
+
+def egolife_cues(folder, wearer):
+    """Speech of the hourly transcripts, whose times count from the hour, on the stream's clock."""
+    cues = []
+    transcripts = folder / "EgoLifeCap" / "Transcript" / wearer
+    for path in transcripts.glob(f"DAY*/{wearer}_DAY*_{EIGHT_DIGITS}.srt"):
+        hour = file_instant(path)
+        cues += [[start + hour, end + hour, text] for start, end, text in read_srt(path)]
+    return sorted(cues)
+
+
+def file_instant(path):
+    """When a file begins, by its name."""
+    day, stamped = re.search(r"(DAY\d+).*_(\d{8})$", path.stem).groups()
+    return instant(day, stamped)
+
+
+def instant(day, stamped):
+    """s since DAY1 00:00 of EgoLife's HHMMSSFF. FF counts frames at 20 a second, yet reaches 92: clamped.
+
+    >>> instant("DAY2", "01020392")
+    90123.95
+    """
+    hours, minutes, seconds, frame = [int(pair) for pair in re.findall("..", stamped[:8])]
+    days = int(day[3:]) - 1
+    return days * 86400 + hours * 3600 + minutes * 60 + seconds + min(frame, 19) / 20
+
+
+# ---------------------------------------------------------------- EgoTempo
+def egotempo(S, folder, data):
+    """EgoTempo: a stream per clip.
+
+    The full video is preferred, because the published way of trimming breaks about 4 clips in 10.
+    """
+    tables = sorted(folder.glob("egotempo_openQA*.json"))
+    table = tables[0] if tables else folder / "egotempo_openQA.json"
+    rows = read_json(table)["annotations"]
+    rows = chosen("TYPES", S.TYPES, rows, lambda row: row["question_type"])
+    full = videos_by_stem(folder, "video_540ss")
+    trimmed = videos_by_stem(folder, "trimmed_clips")
+    parts = {}
+    for name in [row["clip_id"] for row in rows]:
+        video, start, end = name.rsplit("_", 2)
+        if video in full:
+            start = max(0.0, float(start))       # some start below 0
+            parts[name] = Part(full[video], start, float(end), at=0)
+        elif name in trimmed:
+            parts[name] = Part(trimmed[name])
+    names = limited([row["clip_id"] for row in rows], parts, S.LIMIT)
+    streams = [Stream(name, S.SPLIT, [parts[name]]) for name in names if name in parts]
+    questions = []
+    for row in rows:
+        if row["clip_id"] in names:
+            questions.append(Question(
+                stream=row["clip_id"],
+                environment=row["question_type"],
+                text=row["question"],
+                answer=row["answer"],
+                name=row["question_id"]))
+    return streams, questions
+
+
+SOURCES = {"videos": videos, "videomme": videomme, "egolife": egolife, "egotempo": egotempo}
+
+
+# ---------------------------------------------------------------- what the data sets share
+def videos_by_stem(folder, *places):
+    """{name without suffix: file} of the videos in these folders of `folder`."""
+    found = {}
+    for place in places:
+        if (folder / place).is_dir():
+            for file in sorted((folder / place).iterdir()):
+                if file.suffix.lower() in SUFFIXES:
+                    found[file.stem] = file
+    return found
+
+
+def limited(names, there, limit):
+    """Each name once, in order. With a limit, the first of those that are there; else all, so that the summary can
+    name those that are not.
+
+    >>> limited(["b", "a", "b", "c"], {"a", "c"}, 1), limited(["b", "a", "b"], {"a"}, 0)
+    (['a'], ['b', 'a'])
+    """
+    names = list(dict.fromkeys(names))
+    if not limit:
+        return names
+    return [name for name in names if name in there][:limit]
+
+
+def chosen(constant, value, rows, kind_of):
+    """The rows of the kinds that the value of a constant names, separated by commas; all of them for "".
+
+    SystemExit where it names a kind that no row is of.
+    """
+    kinds = sorted({kind_of(row) for row in rows})
+    wanted = [name.strip().casefold() for name in value.split(",")]
+    wanted = [name for name in wanted if name]
+    unknown = set(wanted) - {kind.casefold() for kind in kinds}
+    if unknown:
+        there = ", ".join(kinds) if kinds else "no type, as there are none"
+        raise SystemExit(f"{constant}: no question is of {', '.join(unknown)}, but of {there}")
+    if not wanted:
+        return rows
+    return [row for row in rows if kind_of(row).casefold() in wanted]
+
+
+# ---------------------------------------------------------------- which files can be read
+def check_files(S, index, streams):
+    """{file: its row (see `check_video`)} of all files of the streams.
+
+    index: path of files.jsonl, which keeps the rows. A later run looks only at files that are new or changed.
+    """
+    if importlib.util.find_spec("decord") is None:
+        raise SystemExit("decord is missing: ./run.sh setup (or pip install -r requirements.txt)")
+    spans = {}                                   # {file: [[start, end] of each part]}
+    for stream in streams:
+        for part in stream.parts:
+            spans.setdefault(part.file, []).append([part.start, part.end])
+    kept = {row["file"]: row for row in read_jsonl(index)} if index.exists() else {}
+    rows = {}
+    new = []
+    for file in spans:
+        row = kept.get(str(file))
+        if row is not None and is_current(row, file, spans[file], S):
+            rows[file] = row
+        else:
+            new.append(file)
+    print(f"{len(spans)} video files, {len(rows)} of them known from {index}")
+    # Threads are enough, because decord works outside of Python's lock.
+    pool = ThreadPoolExecutor(S.WORKERS)
+    checked = pool.map(lambda file: check_video(file, spans[file], S), new)
+    try:
+        with warnings.catch_warnings():
+            # A frame that is lost here and there costs no clip.
+            warnings.simplefilter("ignore")
+            for n, row in enumerate(progress(checked, "checking", total=len(new), unit="file")):
+                rows[new[n]] = row
+                if (n + 1) % S.SAVE_EVERY == 0:
+                    write_jsonl(index, rows.values())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        write_jsonl(index, rows.values())
+    return {file: rows[file] for file in spans}
+
+
+def is_current(row, file, spans, S):
+    """Whether a kept row still tells of a file. What took too long is tried again: a busy disk, perhaps."""
+    took_too_long = any("DECODE_SECONDS" in reason for reason in row["skipped"])
+    same_file = row["stamp"] == stamp(file) and row["spans"] == spans
+    return same_file and row["how"] == how_checked(S) and not took_too_long
+
+
+def how_checked(S):
+    """The constants that a row of files.jsonl depends on."""
+    return [S.SOURCE, S.CLIP_SECONDS, S.SHORTEST, S.CHECK]
+
+
+def check_video(file, spans, S):
+    """A row of files.jsonl: {file, stamp, spans, clips: [[clip ..] per span], skipped: [reasons], how}.
+
+    Times are the file's own, by its time stamps, in which subtitles count too; decord calls the first frame 0 s even
+    where the sound starts earlier. Raises nothing: a file that cannot be used has no clips.
+    """
+    clips = [[] for _ in spans]
+    skipped = []
+    try:
+        seen = probe_video(file)
+        first = seen["start"]
+        last = first + seen["duration"]
+        for n, (start, end) in enumerate(spans):
+            start = math.floor(first) if start is None else max(start, first)
+            end = last if end is None else min(last, end)
+            if start >= last:
+                skipped.append(f"has nothing from {start:.1f} s on, as it ends at {last:.1f} s")
+                continue
+            cut = cut_clips(str(file), start, end, S)
+            clips[n], reasons = decodable(file, cut, S)
+            skipped += reasons
+    except VideoError as error:
+        skipped.append(error.reason)
+    return {"file": str(file), "stamp": stamp(file), "spans": spans, "clips": clips,
+            "skipped": skipped, "how": how_checked(S)}
+
+
+def cut_clips(file, first, end, S):
+    """Clip rows of one file, from `first` to `end` in s of its clock.
+
+    >>> from types import SimpleNamespace
+    >>> S = SimpleNamespace(CLIP_SECONDS=10, SHORTEST=2)
+    >>> [(clip["start"], clip["end"]) for clip in cut_clips("a.mp4", 0, 23, S)]
+    [(0.0, 10.0), (10.0, 20.0), (20.0, 23.0)]
+    """
+    count = math.floor((end - first - S.SHORTEST) / S.CLIP_SECONDS) + 1
+    clips = []
+    for n in range(max(1, count)):
+        start = round(float(first + n * S.CLIP_SECONDS), 3)
+        stop = round(float(min(start + S.CLIP_SECONDS, end)), 3)
+        clips.append({"clip": n, "start": start, "end": stop, "file": file, "offset": start,
+                      "speech": []})
+    return clips
+
+
+def decodable(file, clips, S):
+    """(the clips that can be read, the reasons why others cannot).
+
+    A data set has thousands of files, so they are tried as a whole; where that fails, clip by clip as any other video.
+    """
+    if not S.CHECK:
+        return clips, []
+    if S.SOURCE != "videos" and reads_as_a_whole(file, clips, S):
+        return clips, []
+    good = []
+    reasons = []
+    # Some frames of each clip: one of the file would miss a hole, and all would take as long as to watch it.
+    for clip in clips:
+        began = time.monotonic()
+        try:
+            read_frames(file, frame_times(clip, S.CHECK))
+            good.append(clip)
+        except VideoError as error:
+            reason = f"{clock(clip['start'])}-{clock(clip['end'])}: {error.reason}"
+            hung = time.monotonic() - began >= DECODE_SECONDS
+            if hung:                             # and so would the next
+                reasons.append(f"{reason}; nothing after it was tried")
+                break
+            reasons.append(reason)
+    return good, reasons
+
+
+def reads_as_a_whole(file, clips, S):
+    """Whether CHECK frames of a file, or one a minute, can be read."""
+    whole = clips[0] | {"end": clips[-1]["end"]}
+    minutes = (whole["end"] - whole["start"]) / 60
+    try:
+        for at in frame_times(whole, max(S.CHECK, round(minutes))):
+            read_frames(file, [at])
+    except VideoError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- from the clips of files to those of a stream
+@dataclass
+class Piece:
+    """What a stream uses of a file. start, end: s of the file's clock; shift: to be added for the stream's."""
+    file: pathlib.Path
+    start: float
+    end: float
+    shift: float
+
+
+def lay_out(stream, rows):
+    """(clip rows of a stream on its clock, its pieces); rows: of `check_files`."""
+    clips = []
+    pieces = []
+    for part in stream.parts:
+        row = rows[part.file]
+        usable = row["clips"][row["spans"].index([part.start, part.end])]
+        if not usable:
+            continue
+        shift = 0
+        if part.at is not None:
+            starts_at = 0 if part.start is None else part.start
+            shift = part.at - starts_at
+        for clip in usable:
+            start = round(clip["start"] + shift, 3)
+            end = round(clip["end"] + shift, 3)
+            # Numbered without gaps, because the rest of the project finds clip n at place n.
+            clips.append(clip | {"clip": len(clips), "start": start, "end": end})
+        pieces.append(Piece(part.file, usable[0]["start"], usable[-1]["end"], shift))
+    return clips, pieces
