@@ -2,7 +2,6 @@
 the reward model's invariances."""
 import csv
 import doctest
-import importlib
 import itertools
 import os
 import random
@@ -15,15 +14,16 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file                                     # noqa: E402
 
 import common                                                               # noqa: E402
-import loading                                                              # noqa: E402
+from support import runs                                                    # noqa: E402
+from support.checkpoint import Training                                     # noqa: E402
+from tiny import world                                                      # noqa: E402
 
-stage = importlib.import_module("04_train_reward")
-world = importlib.import_module("tiny.world")
+stage = common.stage("04_train_reward")
 
 
 def test_the_examples_in_the_docstrings_are_true():
     result = doctest.testmod(stage)
-    assert result.attempted >= 6 and result.failed == 0
+    assert result.attempted >= 9 and result.failed == 0
 
 
 # ================================================================ the graph
@@ -102,14 +102,15 @@ def test_a_long_path_beats_equal_quality_and_length():
 
 # ================================================================ what is judged
 class Judge:
-    """The judge of the embedded world, with a list of what it was asked and a share of failures."""
+    """The judge of the toy world, with a list of what it was asked and a share of failures."""
 
     def __init__(self, fail=0.0):
         self.asked, self.inner, self.rng, self.fail = [], world.Judge([]), random.Random(0), fail
 
-    def ask(self, kind, items):
-        self.asked += [(kind, item["first"], item["second"]) for item in items]
-        return [None if self.rng.random() < self.fail else v for v in self.inner.ask(kind, items)]
+    def ask(self, prompt, items):
+        assert prompt is stage.PREFER
+        self.asked += [(item["first"], item["second"]) for item in items]
+        return [None if self.rng.random() < self.fail else v for v in self.inner.ask(prompt, items)]
 
 
 def make_samples(rng, clip):
@@ -136,14 +137,17 @@ def run(tmp_path_factory):
         memories = [world.caption(truth, t, None, rng) for t in range(4)]
         streams.append({"stream": name, "split": "deploy", "source": "tiny", "clips": clips})
         truths += [{"stream": name, "clip": t, "facts": clip} for t, clip in enumerate(truth)]
-        cache += [{"stream": name, "clip": t, "history": memories[:t], "samples": make_samples(rng, clip)}
-                  for t, clip in enumerate(truth)]
+        cache += [{"stream": name, "clip": t, "history": memories[:t], "environments": [*world.CATEGORIES],
+                   "samples": make_samples(rng, clip)} for t, clip in enumerate(truth)]
     tasks = [t for i in range(12) for t in world.make_tasks("x", world.make_stream(i), rng)]
     recent = {e: [t for t in tasks if t["environment"] == e][:10] for e in world.CATEGORIES}
     for name, rows in (("streams/streams", streams), ("streams/truth", truths), ("tasks/cache", cache)):
-        common.write_jsonl(folder / f"{name}.jsonl", rows)
-    common.write_json(folder / "tasks/recent.json", recent)
+        runs.write_jsonl(folder / f"{name}.jsonl", rows)
+    runs.write_json(folder / "tasks/recent.json", recent)
     return folder
+
+
+PLACE = {"place": ["Where were the people at 00:00:10?"]}
 
 
 def settings(run, *more):
@@ -151,33 +155,86 @@ def settings(run, *more):
 
 
 def test_malformed_and_equal_texts_are_never_compared_and_both_orders_are_asked(run, tmp_path):
-    cache, judge = common.read_jsonl(run / "tasks/cache.jsonl"), Judge()
-    questions = ["Where were the people at 00:00:10?"]
-    groups, pairs, figures = stage.preferences(settings(run), judge, {"place": cache}, {"place": questions},
-                                               tmp_path / "v")
-    asked = {(a, b) for _, a, b in judge.asked}
+    cache, judge = runs.read_jsonl(run / "tasks/cache.jsonl"), Judge()
+    contexts, pairs, yields = stage.find_preferences(judge, cache, PLACE, tmp_path / "v", chunk=3)
+    asked = set(judge.asked)
     assert all(a and b and a != b for a, b in asked) and asked == {(b, a) for a, b in asked}
+    assert judge.asked[::2] == [(b, a) for a, b in judge.asked[1::2]]
     wellformed = {(c["stream"], c["clip"]): [i for i, s in enumerate(c["samples"]) if s["format"] == 0]
                   for c in cache}
-    for g in groups:
-        assert {i for p in g["preferences"] for i in p} <= set(wellformed[g["stream"], g["clip"]])
-    assert pairs and figures["place"]["judged"] * 2 == len(judge.asked)
+    for c in contexts:
+        assert {i for p in c.preferences for i in p} <= set(wellformed[c.stream, c.clip])
+    assert pairs and yields["place"].compared * 2 == len(judge.asked)
     again = Judge()
-    assert stage.preferences(settings(run), again, {"place": cache}, {"place": questions},
-                             tmp_path / "v")[:2] == (groups, pairs)
+    assert stage.find_preferences(again, cache, PLACE, tmp_path / "v", chunk=64) == (contexts, pairs, yields)
     assert not again.asked                                              # a finished file is not asked again
 
 
+def test_the_yield_adds_up(run, tmp_path):
+    cache = runs.read_jsonl(run / "tasks/cache.jsonl")
+    contexts, pairs, yields = stage.find_preferences(Judge(fail=0.2), cache, PLACE, tmp_path, chunk=64)
+    y = yields["place"]
+    assert y.compared == y.failed + y.tied + y.contradicted + y.cyclic + y.preferences
+    assert min(y.failed, y.tied, y.preferences) > 0 and y.contexts == len(cache)
+    assert y.preferences == sum(len(c.preferences) for c in contexts) and y.contexts_with_pair == len(pairs)
+    assert stage.summed({"a": y, "b": y}).compared == 2 * y.compared
+
+
+def test_an_environment_learns_from_its_own_rows_alone(run, tmp_path):
+    cache = runs.read_jsonl(run / "tasks/cache.jsonl")
+    for row in cache[5:]:
+        row["environments"] = ["wear"]
+    contexts, pairs, yields = stage.find_preferences(Judge(), cache, PLACE, tmp_path, chunk=64)
+    assert yields["place"].contexts == 5
+    allowed = {(row["stream"], row["clip"]) for row in cache[:5]}
+    assert {(c.stream, c.clip) for c in [*contexts, *pairs]} <= allowed
+    assert stage.count_comparisons(cache) == sum(len(stage.comparable(row["samples"])) * len(row["environments"])
+                                                 for row in cache)
+
+
 def test_a_failed_verdict_drops_out_and_a_failed_judge_stops(run, tmp_path):
-    cache, asked = (common.read_jsonl(run / "tasks/cache.jsonl"),
-                    {"place": ["Where were the people at 00:00:10?"]})
-    all_of_them, _, _ = stage.preferences(settings(run), Judge(), dict.fromkeys(asked, cache), asked, tmp_path / "a")
-    some, _, figures = stage.preferences(settings(run), Judge(fail=0.3), dict.fromkeys(asked, cache), asked,
-                                         tmp_path / "b")
-    count = lambda groups: sum(len(g["preferences"]) for g in groups)
-    assert figures["place"]["failed"] > 0 and 0 < count(some) < count(all_of_them)
+    cache = runs.read_jsonl(run / "tasks/cache.jsonl")
+    all_of_them, _, _ = stage.find_preferences(Judge(), cache, PLACE, tmp_path / "a", chunk=64)
+    some, _, yields = stage.find_preferences(Judge(fail=0.3), cache, PLACE, tmp_path / "b", chunk=64)
+    count = lambda contexts: sum(len(c.preferences) for c in contexts)
+    assert yields["place"].failed > 0 and 0 < count(some) < count(all_of_them)
     with pytest.raises(SystemExit, match="the judge failed on"):
-        stage.preferences(settings(run), Judge(fail=0.9), dict.fromkeys(asked, cache), asked, tmp_path / "c")
+        stage.find_preferences(Judge(fail=0.9), cache, PLACE, tmp_path / "c", chunk=64)
+
+
+def test_both_orders_must_agree():
+    words = ("first", "second", "tie", None)
+    said = {(a, b): stage.agreed(a, b) for a in words for b in words}
+    assert [pair for pair, word in said.items() if word in ("first", "second")] == [("first", "second"),
+                                                                                    ("second", "first")]
+    assert {pair for pair, word in said.items() if word == "failed"} == {pair for pair in said if None in pair}
+    assert said["first", "first"] == said["second", "second"] == "contradicted" and said["tie", "tie"] == "tied"
+
+
+def test_held_out_are_whole_streams_or_the_clips_of_a_single_one():
+    rows = [{"stream": s, "clip": t} for s in "abcde" for t in range(4)]
+    assert stage.hold_out(rows, 0.25) == {("e", t) for t in range(4)}
+    assert stage.hold_out(rows, 0.5) == {(s, t) for s in "de" for t in range(4)}
+    assert stage.hold_out(rows[:4], 0.25) == {("a", 3)}
+    assert stage.hold_out(rows[:8], 0.01) == {("b", t) for t in range(4)} and stage.hold_out([], 0.25) == set()
+
+
+def test_pair_accuracy_by_hand():
+    context = lambda stream, clip, pairs: stage.JudgedContext("e", stream, clip, [], [""] * 3, [1] * 3, pairs)
+    R = torch.tensor([1.0, 2.0, 2.0]).numpy()
+    some = [context("a", 0, [(1, 0), (0, 2)]), context("a", 1, [(1, 2)]), context("b", 0, [(2, 0)])]
+    found = stage.pair_accuracy(some, [R] * 3, resamples=200, seed=0)
+    assert found["mean"] == (1 + 0 + 0.5 + 1) / 4 and (found["low"], found["high"]) == (0.5, 1.0)    # 1.5 of 3, 1 of 1
+    single = stage.pair_accuracy(some[:2], [R] * 2, resamples=200, seed=0)            # then over clips
+    assert single["mean"] == single["low"] == single["high"] == 0.5
+
+
+def test_r_is_shown_any_number_of_questions_in_any_order():
+    draw, questions = random.Random(0), list("abcde")
+    shown = [stage.some_questions(draw, questions) for _ in range(2000)]
+    assert {len(some) for some in shown} == {1, 2, 3, 4, 5} and all(len(set(some)) == len(some) for some in shown)
+    first = [sum(some[0] == q for some in shown) for q in questions]
+    assert min(first) > 330 and questions == list("abcde")
 
 
 # ================================================================ the whole stage, the model, TRL's format
@@ -192,21 +249,27 @@ def trained(run):
 
 
 def test_outputs(trained):
-    report = common.read_json(trained / "reward/report.json")
-    assert (report["padding_change"] < 1e-4
-            and 0 <= report["pair_accuracy"]["low"] <= report["pair_accuracy"]["high"] <= 1)
-    assert {"shuffled_accuracy", "length_correlation", "order_agreement", "yield"} <= set(report)
+    report = runs.read_json(trained / "reward/report.json")
+    assert 0 <= report["pair_accuracy"]["low"] <= report["pair_accuracy"]["high"] <= 1
+    assert {"shuffled_accuracy", "length_correlation", "spread", "yield"} <= set(report)
+    assert set(report["yield"]) == {*world.CATEGORIES, "all"} and report["yield"]["all"]["failed"] == 0
     with open(trained / "reward/log.csv", newline="") as f:
         assert [r["step"] for r in csv.DictReader(f)] == list("0123")
     kept = {(r["environment"], r["stream"], r["clip"], r["winner"], r["loser"])
-            for r in common.read_jsonl(trained / "reward/preferences.jsonl")}
-    for r in common.read_jsonl(trained / "reward/pairs.jsonl"):
+            for r in runs.read_jsonl(trained / "reward/preferences.jsonl")}
+    for r in runs.read_jsonl(trained / "reward/pairs.jsonl"):
         assert r["path"] > 1 or (r["environment"], r["stream"], r["clip"], r["winner"], r["loser"]) in kept
 
 
+def test_an_edited_prompt_is_not_continued(trained, monkeypatch):
+    monkeypatch.setattr(stage, "PREFER", type(stage.PREFER)("prefer", stage.PREFER + " Be strict."))
+    with pytest.raises(SystemExit, match="PREFER"):
+        stage.main([f"--RUN={trained}", *ARGS])
+
+
 def test_pairs_are_in_trl_format(trained):
-    rows, pairs = (common.read_jsonl(trained / f"reward/{n}.jsonl") for n in ("pairs_trl", "pairs"))
-    cache = {(c["stream"], c["clip"]): c for c in common.read_jsonl(trained / "tasks/cache.jsonl")}
+    rows, pairs = (runs.read_jsonl(trained / f"reward/{n}.jsonl") for n in ("pairs_trl", "pairs"))
+    cache = {(c["stream"], c["clip"]): c for c in runs.read_jsonl(trained / "tasks/cache.jsonl")}
     assert len(rows) == len(pairs) > 0
     for row, p in zip(rows, pairs):
         c = cache[p["stream"], p["clip"]]
@@ -219,22 +282,29 @@ def test_pairs_are_in_trl_format(trained):
 
 def test_pairs_load_in_trl(trained):
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
-    rows = datasets.Dataset.from_list(common.read_jsonl(trained / "reward/pairs_trl.jsonl"))
+    rows = datasets.Dataset.from_list(runs.read_jsonl(trained / "reward/pairs_trl.jsonl"))
     assert (not trl.data_utils.is_conversational(rows[0])
             and set(rows.column_names) == {"prompt", "chosen", "rejected"})
+
+
+MEMORIES = ["now, in the kitchen.", "still, a red lamp, <face_3> says 'tea noon', exactly one ball.", "now."]
+HISTORIES = [[], ["now, a red lamp."] * 4, ["still, <face_1> wears red, a blue cup."]]
 
 
 def test_score_depends_neither_on_padding_nor_on_company_nor_on_the_writer(trained):
     S = settings(trained)
     policy = common.load_policy(S)
     model = stage.load_reward_model(S, policy)
-    memories = ["now, in the kitchen.", "still, a red lamp, <face_3> says 'tea noon', exactly one ball.",
-                "now."]
-    histories = [[], ["now, a red lamp."] * 4, ["still, <face_1> wears red, a blue cup."]]
-    items = [{"questions": ["Where were the people at 00:00:10?"] * n, "history": h, "memory": m}
-             for n, h in zip((1, 5, 2), histories) for m in memories]
-    together, alone = stage.score(model, items), [stage.score(model, [item])[0] for item in items]
-    assert together == pytest.approx(alone, abs=1e-4) and len(set(together)) == len(items)
+    questions = [["Where were the people at 00:00:10?"] * n for n in (1, 5, 2)]
+    readings = [stage.Reading(q, h, MEMORIES) for q, h in zip(questions, HISTORIES)]
+    # together: rows of different lengths, padded; else each memory alone in a row of its own
+    model.rows = 3
+    together = [(R / model.spread).tolist() for R in model.measure(readings)]
+    scores = [model.score(q, h, MEMORIES) for q, h in zip(questions, HISTORIES)]
+    alone = [[model.score(q, h, [m])[0] for m in MEMORIES] for q, h in zip(questions, HISTORIES)]
+    for row, packed, single in zip(together, scores, alone):
+        assert row == pytest.approx(packed, abs=1e-4) and packed == pytest.approx(single, abs=1e-4)
+    assert len({R for row in together for R in row}) == 9 and model.score(questions[0], [], []) == []
     assert policy.who == "base"
     # the policy is what it was: the reward model's LoRA is off, whoever writes
     ids = torch.tensor([policy.tokenizer("still, a red lamp.")["input_ids"]])
@@ -243,8 +313,24 @@ def test_score_depends_neither_on_padding_nor_on_company_nor_on_the_writer(train
         assert torch.equal(policy.lm(input_ids=ids).last_hidden_state, bare)
         policy.add("phase1", "lora")
         assert torch.equal(policy.lm(input_ids=ids).last_hidden_state, bare)             # a new LoRA is zero
-        assert stage.score(model, items) == pytest.approx(together, abs=1e-6) and policy.who == "phase1"
+        again = model.score(questions[1], HISTORIES[1], MEMORIES)
+        assert again == pytest.approx(scores[1], abs=1e-6) and policy.who == "phase1"
         assert torch.equal(policy.lm(input_ids=ids).last_hidden_state, bare)
+
+
+def test_the_order_of_the_questions_hardly_matters(trained):
+    """What R prefers stays for most pairs of memories, and R moves by less than its spread."""
+    model = stage.load_reward_model(settings(trained), common.load_policy(settings(trained)))
+    draw, asked, mixed = random.Random(0), [], []
+    for tasks in runs.read_json(trained / "tasks/recent.json").values():
+        questions = [task["question"] for task in tasks[:5]]
+        for row in runs.read_jsonl(trained / "tasks/cache.jsonl")[::5]:
+            memories = [s["memory"] for s in row["samples"] if s["memory"]]
+            asked.append(stage.Reading(questions, row["history"], memories))
+            mixed.append(stage.Reading(draw.sample(questions, 5), row["history"], memories))
+    one, two = (torch.tensor(model.measure(readings)) for readings in (asked, mixed))           # (24, 6)
+    same = [(a[i] > a[j]) == (b[i] > b[j]) for a, b in zip(one, two) for i, j in itertools.combinations(range(5), 2)]
+    assert sum(same) / len(same) > 0.75 and (one - two).abs().mean() < model.spread
 
 
 def test_stop_and_resume_give_the_same_model(trained, tmp_path, monkeypatch):
@@ -257,13 +343,13 @@ def test_stop_and_resume_give_the_same_model(trained, tmp_path, monkeypatch):
             return list(csv.DictReader(f))
 
     with monkeypatch.context() as patch:
-        log = common.Training.log
+        log = Training.log
 
         def stop_after_two_steps(run, *row):
             log(run, *row)
             if len(run.rows) == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-        patch.setattr(common.Training, "log", stop_after_two_steps)
+        patch.setattr(Training, "log", stop_after_two_steps)
         with pytest.raises(SystemExit, match="stopped after step 1"):
             stage.main([f"--RUN={tmp_path}", *ARGS])
     assert (tmp_path / "reward/checkpoint.pt").exists() and not (tmp_path / "reward/report.json").exists()
