@@ -424,7 +424,8 @@ def compare(judge, questions, pairs):
 # ================================================================ the stage
 def main(argv=None):
     S = settings(globals(), argv)
-    out = start(S, "eval", build_prompt, phase1.quality, tasks_stage.answer, tasks_stage.right)
+    out = start(S, "eval", build_prompt, phase1.quality, tasks_stage.answer, tasks_stage.right,
+                reward_stage.compare)
     phase1_adapter = need(S, "phase1/adapter")
     say_what_differs(phase1_adapter.parent, "02_phase1_train.py", build_prompt, phase1.quality)
     exam = load_exam(S, out, phase1_adapter)
