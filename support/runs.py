@@ -159,7 +159,8 @@ def parse_function(function):
     """A function's syntax tree without its docstrings."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+        has_body = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        if has_body and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return tree
 
@@ -236,9 +237,10 @@ def say_what_differs(folder, script, *functions):
         if name in before and before[name] != code:
             differing.append(name)
     if differing:
-        print(f"*** {folder} was made by {saved.get('SCRIPT')} with another {', '.join(differing)} than "
-              f"{script} has. What is used from here on is {script}'s. To use the fork's: put its name in "
-              f"the place of {script.removesuffix('.py')!r} where the scripts after it import that ***")
+        module = script.removesuffix(".py")
+        print(f"*** {folder} was made by {saved.get('SCRIPT')} with another {', '.join(differing)} "
+              f"than {script} has. What is used from here on is {script}'s. To use the fork's: put its "
+              f"name in the place of {module!r} where the scripts after it import that ***")
 
 
 def need(S, name):
@@ -248,7 +250,7 @@ def need(S, name):
         if path.exists():
             return path
     stage = name.split("/")[0]
-    maker = next(ROOT.glob(f"0?_*{stage}*.py")).name       # a script's name holds its stage's folder
+    maker = next(ROOT.glob(f"0?_*{stage}*.py")).name     # a script's name holds its stage's folder
     raise SystemExit(f"{' or '.join(map(str, paths))} is missing. Make it first: "
                      f"python {maker} --RUN={S.RUN}, or name a run that has it: --FROM=OTHERRUN")
 
@@ -346,7 +348,9 @@ def fingerprint(*things):
         files = []
         if isinstance(thing, pathlib.Path):
             files = sorted(path for path in thing.rglob("*") if path.is_file())
-        contents = [path.read_bytes() for path in files] or [json.dumps(thing, default=str).encode()]
+        contents = [path.read_bytes() for path in files]
+        if not files:
+            contents = [json.dumps(thing, default=str).encode()]
         for data in contents:
             digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()

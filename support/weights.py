@@ -290,8 +290,8 @@ def refuse_a_large_tiny_base(S, config):
     """MODEL=tiny takes the toy world's constants, which are wrong for another model in its place."""
     width = config.get_text_config().hidden_size
     if S.MODEL == "tiny" and width > TINY_WIDTH:
-        raise SystemExit(f"tiny/base holds a model {width} wide, but MODEL=tiny takes the toy world's "
-                         "constants. Name the model by --MODEL=FOLDER instead")
+        raise SystemExit(f"tiny/base holds a model {width} wide, but MODEL=tiny takes the toy "
+                         "world's constants. Name the model by --MODEL=FOLDER instead")
 
 
 def loading_options(S, config, dtype):
@@ -341,7 +341,8 @@ def print_model(model, name, S):
     print(f"model {name}: {values / 1e6:.1f} M parameters, {size / 2**30:.3f} GiB in {kind}, "
           f"{text.num_hidden_layers} layers {text.hidden_size} wide, on {model.device}")
     if model.device.type == "cpu":
-        print("*** no GPU: fp32 on the CPU. Fine for the toy world, out of reach for a 30B model ***")
+        print("*** no GPU: fp32 on the CPU. "
+              "Fine for the toy world; a 30B model is out of reach ***")
     elif not flash(model):
         print("*** flash-attn is missing (requirements-gpu.txt): torch's own attention is used ***")
 
