@@ -11,8 +11,8 @@ one row of codes and one row of scales, so the experts that a batch needs are pi
     expert 2  [ 64 values | 64 values ]  ->   [ 32 bytes | 32 bytes ]     [ 0.27 | 0.33 ]
 
 A byte holds two codes of 4 bits. A code is the number of one of NF4's 16 levels between -1 and 1, and
-the scale of a block of 64 values is the largest of them. Code 12 is the level 0.44, which stands for
-0.44 * 0.31 = 0.14 in the first block. So a value takes 4.5 bits: 4, and 32 / 64 for its scale.
+the scale of a block is the largest magnitude among its 64 values. Code 12 is the level 0.44, and in the
+first block it stands for 0.44 * 0.31 = 0.14. So a value takes 4.5 bits: 4, and 32 / 64 for its scale.
 
 - Loading (`quantization`): a tensor is packed as soon as it is read. Only one at a time is ever whole.
 - Forward (`packed_experts`): the experts that were chosen are unpacked, multiplied and forgotten.
