@@ -1,4 +1,4 @@
-"""Training that survives Ctrl-C, SIGTERM and SIGKILL: the same command goes on and ends in the same bytes."""
+"""Training that survives Ctrl-C, SIGTERM and SIGKILL: the same command goes on to the same weights, bit by bit."""
 import csv
 import json
 import math

@@ -197,10 +197,12 @@ def announce(groups, samples_each, judge_calls, S, what=""):
     """
     rollouts = groups * samples_each
     tokens = rollouts * (S.THINK_TOKENS + S.MEMORY_TOKENS)
-    sampled = "nothing is sampled"
-    if rollouts:
-        sampled = (f"{groups:,} groups x {samples_each} samples = {rollouts:,} rollouts of about "
-                   f"{tokens:,} tokens in all, at most {S.MAX_NEW_TOKENS:,} each")
     name = f"{what}: " if what else ""
-    print(f"cost: {name}{sampled}; {judge_calls:,} judge calls; "
+    product = f"{groups:,} groups x {samples_each} samples = " if samples_each > 1 else ""
+    if rollouts:
+        sampled = (f"{product}{rollouts:,} rollouts, about {tokens:,} tokens "
+                   f"(at most {S.MAX_NEW_TOKENS:,} each)")
+    else:
+        sampled = f"{groups:,} in all, nothing is sampled"
+    print(f"cost: {name}{sampled}, {judge_calls:,} judge calls, "
           f"prompts of at most {prompt_tokens(S):,} tokens")

@@ -136,7 +136,7 @@ def sources(*functions):
     waiting = [(function.__name__, function) for function in functions]
     seen = set()
     while waiting:
-        name, function = waiting.pop()
+        name, function = waiting.pop(0)
         function = inspect.unwrap(function)      # of a decorated function, what was written
         if function in seen:
             continue

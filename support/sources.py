@@ -376,7 +376,7 @@ def check_files(S, index, streams):
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         write_jsonl(index, rows.values())
-    return rows
+    return {file: rows[file] for file in spans}
 
 
 def is_current(row, file, spans, S):

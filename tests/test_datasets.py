@@ -1,11 +1,13 @@
 """Stage 1 on Video-MME, EgoLife and EgoTempo: folders of their form with videos made here, and, where it
 exists, ../shared/data with its real annotations."""
+import importlib.util
 import json
 import sys
 
 import pytest
 
-from test_streams import SHARED, common, make_video, media, numbers, run, stage
+import common
+from test_streams import SHARED, make_video, media, numbers, overlay, run, sources
 
 real_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="no ../shared/data, real annotations")
 
@@ -73,8 +75,8 @@ def test_folders_may_be_links(tmp_path, egolife):
 
 def test_a_long_file_is_tried_once_a_minute(tmp_path, videomme, monkeypatch):
     tried = []
-    monkeypatch.setattr(stage, "probe_video", lambda file: {"start": 0.0, "duration": 900.0})
-    monkeypatch.setattr(stage, "read_frames", lambda file, times: tried.append((file.stem, *times)))
+    monkeypatch.setattr(sources, "probe_video", lambda file: {"start": 0.0, "duration": 900.0})
+    monkeypatch.setattr(sources, "read_frames", lambda file, times: tried.append((file.stem, *times)))
     run(tmp_path, "--SOURCE=videomme", f"--DATA={videomme}", "--LIMIT=1")
     assert len(tried) == 15 and max(b[1] - a[1] for a, b in zip(tried, tried[1:])) == pytest.approx(60)
 
@@ -114,7 +116,7 @@ def test_without_pyarrow_or_table_it_says_so(tmp_path, videomme, monkeypatch):
         run(tmp_path, "--SOURCE=videomme", f"--DATA={videomme}")
     (videomme / "videomme" / "test.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setattr(stage.importlib.util, "find_spec", lambda name: None if name == "pyarrow" else True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pyarrow" else True)
     with pytest.raises(SystemExit, match="pip install pyarrow.*videomme.jsonl"):
         run(tmp_path, "--SOURCE=videomme", f"--DATA={videomme}")
 
@@ -167,10 +169,10 @@ def test_egolife_is_one_stream_on_the_clock_of_the_days(tmp_path, egolife, capsy
 
 def test_the_reader_sees_only_what_lies_before_the_query(tmp_path, egolife):
     streams, tasks = run(tmp_path, "--SOURCE=egolife", f"--DATA={egolife}")
-    stage3, seen = stage.importlib.import_module("03_collect_tasks"), []
+    stage3, seen = common.stage("03_collect_tasks"), []
 
     class Reader:
-        def ask(self, kind, items):
+        def ask(self, prompt, items):
             seen.extend(items)
             return ["insufficient"] * len(items)
     rows = [{"start": c["start"], "end": c["end"], "memory": f"clip {c['clip']}."}
@@ -264,7 +266,7 @@ def test_a_damaged_file_of_a_data_set_gives_its_good_clips(tmp_path, egolife, ca
         if "DAY2" in file.name and any(10 <= t < 20 for t in times):
             raise media.VideoError(file, "is damaged")
         return read(file, times, size)
-    monkeypatch.setattr(stage, "read_frames", hole)
+    monkeypatch.setattr(sources, "read_frames", hole)
     streams, _ = run(tmp_path, "--SOURCE=egolife", f"--DATA={egolife}")
     clips = streams["A1_JAKE"]["clips"]
     assert [c["offset"] for c in clips[-2:]] == [0, 20] and len(clips) == 11
@@ -287,7 +289,7 @@ def test_real_egolife(tmp_path):
     assert len(tasks) == 42 and tasks == sorted(tasks, key=lambda t: t["time"])
     assert tasks[0]["time"] == 11 * 3600 + 21 * 60 + 2.85 and tasks[-1]["time"] > 6 * 86400
     heard = {text for clip in streams["A1_JAKE"]["clips"] for _, _, text in clip["speech"]}
-    assert "Jake: Okay, then we need a stopwatch." in heard and not any(media.CJK.search(x) for x in heard)
+    assert "Jake: Okay, then we need a stopwatch." in heard and not any(overlay.CJK.search(x) for x in heard)
 
 
 @real_data

@@ -1,5 +1,6 @@
 """What the 30B model needs, shown on the tiny one and on the meta device: 4-bit experts, the byte plan,
 rollouts in parts, checkpointed layers, flat memory, and several ranks that equal one process."""
+import doctest
 import os
 import pathlib
 import resource
@@ -11,9 +12,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
-import loading                                                              # noqa: E402
+from support import plan, ranks, weights                                    # noqa: E402
+from support.runs import ROOT                                               # noqa: E402
 
-TINY = common.ROOT / "tiny" / "base"
+TINY = ROOT / "tiny" / "base"
 SMALL = ["--FRAMES_PER_CLIP=4", "--FRAME_PIXELS=9216", "--MAX_NEW_TOKENS=32", "--CPU_THREADS=1",
          "--ROLLOUT_CONTEXTS=4"]
 # Qwen/Qwen3-VL-30B-A3B: what its config.json says, as far as bytes depend on it
@@ -62,10 +64,10 @@ def dequantised(policy):
         module = getattr(module, "base_layer", module)
         if "experts" in name:
             scales = module.scales[kind]
-            if isinstance(scales, tuple):
+            if isinstance(scales, weights.DoubleScales):
                 small, large, mean = scales
                 scales = mean + torch.stack([dequantize_blockwise(
-                    s, absmax=a, code=loading._eight_bits(s.device), blocksize=len(s) // len(a))
+                    s, absmax=a, code=weights.levels_of_8_bits(s.device), blocksize=len(s) // len(a))
                     for s, a in zip(small, large)])
             value = torch.stack([dequantize_4bit(c[:, None], QuantState(
                 s.contiguous(), p.shape[1:], dtype=torch.float32, blocksize=64, quant_type="nf4"))
@@ -107,7 +109,7 @@ def test_packed_weights_are_bit_equal_to_plain_matmuls_on_unpacked_ones(four_bit
 def test_only_experts_and_linears_are_packed(four_bit):
     import bitsandbytes
     model = four_bit.model
-    assert {p.dtype for n, p in model.named_parameters() if loading.is_expert(n)} == {torch.uint8}
+    assert {p.dtype for n, p in model.named_parameters() if weights.is_expert(n)} == {torch.uint8}
     kinds = {n: type(m) for n, m in model.named_modules()}
     linear = {n for n, k in kinds.items() if issubclass(k, torch.nn.Linear)}
     four = {n for n, k in kinds.items() if issubclass(k, bitsandbytes.nn.Linear4bit)}
@@ -134,10 +136,10 @@ def test_adapters_on_a_packed_model_are_saved_and_loaded(four_bit, contexts, tmp
         for p in params:
             torch.nn.init.normal_(p, std=0.05)
         tuned = read()
-        loading.save_adapter(four_bit, "phase2", tmp_path / kind)
+        weights.save_adapter(four_bit, "phase2", tmp_path / kind)
         four_bit.drop("phase2")
         assert torch.equal(read(), base) and not torch.equal(tuned, base)
-        loading.load_adapter(four_bit, "phase2", tmp_path / kind)
+        weights.load_adapter(four_bit, "phase2", tmp_path / kind)
         assert torch.equal(read(), tuned)
         four_bit.drop("phase2")
     with pytest.raises(SystemExit, match="needs a model in fp32"):
@@ -147,7 +149,31 @@ def test_adapters_on_a_packed_model_are_saved_and_loaded(four_bit, contexts, tmp
 def test_an_expert_that_blocks_cannot_tile_is_refused():
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ValueError, match="an expert of 90 values"):
-        loading.pack(torch.randn(2, 9, 10))
+        weights.pack(torch.randn(2, 9, 10))
+
+
+def test_the_examples_in_the_docstrings_are_true():
+    result = doctest.testmod(weights)
+    assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_packed_row_is_its_expert_alone(double):
+    """Some experts, in any order, come back as if each had been packed by itself, near to what they were."""
+    pytest.importorskip("bitsandbytes")
+    weight = torch.randn(5, 64, 256, generator=torch.Generator().manual_seed(0))
+    codes, scales = weights.pack(weight, double)
+    assert codes.shape == (5, 64 * 256 // 2) and codes.dtype == torch.uint8
+    hit = torch.tensor([3, 0])
+    back = weights.unpack(codes, scales, hit, (64, 256), torch.float32)
+    assert back.shape == (2, 64, 256) and (back - weight[hit]).abs().mean() < 0.1
+    for i, one in zip(hit, back):
+        if not double:                                     # the mean of double scales is over all experts
+            alone = weights.pack(weight[i:i + 1])
+            assert torch.equal(weights.unpack(*alone, torch.tensor([0]), (64, 256), torch.float32)[0], one)
+    blocks = weight[hit].view(2, 256, 64).abs().amax(-1)                # a block's scale is its largest value
+    found = weights.unpack_scales(scales, hit).view(2, 256) if double else scales[hit]
+    assert torch.allclose(found, blocks, atol=0.1 if double else 0)
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -155,7 +181,7 @@ def test_a_lora_on_a_16_bit_model_comes_back_in_full(bits, tmp_path):
     """It trains and is kept in fp32: reading it must not round it to the model's type."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
     pytest.importorskip("bitsandbytes")
-    config = loading.quantization()(bnb_4bit_compute_dtype=torch.bfloat16,
+    config = weights.quantization()(bnb_4bit_compute_dtype=torch.bfloat16,
                                     llm_int8_skip_modules=["lm_head", "model.visual"])
     options = {} if bits == 16 else dict(experts_implementation="nf4", quantization_config=config)
     model = AutoModelForImageTextToText.from_pretrained(
@@ -165,8 +191,8 @@ def test_a_lora_on_a_16_bit_model_comes_back_in_full(bits, tmp_path):
     for p in params:
         torch.nn.init.normal_(p, std=0.05)
     kept = [p.detach().clone() for p in params]
-    loading.save_adapter(other, "phase1", tmp_path)
-    loading.load_adapter(other, "phase1", tmp_path)
+    weights.save_adapter(other, "phase1", tmp_path)
+    weights.load_adapter(other, "phase1", tmp_path)
     again = [p for n, p in other.model.named_parameters() if f".{other.lora['phase1']}." in n]
     assert len(again) == len(kept) and all(
         p.dtype == torch.float32 and torch.equal(p, q) and not torch.equal(p, p.bfloat16().float())
@@ -177,49 +203,65 @@ def test_a_lora_on_a_16_bit_model_comes_back_in_full(bits, tmp_path):
 @pytest.mark.parametrize("argv, gib", [
     (["--VISION_BITS=4"], 17.1), ([], 17.9), (["--VISION_BITS=4", "--DOUBLE_QUANT=1"], 15.8)])
 def test_bytes_of_the_30b(sketch, argv, gib):
-    table = loading.weight_bytes(sketch, settings("--MODEL=x", *argv))
-    assert table["experts"][0] == 48 * 128 * 3 * 768 * 2048
-    assert sum(n for n, _ in table.values()) == pytest.approx(31.07e9, rel=1e-3)
-    assert sum(size for _, size in table.values()) / 2**30 == pytest.approx(gib, abs=0.1)
+    table = plan.weight_bytes(sketch, settings("--MODEL=x", *argv))
+    assert table["experts"].values == 48 * 128 * 3 * 768 * 2048
+    assert sum(kind.values for kind in table.values()) == pytest.approx(31.07e9, rel=1e-3)
+    assert sum(kind.bytes for kind in table.values()) / 2**30 == pytest.approx(gib, abs=0.1)
 
 
 def test_the_plan_is_printed_and_refuses_before_loading(sketch, capsys):
     S = settings("--MODEL=x")
     S.GROUP, S.LR = 8, 1e-5
-    assert 9000 < loading.prompt_tokens(S) < 12000
-    contexts, samples = loading.check_plan(sketch, S, 80 * 2**30)
+    assert 9000 < plan.prompt_tokens(S) < 12000
+    contexts, samples = plan.check_plan(sketch, S, 80 * 2**30)
     said = capsys.readouterr().out
-    items, weights, (prompt, row, kv) = loading.plan(sketch, S)
-    assert row == prompt + 8 * 2800                                     # the longest answers, not the usual ones
-    wide = contexts * (kv * row + items["rollout: prefill of a context"])
-    assert weights + items["vision features kept"] + wide < 0.92 * 80 * 2**30
+    found = plan.plan(sketch, S)
+    assert found.prompt == plan.prompt_tokens(S)
+    assert found.row == found.prompt + 8 * 2800                         # the longest answers, not the usual ones
+    wide = contexts * (found.token_cache * found.row + found.rollout["prefill"])
+    assert sum(found.weights.values()) + found.held["vision features"] + wide < 0.92 * 80 * 2**30
     assert contexts >= 1 and samples == 8 and "experts" in said and "GiB" in said and "prompts of" in said
+    assert len(said.splitlines()) == 6 and max(map(len, said.splitlines())) < 125       # to be read
+    for part in (found.weights, found.held, found.rollout, found.training):
+        line = next(x for x in said.splitlines() if next(iter(part)) in x)
+        assert f"{sum(part.values()) / 2**30:.2f} =" in line and all(item in line for item in part)
     with pytest.raises(SystemExit,
                        match=r"does not fit: a card of 16.00 GiB, weights 17.\d+ GiB.*FRAME_PIXELS"):
-        loading.check_plan(sketch, S, 16 * 2**30)
-    items, weights, _ = loading.plan(sketch, S)
-    assert items["rollout: cache of a context"] == 96 * 1024 * (
-        loading.prompt_tokens(S) + 8 * S.MAX_NEW_TOKENS)
+        plan.check_plan(sketch, S, 16 * 2**30)
+    assert found.rollout["cache"] == 96 * 1024 * (plan.prompt_tokens(S) + 8 * S.MAX_NEW_TOKENS)
     small = settings("--MODEL=x", "--VISION_BITS=4", "--DOUBLE_QUANT=1", "--FRAME_PIXELS=50176",
                      "--FRAMES_PER_CLIP=10", "--FEATURE_CLIPS=20", "--THINK_TOKENS=200", "--MAX_NEW_TOKENS=600")
     small.GROUP, small.LR = 8, 1e-5
-    assert loading.check_plan(sketch, small, 24 * 2**30)[1] == 8        # what the README names for 24 GB
+    assert plan.check_plan(sketch, small, 24 * 2**30)[1] == 8        # what the README names for 24 GB
     with pytest.raises(SystemExit, match=r"exceed the model's 262144.*nothing is cut"):
-        loading.check_plan(sketch, settings("--MODEL=x", "--FRAMES_PER_CLIP=600"), 80 * 2**30)
-    more, _ = loading.check_plan(sketch, settings("--MODEL=x", "--FRAME_PIXELS=50176"), 80 * 2**30)
+        plan.check_plan(sketch, settings("--MODEL=x", "--FRAMES_PER_CLIP=600"), 80 * 2**30)
+    more, _ = plan.check_plan(sketch, settings("--MODEL=x", "--FRAME_PIXELS=50176"), 80 * 2**30)
     assert more > contexts                                              # shorter prompts, more of them
+
+
+def test_the_work_is_announced_in_a_line(capsys):
+    S = settings("--MODEL=x", "--THINK_TOKENS=100", "--MEMORY_TOKENS=50")
+    plan.announce(20, 8, 340, S, "Phase One")
+    said = capsys.readouterr().out
+    assert said.startswith("cost: Phase One: ") and said.count("\n") == 1
+    for words in ("20 groups x 8 samples = 160 rollouts", "about 24,000 tokens", "340 judge calls",
+                  f"prompts of at most {plan.prompt_tokens(S):,} tokens"):
+        assert words in said
+    plan.announce(300, 0, 0, S)
+    assert "300 in all, nothing is sampled" in capsys.readouterr().out
 
 
 # ================================================================ rollouts and passes of a full-size model
 def test_a_group_in_parts_draws_the_same_tokens(policy, contexts):
     keys, ids = [(5, i) for i in range(4)], lambda groups: [[s.ids for s in g] for g in groups]
-    whole, before = ids(common.rollout(policy, contexts, 8, keys)), policy.side
+    whole = ids(common.rollout(policy, contexts, 8, keys))
+    before = policy.contexts_at_once, policy.samples_at_once
     try:
         for samples in (1, 3, 5):
-            policy.side = (1, samples)
+            policy.contexts_at_once, policy.samples_at_once = 1, samples
             assert ids(common.rollout(policy, contexts, 8, keys)) == whole
     finally:
-        policy.side = before
+        policy.contexts_at_once, policy.samples_at_once = before
 
 
 def test_an_answer_stops_at_the_end_of_its_json(policy, contexts):
@@ -323,46 +365,48 @@ def test_memory_stays_flat_over_steps(policy, streams, tmp_path):
     from test_loop import loop, token_reward
     used = []
 
-    def reward(contexts, samples):
+    def rewards(groups):
         pages = pathlib.Path("/proc/self/statm")                                # Linux; elsewhere the peak
         used.append(torch.cuda.memory_allocated() if torch.cuda.is_available() else
                     int(pages.read_text().split()[1]) * 4096 if pages.exists() else
                     resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        return token_reward(contexts, samples)
-    loop(policy, tmp_path, streams, reward, ["--STEPS=26", "--SAVE_EVERY=99", "--OFF_POLICY_STEPS=26"])
+        token_reward(groups)
+    loop(policy, tmp_path, streams, rewards, ["--STEPS=26", "--SAVE_EVERY=99", "--OFF_POLICY_STEPS=26"])
     assert len(used) == 26 and max(used[-5:]) - max(used[:6]) < 20 * 2**20, [u >> 20 for u in used]
 
 
 # ================================================================ several ranks
 RANKS = """
-import importlib, json, sys, random
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch, common, loading
-from loading import RANK, WORLD, gather
+import importlib, random, sys
+sys.path.insert(0, {root!r})
+import torch, common
 from pathlib import Path
+from support.checkpoint import Training
+from support.ranks import gather, is_first_rank
+from support.runs import load_streams
 phase1 = importlib.import_module("02_phase1_train")
-S = common.settings(vars(phase1), ["--RUN={run}", "--STEPS=3", "--GROUP=4", "--CONTEXTS=5", \
-"--MINI_BATCH=2", "--KL=0.1",
-    "--OFF_POLICY_STEPS=2", "--N_MIN=1", "--LR=1e-2", "--MAX_NEW_TOKENS=24", \
-"--CPU_THREADS=1", "--PRINT_EVERY=99"])
-policy, streams, out = common.load_policy(S), common.load_streams(S, "train"), Path({out!r})
+S = common.settings(vars(phase1), [
+    "--RUN={run}", "--STEPS=3", "--GROUP=4", "--CONTEXTS=5", "--MINI_BATCH=2", "--KL=0.1", "--OFF_POLICY_STEPS=2",
+    "--N_MIN=1", "--LR=1e-2", "--MAX_NEW_TOKENS=24", "--CPU_THREADS=1", "--PRINT_EVERY=1"])
+policy, streams, out = common.load_policy(S), load_streams(S, "train"), Path({out!r})
 out.mkdir(exist_ok=True)
-batch = phase1.RollingBatch(S, streams, {{}})
-contexts = batch.next(0)
-mine = range(RANK, len(contexts), WORLD)
-drawn = gather(common.rollout(policy, [contexts[i] for i in mine], 4, [(0, i) for i in mine]))
+batch = phase1.RollingBatch(streams, {{}}, seed=S.SEED, size=S.CONTEXTS, window=S.K,
+                            off_policy_steps=S.OFF_POLICY_STEPS, n_min=S.N_MIN, n_max=S.N_MAX, resample=S.RESAMPLE)
+drawn = gather(common.sample_groups(policy, batch.next(0), 4, (0,)))
 def fixed(policy, contexts, n, keys, *how):
     rng = lambda key, j: random.Random(str((key, j)))
     pick = lambda r: [r.randrange(20, 700) for _ in range(r.randrange(3, 20))] + [policy.end]
     return [[common.as_sample(policy, pick(rng(key, j))) for j in range(n)] for key in keys]
 common.rollout = fixed
-def reward(contexts, samples):
-    total = [[sum(i % 2 == 0 for i in s.ids) / len(s.ids) - 0.5 for s in g] for g in samples]
-    return [dict(total=t, gate=t, terms=dict(even=t)) for t in total]
+def rewards(groups):
+    for s in (s for g in groups for s in g.samples):
+        s.reward = s.gate = sum(i % 2 == 0 for i in s.ids) / len(s.ids) - 0.5
+        s.terms = dict(even=s.reward)
 params = policy.add("phase1", "lora")
-common.grpo(policy, S, out, params, batch, reward, phase1.log_row, reference="base")
-if RANK == 0:
-    torch.save(dict(params=[p.detach() for p in params], drawn=[[s.ids for s in g] for g in drawn]), \
+run = Training(out, params, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP, batch=batch)
+common.grpo(policy, run, batch, rewards, phase1.log_row, reference="base", **phase1.loop_constants(S))
+if is_first_rank():
+    torch.save(dict(params=[p.detach() for p in params], drawn=[[s.ids for s in g.samples] for g in drawn]), \
 out / "end.pt")
 """
 
@@ -372,27 +416,55 @@ def test_two_ranks_equal_one_process(toy, tmp_path):
     script, ends = tmp_path / "ranks.py", {}
     for ranks in (1, 2):
         out = tmp_path / f"{ranks}"
-        script.write_text(RANKS.format(root=str(common.ROOT), tests=str(common.ROOT / "tests"), run=toy,
-                                       out=str(out)))
+        script.write_text(RANKS.format(root=str(ROOT), run=toy, out=str(out)))
         command = [sys.executable, str(script)] if ranks == 1 else [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         ends[ranks] = torch.load(out / "end.pt")
         assert len((out / "log.csv").read_text().splitlines()) == 4
+        assert done.stdout.count("M parameters") == done.stdout.count("\nstep   0 ") == 1, done.stdout
     assert ends[1]["drawn"] == ends[2]["drawn"]
     gap = max((a - b).abs().max().item() for a, b in zip(ends[1]["params"], ends[2]["params"]))
     moved = max(p.abs().max().item() for p in ends[1]["params"][1::2])          # B, zero at the start
     assert gap < 1e-5 < moved
 
 
+QUIET = """
+import sys
+sys.path.insert(0, {root!r})
+from support.ranks import progress
+import common, tqdm
+S = common.settings({{"__doc__": ""}}, {argv!r})
+model, *_ = common.load_model(S)
+for items in (progress(range(3), "ours"), tqdm.tqdm(range(3), "a library's")):
+    list(items)
+print("spoken")
+assert model.device.type in ("cpu", "cuda")
+"""
+
+
+def test_only_rank_0_speaks_and_draws_bars(full, tmp_path):
+    """Also while a library loads a model."""
+    argv = [f"--MODEL={full[0]}", "--BITS=16", *SMALL]
+    script = tmp_path / "quiet.py"
+    script.write_text(QUIET.format(root=str(ROOT), argv=argv))
+    running = [subprocess.Popen([sys.executable, str(script)], env=os.environ | {"RANK": rank, "OMP_NUM_THREADS": "1"},
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in "01"]
+    said = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert "spoken" in said[0][0] and "byte plan" in said[0][0]
+    assert all(name in said[0][1] for name in ("ours", "a library's", "Loading weights"))
+    assert said[1] == ("", "")
+
+
 def test_gather_puts_parts_in_order(monkeypatch):
     whole = list(range(7))
-    monkeypatch.setattr(loading, "WORLD", 3)
-    monkeypatch.setattr(loading, "join", lambda: None)
+    monkeypatch.setattr(ranks, "WORLD", 3)
+    monkeypatch.setattr(ranks, "join", lambda: None)
     monkeypatch.setattr(torch.distributed, "all_gather_object",
                         lambda parts, mine: parts.__setitem__(slice(None), [whole[r::3] for r in range(3)]))
-    assert loading.gather(whole[0::3]) == whole
+    assert ranks.gather(whole[0::3]) == whole
 
 
 # ================================================================ a dense model

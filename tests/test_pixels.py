@@ -23,7 +23,8 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("decord")
 ImageFont = pytest.importorskip("PIL.ImageFont")
 
-import video as media                                                       # noqa: E402
+from support import overlay                                                 # noqa: E402
+from support import video as media                                          # noqa: E402
 
 stage = importlib.import_module("01_make_streams")
 SHARED = ROOT.parent / "shared"
@@ -35,7 +36,7 @@ LONG = "<face_1>: " + " ".join(f"word{n}" for n in range(60))
 def drawn(speech=(), faces=(), seconds=(0.25, 0.75, 1.25, 1.75), shape=(H, W)):
     """Which pixels of grey frames change: (n, H, W) bool."""
     frames = np.full((len(seconds), *shape, 3), 90, np.uint8)
-    after = media.draw(frames, seconds, {"speech": speech, "faces": faces})
+    after = overlay.draw(frames, seconds, {"speech": speech, "faces": faces})
     assert (frames == 90).all() and after.shape == frames.shape and after.dtype == np.uint8
     return (after != 90).any(-1)
 
@@ -76,7 +77,7 @@ def test_long_text_wraps_stays_inside_and_turns_pages(text):
     assert not change[:, :THIRD].any() and not change[:, :, :8].any() and not change[:, :, -8:].any()
     assert 2 <= len(runs(change[0].any(1))) <= 4
     pages = 1 + sum((a != b).any() for a, b in zip(change, change[1:]))
-    font, lines = media._wrapped(text, 27, 0.92 * W)
+    font, lines = overlay.wrapped(text, 27, 0.92 * W)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")             # nothing is lost
     assert pages == -(-len(lines) // 3) > 1
 
@@ -108,9 +109,9 @@ def fonts(monkeypatch):
             font = fonts[font]
         return real(font, *arguments, **named)
     monkeypatch.setattr(ImageFont, "truetype", truetype)
-    media._wrapped.cache_clear()
+    overlay.wrapped.cache_clear()
     yield fonts, asked
-    media._wrapped.cache_clear()
+    overlay.wrapped.cache_clear()
 
 
 def test_characters_that_no_font_has_are_left_out_and_said_so(fonts):
@@ -208,16 +209,16 @@ def make_video(path, frames=40, video_start=0.0, spans=(), rate=16000):
 def test_a_clip_is_drawn_on_by_the_clock_of_its_stream(tmp_path, monkeypatch):
     video = make_video(tmp_path / "a.mp4")
     clip = {"clip": 7, "start": 102.0, "end": 104.0, "file": str(video), "offset": 2.0, "speech": []}
-    plain, at = media.clip_frames(clip, 20)
+    plain, at = overlay.clip_frames(clip, 20)
     assert len(at) == 4 and (plain == media.read_frames(video, [2 + t for t in at])).all()
-    monkeypatch.setattr(media, "draw", None)                                  # nothing to draw: not called
-    assert (media.clip_frames(clip | {"faces": []}, 20)[0] == plain).all()
+    monkeypatch.setattr(overlay, "draw", None)                                  # nothing to draw: not called
+    assert (overlay.clip_frames(clip | {"faces": []}, 20)[0] == plain).all()
     monkeypatch.undo()
-    said = media.clip_frames(clip | {"speech": [[103.0, 104.0, "Hi"]]}, 20)[0]
+    said = overlay.clip_frames(clip | {"speech": [[103.0, 104.0, "Hi"]]}, 20)[0]
     assert (said != plain).any((1, 2, 3)).tolist() == [False, False, True, True]
-    seen = media.clip_frames(clip | {"faces": [[102.5, 3, 20, 30, 60, 70]]}, 20)[0]
+    seen = overlay.clip_frames(clip | {"faces": [[102.5, 3, 20, 30, 60, 70]]}, 20)[0]
     assert (seen != plain).any((1, 2, 3)).tolist() == [True, True, False, False]
-    gone = media.clip_frames(clip | {"file": str(tmp_path / "no.mp4"), "speech": [[102, 104, "Hi"]]}, 20)[0]
+    gone = overlay.clip_frames(clip | {"file": str(tmp_path / "no.mp4"), "speech": [[102, 104, "Hi"]]}, 20)[0]
     assert (gone == 127).all()                                                  # nothing was seen or heard
 
 
@@ -228,10 +229,10 @@ ROW = {"time": 2.5, "face": 3, "box": [1, 2, 30.5, 40], "name": "Shure"}
 
 def test_read_faces(tmp_path):
     path = tmp_path / "a.faces.jsonl"
-    assert media.read_faces(path) == ([], {})
+    assert overlay.read_faces(path) == ([], {})
     rows = [ROW, ROW | {"time": 0.5, "name": "Sure"}, {"time": 1, "face": 1, "box": [0, 0, 5, 5]}]
     path.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    assert media.read_faces(path) == (
+    assert overlay.read_faces(path) == (
         [[0.5, 3, 1, 2, 30.5, 40], [1, 1, 0, 0, 5, 5], [2.5, 3, 1, 2, 30.5, 40]], {"Shure": 3, "Sure": 3})
 
 
@@ -244,22 +245,22 @@ def test_read_faces_names_the_bad_row(tmp_path, bad):
     path = tmp_path / "a.faces.jsonl"
     path.write_text(json.dumps(ROW) + "\n\n" + bad + "\n")
     with pytest.raises(SystemExit, match=r"a\.faces\.jsonl, line 3: "):
-        media.read_faces(path)
+        overlay.read_faces(path)
 
 
 def test_by_face():
     names = {"Shure": 3, "Lee": 4, "Ann Lee": 5}
-    assert media.by_face("SHURE : Mark it", names) == "<face_3>: Mark it"
-    assert media.by_face("Ann Lee: no. Lee： yes", names) == "<face_5>: no. <face_4>: yes"
+    assert overlay.by_face("SHURE : Mark it", names) == "<face_3>: Mark it"
+    assert overlay.by_face("Ann Lee: no. Lee： yes", names) == "<face_5>: no. <face_4>: yes"
     for other in ("Mashure: no", "Jake: yes", "Shure said so", "at Lee 12:30", "<face_3>: Hi"):
-        assert media.by_face(other, names) == other
-    assert media.by_face("Shure: hi", {}) == "Shure: hi"
+        assert overlay.by_face(other, names) == other
+    assert overlay.by_face("Shure: hi", {}) == "Shure: hi"
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data, a real transcript, is not here")
 def test_by_face_on_a_real_transcript():
-    cues = [text for _, _, text in media.read_srt(SHARED / "data" / "A1_JAKE_DAY1_11000000.srt")]
-    faced = [media.by_face(text, {"Jake": 1, "Shure": 3}) for text in cues]
+    cues = [text for _, _, text in overlay.read_srt(SHARED / "data" / "A1_JAKE_DAY1_11000000.srt")]
+    faced = [overlay.by_face(text, {"Jake": 1, "Shure": 3}) for text in cues]
     assert faced[0] == "<face_1>: Okay, then we need a stopwatch."
     assert faced[1] == "<face_3>: Mark a timestamp, right?"
     assert not any("Jake:" in text or "Shure:" in text for text in faced)
@@ -308,15 +309,15 @@ def test_find_faces_clusters_over_the_stream(insightface, monkeypatch):
         if (file, *times) == ("b", 21.5):
             raise media.VideoError(file, "is damaged")
         return np.full((1, 4, 4, 3), (1, 2, 3), np.uint8)
-    monkeypatch.setattr(media, "read_frames", read)
+    monkeypatch.setattr(overlay, "read_frames", read)
     script += [[(turned(0), 0.9), (turned(200), 0.9)],
                [(turned(195), 0.9), (turned(50), 0.9), (turned(120), 0.55)],     # 50 degrees from face 1
                [(turned(90), 0.9)],                     # 90 from its first sight, 65 from its mean
                [(turned(-10), 0.9)],                    # 100 from its last sight, 57 from its mean
                [(turned(315), 0.7), (turned(318), 0.7)]]                        # two faces of one frame
-    app = media.face_finder(0.6)
-    found = [media.find_faces(app, "a", 0, 4), media.find_faces(app, "b", 20, 22.2) - 16 * np.eye(1, 517)]
-    boxes = media.tell_apart(np.concatenate(found), 0.4)
+    app = overlay.face_finder(0.6)
+    found = [overlay.find_faces(app, "a", 0, 4), overlay.find_faces(app, "b", 20, 22.2) - 16 * np.eye(1, 517)]
+    boxes = overlay.tell_apart(np.concatenate(found), 0.4)
     assert asked == [("a", 0.5), ("a", 1.5), ("a", 2.5), ("a", 3.5), ("b", 20.5), ("b", 21.5)]
     assert [tuple(box[:2]) for box in boxes] == [
         (0.5, 1), (0.5, 2), (1.5, 1), (1.5, 2), (2.5, 1), (3.5, 1), (4.5, 3), (4.5, 4)]
@@ -327,7 +328,7 @@ def test_find_faces_clusters_over_the_stream(insightface, monkeypatch):
 def test_find_faces_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "insightface", None)
     with pytest.raises(SystemExit, match="pip install insightface onnxruntime"):
-        media.face_finder(0.6)
+        overlay.face_finder(0.6)
 
 
 # ---- speech ------------------------------------------------------------------------------------------------
@@ -355,7 +356,7 @@ def loud(wave):
     # The sound begins 2 s before the first frame, which is 0 s to decord, and so to us.
     ("early.mkv", dict(frames=20, video_start=2.0, spans=[(0, 4)]), "1111")])
 def test_sound_keeps_the_clock_of_the_frames(tmp_path, name, named, heard):
-    wave = media.read_sound(make_video(tmp_path / name, **named))
+    wave = overlay.read_sound(make_video(tmp_path / name, **named))
     assert wave.dtype == np.float32 and loud(wave)[:len(heard.replace(" ", ""))] == [
         c == "1" for c in heard.replace(" ", "")]
     assert len(wave) / 16000 == pytest.approx(len(heard.replace(" ", "")) / 2, abs=0.2)
@@ -364,21 +365,21 @@ def test_sound_keeps_the_clock_of_the_frames(tmp_path, name, named, heard):
 
 def test_transcribe(tmp_path):
     recognise, pieces = listener([((1, None), "two "), ((None, 1), " one"), ((1.5, 2), ""), ((90, 91), "x")])
-    cues = media.transcribe(make_video(tmp_path / "a.mp4", 40, spans=[(0, 4)]), recognise)
+    cues = overlay.transcribe(make_video(tmp_path / "a.mp4", 40, spans=[(0, 4)]), recognise)
     assert [text for *_, text in cues] == ["one", "two"] and len(pieces) == 1
     assert cues[0][:2] == [0, 1] and cues[1] == [1, pytest.approx(4, abs=0.1), "two"]
 
 
 def test_transcribe_without_sound_or_without_a_file(tmp_path):
     recognise, pieces = listener([])
-    assert media.transcribe(make_video(tmp_path / "silent.mp4", 5), recognise) == [] and not pieces
+    assert overlay.transcribe(make_video(tmp_path / "silent.mp4", 5), recognise) == [] and not pieces
     (tmp_path / "page.mp4").write_text("<html>")
     for name in ("page.mp4", "missing.mp4"):
         with pytest.raises(media.VideoError, match=f"{name}: "):
-            media.transcribe(tmp_path / name, recognise)
+            overlay.transcribe(tmp_path / name, recognise)
     whole = make_video(tmp_path / "whole.mkv", 100, spans=[(0, 10)]).read_bytes()
     (tmp_path / "cut.mkv").write_bytes(whole[:len(whole) * 7 // 10])
-    media.transcribe(tmp_path / "cut.mkv", recognise)
+    overlay.transcribe(tmp_path / "cut.mkv", recognise)
     assert 1 < len(pieces[0]) / 16000 < 9.9                                     # what is there is heard
 
 
@@ -411,8 +412,8 @@ def whisper(tmp_path_factory):
 
 
 def test_transcribe_by_the_real_pipeline(tmp_path, whisper):
-    recognise = media.speech_pipeline(SimpleNamespace(ASR=str(whisper)))
-    cues = media.transcribe(make_video(tmp_path / "a.mp4", 5, spans=[(0, 3), (40, 43)]), recognise)
+    recognise = overlay.speech_pipeline(str(whisper))
+    cues = overlay.transcribe(make_video(tmp_path / "a.mp4", 5, spans=[(0, 3), (40, 43)]), recognise)
     assert cues and cues == sorted(cues)
     assert all(text and 0 <= start < end <= 43.2 for start, end, text in cues)
     assert max(end for _, end, _ in cues) > 30                                  # beyond Whisper's window
@@ -420,12 +421,12 @@ def test_transcribe_by_the_real_pipeline(tmp_path, whisper):
 
 def test_speech_pipeline_says_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="ASR=.*nothing.*no Whisper model"):
-        media.speech_pipeline(SimpleNamespace(ASR=str(tmp_path / "nothing")))
+        overlay.speech_pipeline(str(tmp_path / "nothing"))
     with pytest.raises(SystemExit, match="no Whisper model"):
-        media.speech_pipeline(SimpleNamespace(ASR=str(ROOT / "tiny" / "base")))
+        overlay.speech_pipeline(str(ROOT / "tiny" / "base"))
     monkeypatch.setattr("transformers.pipeline", lambda *_, **__: SimpleNamespace(type="ctc", model=0))
     with pytest.raises(SystemExit, match="no Whisper model.*tells no times"):
-        media.speech_pipeline(SimpleNamespace(ASR="other"))
+        overlay.speech_pipeline("other")
 
 
 # ---- stage 1 with all of it --------------------------------------------------------------------------------
@@ -449,7 +450,7 @@ def test_sidecars_reach_the_clips_and_the_frames(tmp_path, capsys):
     assert [box[0] for box in first["faces"]] == [2.5, 10.3]            # held half a second either side
     assert [box[:2] for box in second["faces"]] == [[10.3, 3]] and [box[1] for box in third["faces"]] == [9]
     assert "faces" not in clips["b"][0] and clips["b"][0]["speech"] == []
-    frames, at = media.clip_frames(first, 20)
+    frames, at = overlay.clip_frames(first, 20)
     plain = media.read_frames(first["file"], [first["offset"] + t for t in at])
     assert [i for i, t in enumerate(at) if (frames[i] != plain[i]).any()] == [
         i for i, t in enumerate(at) if 2 <= t <= 3 or abs(t - 2.5) <= 0.5 or abs(t - 10.3) <= 0.5]
@@ -478,6 +479,6 @@ def test_sound_that_cannot_be_read_costs_the_video_nothing(tmp_path, whisper, mo
 
     def broken(file, recognise):
         raise media.VideoError(file, "has sound that can't be read")
-    monkeypatch.setattr(media, "transcribe", broken)
+    monkeypatch.setattr(overlay, "transcribe", broken)
     assert len(make(tmp_path, f"--ASR={whisper}")["a"]) == 1
     assert "a.mp4: has sound that can't be read" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Stage 1 and the its video decoding, on videos made here and on those of ../shared/videos."""
+"""Stage 1 and its video decoding, on videos made here and on those of ../shared/videos."""
 import doctest
 import importlib
 import json
@@ -18,8 +18,8 @@ av = pytest.importorskip("av", reason="PyAV makes the videos of these tests")
 np = pytest.importorskip("numpy")
 pytest.importorskip("decord")
 
-import common                                                               # noqa: E402
-import video as media                                                       # noqa: E402
+from support import overlay, runs, sources                                  # noqa: E402
+from support import video as media                                          # noqa: E402
 from tiny import world                                                      # noqa: E402
 
 stage = importlib.import_module("01_make_streams")
@@ -129,7 +129,7 @@ def test_every_frame_of_every_codec_is_the_right_one(tmp_path, codec, name):
     video, rng = make_video(tmp_path / name, frames=120, codec=codec), np.random.default_rng(0)
     assert [numbers(media.read_frames(video, [i / 10]))[0] for i in range(120)] == list(range(120))
     for wanted in rng.integers(0, 120, (20, 4)):
-        media._videos.clear()                                             # as by a fresh reader
+        media._open_videos.clear()                                             # as by a fresh reader
         assert numbers(media.read_frames(video, wanted / 10)) == wanted.tolist()
 
 
@@ -247,17 +247,17 @@ def test_srt(tmp_path):
                      "4\r\n01:00:00.250 --> 01:00:01\r\n<face_3>: 你好\r\n<face_3>: hello 42\r\n\r\n"
                      "5\r\n00:00:09,000 --> 00:00:08,000\r\nbackwards\r\n\r\n"
                      "6\r\n00:00:10,000 --> 00:00:11,000\r\n\r\n".encode())
-    cues = media.read_srt(path)
+    cues = overlay.read_srt(path)
     assert cues == [
         [1.5, 4.0, "two lines"], [3.0, 5.0, "overlapping"], [3600.25, 3601.0, "<face_3>: hello 42"]]
-    assert media.read_srt(tmp_path / "none.srt") == []
+    assert overlay.read_srt(tmp_path / "none.srt") == []
     path.write_text("00:00:01,000 --> 00:00:02,000\n只有中文\n一二三\n", encoding="utf-8")
-    assert media.read_srt(path) == [[1.0, 2.0, "只有中文 一二三"]]          # all there is
+    assert overlay.read_srt(path) == [[1.0, 2.0, "只有中文 一二三"]]          # all there is
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data, a real transcript, is not here")
 def test_real_transcript():
-    cues = media.read_srt(SHARED / "data" / "A1_JAKE_DAY1_11000000.srt")
+    cues = overlay.read_srt(SHARED / "data" / "A1_JAKE_DAY1_11000000.srt")
     assert cues[0] == [587.1, 590.766, "Jake: Okay, then we need a stopwatch."]
     assert len(cues) == 80 and all(end > begin and "-->" not in text for begin, end, text in cues)
 
@@ -267,7 +267,7 @@ def test_real_transcript():
 def run(tmp_path, *arguments):
     stage.main([f"--RUN={tmp_path / 'run'}", *arguments])
     out = tmp_path / "run" / "streams"
-    streams, tasks = (common.read_jsonl(out / name) for name in ("streams.jsonl", "tasks.jsonl"))
+    streams, tasks = (runs.read_jsonl(out / name) for name in ("streams.jsonl", "tasks.jsonl"))
     return {s["stream"]: s for s in streams}, tasks
 
 
@@ -312,8 +312,8 @@ def test_videos_again_looks_only_at_what_is_new(tmp_path, folder, monkeypatch):
     make_video(folder / "new.mp4", frames=30)
     (folder / "new.srt").write_text("00:00:00,000 --> 00:00:01,000\nhi\n")
     (folder / "one.srt").write_text("00:00:00,000 --> 00:00:01,000\nlate\n")
-    looked, check = [], stage.check_video
-    monkeypatch.setattr(stage, "check_video", lambda file, *more: looked.append(file.name) or check(file, *more))
+    looked, check = [], sources.check_video
+    monkeypatch.setattr(sources, "check_video", lambda file, *more: looked.append(file.name) or check(file, *more))
     after, _ = run(tmp_path, "--SOURCE=videos", f"--DATA={folder}")
     assert looked == ["new.mp4"] and set(after) - set(before) == {"new"}
     assert after["new"]["clips"][0]["speech"] == [[0.0, 1.0, "hi"]]
@@ -327,7 +327,7 @@ def test_a_clip_that_does_not_decode_is_left_out_by_name(tmp_path, monkeypatch, 
         if 10 <= times[0] < 20:
             raise media.VideoError(file, "is damaged")
         return read(file, times, size)
-    monkeypatch.setattr(stage, "read_frames", hole)
+    monkeypatch.setattr(sources, "read_frames", hole)
     streams, _ = run(tmp_path, "--SOURCE=videos", f"--DATA={video}")
     clips = streams["hole"]["clips"]
     assert [(c["clip"], c["start"], c["offset"]) for c in clips] == [(0, 0.0, 0.0), (1, 20.0, 20.0)]
@@ -393,8 +393,8 @@ def test_a_try_that_made_no_stream_binds_nothing(tmp_path, folder, monkeypatch):
     (tmp_path / "bad" / "a.mp4").touch()
     with pytest.raises(SystemExit, match="no stream could be made"):
         run(tmp_path, "--SOURCE=videos", f"--DATA={tmp_path / 'bad'}")
-    looked, check = [], stage.check_video
-    monkeypatch.setattr(stage, "check_video", lambda file, *more: looked.append(file.name) or check(file, *more))
+    looked, check = [], sources.check_video
+    monkeypatch.setattr(sources, "check_video", lambda file, *more: looked.append(file.name) or check(file, *more))
     with pytest.raises(SystemExit, match="pip install insightface"):            # said before any file is checked
         run(tmp_path, "--SOURCE=videos", f"--DATA={folder}", "--FACES=1")
     assert not looked
@@ -436,7 +436,7 @@ def test_what_took_too_long_is_tried_again(tmp_path, monkeypatch):
         if "slow" in str(file):
             raise media.VideoError(file, "did not decode in DECODE_SECONDS = 60")
         return probe(file)
-    monkeypatch.setattr(stage, "probe_video", busy)
+    monkeypatch.setattr(sources, "probe_video", busy)
     assert set(run(tmp_path, "--SOURCE=videos", f"--DATA={tmp_path}")[0]) == {"good"}
     monkeypatch.undo()
     assert set(run(tmp_path, "--SOURCE=videos", f"--DATA={tmp_path}")[0]) == {"good", video.stem}
@@ -452,7 +452,7 @@ def test_real_folder(tmp_path, monkeypatch, capsys):
         assert f"  {name}: " in said and name[:-4] not in streams
 
 
-# ---- stage 1 on the embedded world -------------------------------------------------------------------------
+# ---- stage 1 on the toy world ------------------------------------------------------------------------------
 
 TOY = ("--TRAIN_STREAMS=2", "--DEPLOY_STREAMS=2", "--TEST_STREAMS=1", "--CLIPS=4")
 
@@ -461,9 +461,9 @@ def test_tiny(tmp_path):
     streams, tasks = run(tmp_path, *TOY)
     out = tmp_path / "run" / "streams"
     assert list(streams) == ["train-000", "train-001", "deploy-000", "deploy-001", "test-000"]
-    facts = {(r["stream"], r["clip"]): r["facts"] for r in common.read_jsonl(out / "truth.jsonl")}
-    captions = {(r["stream"], r["clip"]): r["memory"] for r in common.read_jsonl(out / "captions.jsonl")}
-    judge = world.Judge(common.read_jsonl(out / "truth.jsonl"))
+    facts = {(r["stream"], r["clip"]): r["facts"] for r in runs.read_jsonl(out / "truth.jsonl")}
+    captions = {(r["stream"], r["clip"]): r["memory"] for r in runs.read_jsonl(out / "captions.jsonl")}
+    judge = world.Judge(runs.read_jsonl(out / "truth.jsonl"))
     assert len({json.dumps(f) for f in facts.values()}) == len(facts) == len(captions) == 5 * 4   # none twice
     for name, stream in streams.items():
         assert [c["clip"] for c in stream["clips"]] == [0, 1, 2, 3]
@@ -506,4 +506,6 @@ def test_limit_and_seed(tmp_path):
 
 
 def test_examples_in_docstrings():
-    assert doctest.testmod(stage).failed == 0
+    for module in (stage, media, overlay, sources, world):
+        result = doctest.testmod(module)
+        assert result.attempted and not result.failed, module.__name__

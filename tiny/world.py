@@ -478,7 +478,7 @@ def write_streams(S, out):
     """
     import numpy
     from tqdm import tqdm
-    from loading import write_jsonl, written_aside
+    from support.runs import write_jsonl, written_aside
     if S.CLIP_SECONDS != CLIP_SECONDS:
         raise SystemExit(f"CLIP_SECONDS={S.CLIP_SECONDS}: tiny clips are {CLIP_SECONDS} s long")
     (out / "videos").mkdir(exist_ok=True)
