@@ -18,7 +18,7 @@ import textwrap
 from collections import namedtuple
 from types import SimpleNamespace
 
-from support.ranks import RANK, is_first_rank, once, torch
+from support.ranks import RANK, is_first_rank, once, said_once, torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -31,10 +31,12 @@ NOT_COMPARED = ("RUN", "SCRIPT", "COMMAND", "SHOW", "ENVIRONMENT", "READERS", "P
 
 
 def explain_interruption(kind, error, trace):
-    """Ctrl-C outside of a training loop ends in a sentence and not in a traceback."""
+    """Ctrl-C outside of a training loop ends in a sentence and not in a traceback, and so does another rank's end."""
     if kind is KeyboardInterrupt:
         if is_first_rank():
             print("\nstopped; the same command goes on", file=sys.stderr)
+    elif issubclass(kind, RuntimeError) and "Connection closed by peer" in str(error):
+        print(f"rank {RANK} stops, because another rank has stopped, which says why", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -197,9 +199,10 @@ def start(S, stage, *functions):
     if once(lambda: file.exists() and has_results(out)):
         differences = compare_settings(read_json(file), now)
         if differences:
-            raise SystemExit(f"{out} was made with other settings:\n" + "\n".join(differences) +
-                             f"\nTake a new name and read the earlier stages from this run: "
-                             f"--RUN=NEWNAME --FROM={S.RUN}; or delete that folder")
+            raise SystemExit(said_once(
+                f"{out} was made with other settings:\n" + "\n".join(differences) +
+                f"\nTake a new name and read the earlier stages from this run: "
+                f"--RUN=NEWNAME --FROM={S.RUN}; or delete that folder"))
     print(f"---- {stage} -> {out}    (all constants: settings.json there)")
     if not getattr(S, "SHOW", 0):
         write_json(file, now | {"SCRIPT": S.SCRIPT})

@@ -494,23 +494,3 @@ def test_a_dense_model_takes_the_same_path(bits, contexts, tmp_path):
     policy.train_only(params)
     sum(x.mean() for x in common.logprobs(policy, contexts[1], [s.ids for s in groups[1]])).backward()
     assert all(p.grad is not None for p in params) and any(p.grad.abs().max() > 0 for p in params)
-
-
-# ================================================================ the bench that waits for a GPU
-def test_the_full_size_bench_runs_at_small_shapes():
-    """So that it needs nothing but the card: the same function, with shapes that a CPU takes."""
-    pytest.importorskip("bitsandbytes")
-    from bench import full_size
-    text = TEXT | dict(vocab_size=774, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-                       num_key_value_heads=2, head_dim=32, moe_intermediate_size=64, num_experts=8,
-                       num_experts_per_tok=2, rope_parameters=dict(
-                           rope_type="default", rope_theta=1e4, mrope_section=[6, 5, 5], mrope_interleaved=True))
-    vision = VISION | dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
-                           num_position_embeddings=36, deepstack_visual_indexes=[0])
-    result = {}
-    full_size(result, "cpu", text, vision, prompt=100, new=6)
-    row = result["full"]
-    assert row["rollout of 8 samples"]["tokens_per_s"] > 0 and row["weights_gib"] >= 0
-    for step in ("Phase One step, a group", "Phase Two step, a pair"):
-        assert row[step]["seconds"] > 0
-    assert 0 < row["floors"]["copy_gb_s"] and 0 <= row["floors"]["rollout_s"] <= row["rollout of 8 samples"]["seconds"]
