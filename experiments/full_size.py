@@ -8,6 +8,7 @@ leaves its error text. Without a GPU all parts run at small shapes, which tests 
   3  NF4 packing on the card against an own decoder of the codes; packed experts against plain ones
   4  attention while decoding: queries packed over the key heads against keys repeated for each query head
   5  the whole model: bytes, vision, prefill, rollout, training rows, a packed judge pass, a DPO pair
+  7  what would help: no cuDNN attention, experts of fixed shapes, a decode step as a CUDA graph
   6  the six stages as commands, on real videos and on a rendered run of the embedded world
 
 Run: python experiments/full_size.py [--PARTS=1,2,3] [--OUT=results/full_size.json] [--SECONDS=500] [--SMALL=1]
@@ -41,7 +42,7 @@ import common                                                               # no
 import loading                                                              # noqa: E402
 
 GPU = torch.cuda.is_available()
-OPTIONS = dict(PARTS="1,2,3,4,5,6", OUT=str(ROOT / "results" / "full_size.json"), SECONDS="500", SMALL=str(int(not GPU)),
+OPTIONS = dict(PARTS="1,2,3,4,5,7,6", OUT=str(ROOT / "results" / "full_size.json"), SECONDS="500", SMALL=str(int(not GPU)),
                VIDEOS="", STREAMS="")
 for argument in sys.argv[1:]:
     key, _, value = argument.removeprefix("--").partition("=")
@@ -318,7 +319,8 @@ def merged_times(prompt, length):
     backend = SDPBackend.EFFICIENT_ATTENTION if GPU else None
     mask = row_mask(prompt, lengths, DTYPE)
     for name, attend in dict(merged=lambda: MergedAttention.apply(q, k, v, prompt, lengths, scale),
-                             masked=lambda: masked_attention(q, k, v, mask, scale, backend)).items():
+                             masked=lambda: masked_attention(q, k, v, mask, scale),
+                             masked_efficient=lambda: masked_attention(q, k, v, mask, scale, backend)).items():
         reset_peak()
         before = torch.cuda.memory_allocated() if GPU else 0
         with torch.no_grad():
@@ -861,6 +863,190 @@ def whole_model(report):
     held.clear()
 
 
+# ================================================================ 7: what would help
+@contextlib.contextmanager
+def without_cudnn():
+    """cuDNN's attention, torch's first choice on Hopper, makes a new plan for each new shape: a decode step has one."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def fixed_experts(module, hidden, chosen, weights):
+    """As loading.packed_experts, but shapes depend on the number of tokens alone and nothing waits for the card:
+    few pairs unpack an expert each, many unpack all. Forward pass only."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+    k, E = chosen.shape[1], module.num_experts
+    expert, order = chosen.flatten().sort(stable=True)
+    few = len(expert) < E
+    ends = (torch.arange(1, len(expert) + 1, device=hidden.device) if few else torch.searchsorted(
+        expert, torch.arange(E, device=hidden.device), right=True)).to(torch.int32)
+
+    def linear(x, name, shape):
+        codes, scales = getattr(module, name), module.scales[name]
+        if few:
+            weight = loading.unpack(codes, scales, expert, shape, x.dtype)
+        else:
+            weight = dequantize_4bit(codes.view(-1, 1), QuantState(
+                scales.flatten(), (E, *shape), dtype=x.dtype, blocksize=loading.BLOCK, quant_type="nf4"))
+        return F.grouped_mm(x, weight.mT, offs=ends)
+    d, i = module.hidden_dim, module.intermediate_dim
+    out = linear(hidden[order // k], "gate_up_proj", (2 * i, d))
+    out = linear(module._apply_gate(out), "down_proj", (d, i)) * weights.flatten()[order, None]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return out[back].view(-1, k, d).sum(1).to(hidden.dtype)
+
+
+@contextlib.contextmanager
+def experts_of_fixed_shapes(policy):
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    ALL_EXPERTS_FUNCTIONS.register("nf4 fixed", fixed_experts)
+    policy.lm.config._experts_implementation = "nf4 fixed"
+    try:
+        yield
+    finally:
+        policy.lm.config._experts_implementation = "nf4"
+
+
+def replayed(step, usual):
+    """Milliseconds of step() as a CUDA graph, of its capture, and how far its result is from the usual one."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph, began = torch.cuda.CUDAGraph(), time.time()
+    with torch.cuda.graph(graph):
+        result = step()
+    captured = time.time() - began
+    graph.replay()
+    wait()
+    return dict(capture_s=round(captured, 2), graph_against_usual=distance(result, usual), graph_ms=milliseconds(graph.replay))
+
+
+def decode_graph(policy, B, width, cached):
+    """One decode step on a random cache: the repository's way, fixed shapes, and these as a CUDA graph."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+    room, layers, device = cached + 64 * width, policy.layers, policy.device
+    make = lambda: torch.randn(B, KV, room, DIM, device=device, dtype=DTYPE)
+    store = [(make(), make()) for _ in range(layers)]
+    at = torch.arange(width, device=device) + cached
+
+    class Fixed(DynamicLayer):
+        def __init__(self, keys, values):
+            super().__init__()
+            self.keys, self.values, self.is_initialized = keys, values, True
+
+        def update(self, key_states, value_states, *args, **kwargs):
+            self.keys.index_copy_(2, at, key_states)
+            self.values.index_copy_(2, at, value_states)
+            return self.keys, self.values
+    embeds = policy.lm.embed_tokens(random_ids(policy, B * width)).view(B, width, -1)
+    positions = torch.full((3, B, width), cached, device=device)
+    mask = torch.zeros(B, 1, width, room, dtype=torch.bool, device=device)
+    mask[..., :cached] = True
+    mask[:, :, torch.arange(width), at] = True
+    row, results = dict(sequences=B * width, cached=cached), {}
+
+    def step(cache, mask):
+        hidden = policy.lm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                           use_cache=True).last_hidden_state
+        return policy.head(hidden)
+
+    def usual():
+        cache = DynamicCache(config=policy.lm.config)
+        for layer, (k, v) in zip(cache.layers, store):
+            layer.keys, layer.values, layer.is_initialized = k[:, :, :cached], v[:, :, :cached], True
+            layer.dtype, layer.device = k.dtype, k.device
+        return step(cache, mask[..., :cached + width])
+    with torch.no_grad(), without_cudnn():
+        policy.attend(mask)
+        results["usual"] = usual()
+        row["usual_ms"] = milliseconds(usual, 3, 1)
+        cache = DynamicCache(config=policy.lm.config)
+        cache.layers = [Fixed(*pair) for pair in store]
+        policy.lm.config._attn_implementation = "rows"
+        with experts_of_fixed_shapes(policy):
+            results["fixed"] = step(cache, mask)
+            row["fixed_ms"] = milliseconds(lambda: step(cache, mask), 3, 1)
+            if GPU:
+                try:
+                    row |= replayed(lambda: step(cache, mask), results["usual"])
+                    row["graph_tokens_per_s"] = round(1000 * B * width / row["graph_ms"])
+                except Exception as error:
+                    row["graph_error"] = f"{type(error).__name__}: {error}"[:600]
+        policy.lm.config._attn_implementation = "sdpa"
+    row["fixed_against_usual"] = distance(results["fixed"], results["usual"])
+    row["same_likeliest"] = round((results["fixed"].argmax(-1) == results["usual"].argmax(-1)).float().mean().item(), 3)
+    return row
+
+
+def noise(policy, length, answers):
+    """Mean gap of the log-probs between three ways to compute one row: how far rounding alone takes them apart."""
+    prompt, ids, out = random_prompt(policy, PROMPT // 2), [random_ids(policy, length).tolist() for _ in range(answers)], {}
+    with torch.no_grad():
+        out["masked"] = torch.cat(common.logprobs(policy, prompt, ids))
+        out["merged"] = torch.cat(merged_logprobs(policy, prompt, ids))
+        with without_cudnn():
+            out["masked without cuDNN"] = torch.cat(common.logprobs(policy, prompt, ids))
+    names = list(out)
+    return {f"{a} - {b}": float(f"{(out[a] - out[b]).abs().mean().item():.3g}")
+            for i, a in enumerate(names) for b in names[i + 1:]}
+
+
+def what_helps(report):
+    from transformers import AttentionInterface
+    AttentionInterface.register("merged", merged_interface)
+    AttentionInterface.register("rows", rows_interface)
+    held = {}
+    measure = lambda name, work: report.measure("7 what helps", name, work)
+
+    def make():
+        held["policy"], row = build()
+        return row
+    measure("build", make)
+    if "policy" not in held:
+        return
+    policy = held["policy"]
+
+    def sampled(*how, faster=False, fixed=False, cudnn=False):
+        with contextlib.ExitStack() as stack:
+            if not cudnn:
+                stack.enter_context(without_cudnn())
+            if faster:
+                stack.enter_context(faster_decoding(policy))
+            if fixed:
+                stack.enter_context(experts_of_fixed_shapes(policy))
+            return sample(policy, *how)
+
+    def trained(*how, cudnn=True):
+        with contextlib.nullcontext() if cudnn else without_cudnn():
+            return training_row(policy, *how)
+    half = NEW // 2
+    measure("warm up", lambda: sampled(1, 2, 64 if not SMALL else 20, 4))
+    measure("rollout, 1 x 8, cuDNN, other lengths", lambda: sampled(1, GROUP, PROMPT + 333, half, cudnn=True))
+    measure("rollout, 1 x 8, no cuDNN", lambda: sampled(1, GROUP, PROMPT, half))
+    measure("rollout, 8 x 8, no cuDNN", lambda: sampled(8, GROUP, PROMPT, half))
+    measure("rollout, 8 x 8, no cuDNN, rows and room", lambda: sampled(8, GROUP, PROMPT, half, faster=True))
+    measure("the same, experts of fixed shapes", lambda: sampled(8, GROUP, PROMPT, half, faster=True, fixed=True))
+    measure("rollout, 1 x 8, no cuDNN, rows, room, fixed", lambda: sampled(1, GROUP, PROMPT, half, faster=True, fixed=True))
+    measure("rounding", lambda: noise(policy, SHORT, GROUP))
+    measure("training, warm up", lambda: trained("lora", "phase1", SHORT, 2))
+    measure("training row, 8 short, cuDNN", lambda: trained("lora", "phase1", SHORT, GROUP))
+    measure("training row, 8 short, no cuDNN", lambda: trained("lora", "phase1", SHORT, GROUP, ("masked",), cudnn=False))
+    measure("training row, 8 long, cuDNN", lambda: trained("lora", "phase1", LONG, GROUP))
+    measure("training row, 8 long, no cuDNN", lambda: trained("lora", "phase1", LONG, GROUP, ("masked",), cudnn=False))
+    measure("DPO pair, cuDNN", lambda: trained("steer", "phase2", LONG, 2))
+    measure("judge", lambda: judge_pass(policy))
+    for B, width in ((1, 1), (1, GROUP), (8, GROUP), (16, GROUP)):
+        measure(f"a decode step, {B} x {width}", lambda: decode_graph(policy, B, width, PROMPT))
+    measure("rollout, 16 x 8, no cuDNN, rows, room, fixed", lambda: sampled(16, GROUP, PROMPT, half, faster=True, fixed=True))
+    held.clear()
+
+
 # ================================================================ 6: the six stages as commands
 TINY = ["--MAX_NEW_TOKENS=48", "--CPU_THREADS=1"]
 LOOP = ["--GROUP=4", "--CONTEXTS=2", "--MINI_BATCH=2", "--N_MIN=1", "--N_MAX=3"]
@@ -999,6 +1185,8 @@ def main():
         report.limit -= 110 * ("6" in parts)                                        # for what comes after
         whole_model(report)
         report.limit = SECONDS
+    if "7" in parts:
+        what_helps(report)
     if "6" in parts:
         with tempfile.TemporaryDirectory() as folder:
             measure("6 stages", "all", lambda: stages(report, pathlib.Path(folder)))
