@@ -42,8 +42,8 @@ import common                                                               # no
 import loading                                                              # noqa: E402
 
 GPU = torch.cuda.is_available()
-OPTIONS = dict(PARTS="1,2,3,4,5,7,6", OUT=str(ROOT / "results" / "full_size.json"), SECONDS="500", SMALL=str(int(not GPU)),
-               VIDEOS="", STREAMS="")
+OPTIONS = dict(PARTS="1,2,3,4,5,7,6", OUT=str(ROOT / "results" / "full_size.json"), SECONDS="500",
+               SMALL=str(int(not GPU)), VIDEOS="", STREAMS="")
 for argument in sys.argv[1:]:
     key, _, value = argument.removeprefix("--").partition("=")
     if key not in OPTIONS:
@@ -348,7 +348,8 @@ def some_experts(E=None):
     weights = dict(gate_up_proj=torch.randn(E, 2 * i, d, device=DEVICE, dtype=DTYPE) * 0.02,
                    down_proj=torch.randn(E, d, i, device=DEVICE, dtype=DTYPE) * 0.02)
     packed = {name: loading.pack(w) for name, w in weights.items()}
-    module = SimpleNamespace(hidden_dim=d, intermediate_dim=i, num_experts=E, scales={n: s for n, (_, s) in packed.items()},
+    module = SimpleNamespace(hidden_dim=d, intermediate_dim=i, num_experts=E,
+                             scales={n: s for n, (_, s) in packed.items()},
                              _apply_gate=lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
                              **{n: codes for n, (codes, _) in packed.items()})
     return module, weights
@@ -436,7 +437,7 @@ def rows_attention(q, k, v, mask, scale):
     groups = heads // k.shape[1]
     out = F.scaled_dot_product_attention(q.reshape(B, -1, groups * width, dim), k, v, scale=scale,
                                          attn_mask=mask if mask is None else mask.repeat(1, 1, groups, 1))
-    return out.view(B, heads, width, dim)
+    return out.reshape(B, heads, width, dim)          # the kernels differ in the order of memory that they return
 
 
 def decode_attention(B, width, cached):
@@ -447,8 +448,9 @@ def decode_attention(B, width, cached):
     owner = torch.cat([torch.zeros(cached - own, device=DEVICE).long(), torch.arange(own, device=DEVICE) % width + 1])
     mask = common.visible((torch.arange(width, device=DEVICE) + 1).expand(B, -1), owner.expand(B, -1))
     exact = masked_attention(q.float(), k.float(), v.float(), mask, scale, SDPBackend.MATH) if cached < 12000 else None
-    ways = dict(repeated=lambda: masked_attention(q, k, v, mask, scale), rows=lambda: rows_attention(q, k, v, mask, scale))
-    row, outs = dict(floor_ms=None), {name: way() for name, way in ways.items()}
+    ways = dict(repeated=lambda: masked_attention(q, k, v, mask, scale),
+                rows=lambda: rows_attention(q, k, v, mask, scale))
+    row, outs = {}, {name: way() for name, way in ways.items()}
     row["rows_against_repeated"] = distance(outs["rows"], outs["repeated"])
     if exact is not None:
         row |= {f"{name}_error": distance(out, exact) for name, out in outs.items()}
@@ -460,7 +462,7 @@ def decode_attention(B, width, cached):
         lambda: flash_forward(rows, k[:, :, prompt], v[:, :, prompt], False, scale))
     new = k[:, :, -width:]
     row["concatenate_k_and_v_ms"] = milliseconds(lambda: [torch.cat([x, new], 2) for x in (k, v)])
-    row["floor_ms"] = f"{(k.nbytes + v.nbytes) / 1e9:.3f} GB to read"
+    row["gb_to_read"] = round((k.nbytes + v.nbytes) / 1e9, 3)
     return row
 
 
@@ -552,7 +554,8 @@ def sample(policy, contexts, samples, length, new=NEW):
     for limit in (1, new):
         policy.S.MAX_NEW_TOKENS = limit
         reset_peak()
-        row[limit], drawn = seconds(lambda: common.rollout(policy, prompts, samples, [(limit, i) for i in range(contexts)]))
+        keys = [(limit, i) for i in range(contexts)]
+        row[limit], drawn = seconds(lambda: common.rollout(policy, prompts, samples, keys))
         assert all(len(s.ids) == limit for g in drawn for s in g)
     decoding = row[new] - row[1]
     return dict(prompt_tokens=length, sequences=contexts * samples, prefill_s=row[1], rollout_s=row[new],
@@ -924,7 +927,8 @@ def replayed(step, usual):
     captured = time.time() - began
     graph.replay()
     wait()
-    return dict(capture_s=round(captured, 2), graph_against_usual=distance(result, usual), graph_ms=milliseconds(graph.replay))
+    return dict(capture_s=round(captured, 2), graph_against_usual=distance(result, usual),
+                graph_ms=milliseconds(graph.replay))
 
 
 def decode_graph(policy, B, width, cached):
@@ -986,7 +990,8 @@ def decode_graph(policy, B, width, cached):
 
 def noise(policy, length, answers):
     """Mean gap of the log-probs between three ways to compute one row: how far rounding alone takes them apart."""
-    prompt, ids, out = random_prompt(policy, PROMPT // 2), [random_ids(policy, length).tolist() for _ in range(answers)], {}
+    prompt, out = random_prompt(policy, PROMPT // 2), {}
+    ids = [random_ids(policy, length).tolist() for _ in range(answers)]
     with torch.no_grad():
         out["masked"] = torch.cat(common.logprobs(policy, prompt, ids))
         out["merged"] = torch.cat(merged_logprobs(policy, prompt, ids))
@@ -1025,25 +1030,26 @@ def what_helps(report):
     def trained(*how, cudnn=True):
         with contextlib.nullcontext() if cudnn else without_cudnn():
             return training_row(policy, *how)
-    half = NEW // 2
+    half, best = NEW // 2, dict(faster=True, fixed=True)
+    masked = lambda length: trained("lora", "phase1", length, GROUP, ("masked",), cudnn=False)
     measure("warm up", lambda: sampled(1, 2, 64 if not SMALL else 20, 4))
     measure("rollout, 1 x 8, cuDNN, other lengths", lambda: sampled(1, GROUP, PROMPT + 333, half, cudnn=True))
     measure("rollout, 1 x 8, no cuDNN", lambda: sampled(1, GROUP, PROMPT, half))
     measure("rollout, 8 x 8, no cuDNN", lambda: sampled(8, GROUP, PROMPT, half))
     measure("rollout, 8 x 8, no cuDNN, rows and room", lambda: sampled(8, GROUP, PROMPT, half, faster=True))
-    measure("the same, experts of fixed shapes", lambda: sampled(8, GROUP, PROMPT, half, faster=True, fixed=True))
-    measure("rollout, 1 x 8, no cuDNN, rows, room, fixed", lambda: sampled(1, GROUP, PROMPT, half, faster=True, fixed=True))
+    measure("the same, experts of fixed shapes", lambda: sampled(8, GROUP, PROMPT, half, **best))
+    measure("rollout, 1 x 8, no cuDNN, rows, room, fixed", lambda: sampled(1, GROUP, PROMPT, half, **best))
     measure("rounding", lambda: noise(policy, SHORT, GROUP))
     measure("training, warm up", lambda: trained("lora", "phase1", SHORT, 2))
     measure("training row, 8 short, cuDNN", lambda: trained("lora", "phase1", SHORT, GROUP))
-    measure("training row, 8 short, no cuDNN", lambda: trained("lora", "phase1", SHORT, GROUP, ("masked",), cudnn=False))
+    measure("training row, 8 short, no cuDNN", lambda: masked(SHORT))
     measure("training row, 8 long, cuDNN", lambda: trained("lora", "phase1", LONG, GROUP))
-    measure("training row, 8 long, no cuDNN", lambda: trained("lora", "phase1", LONG, GROUP, ("masked",), cudnn=False))
+    measure("training row, 8 long, no cuDNN", lambda: masked(LONG))
     measure("DPO pair, cuDNN", lambda: trained("steer", "phase2", LONG, 2))
     measure("judge", lambda: judge_pass(policy))
     for B, width in ((1, 1), (1, GROUP), (8, GROUP), (16, GROUP)):
         measure(f"a decode step, {B} x {width}", lambda: decode_graph(policy, B, width, PROMPT))
-    measure("rollout, 16 x 8, no cuDNN, rows, room, fixed", lambda: sampled(16, GROUP, PROMPT, half, faster=True, fixed=True))
+    measure("rollout, 16 x 8, no cuDNN, rows, room, fixed", lambda: sampled(16, GROUP, PROMPT, half, **best))
     held.clear()
 
 
@@ -1054,7 +1060,8 @@ STAGES = [("02_phase1_train", [*LOOP, "--STEPS=2", "--OFF_POLICY_STEPS=1"]),
           ("03_collect_tasks", ["--CHUNK=4", "--GROUP=4", "--CACHE_STREAMS=2", "--CACHE_CONTEXTS=4", "--RECENT=3"]),
           ("04_train_reward", ["--STEPS=3", "--CONTEXTS=2", "--ROWS=2", "--WARMUP=1", "--BOOTSTRAP=50", "--RECENT=2"]),
           ("05_phase2_train", [*LOOP, "--DPO_STEPS=2", "--PAIRS=2", "--GRPO_STEPS=1", "--RECENT=2"]),
-          ("05_phase2_train", [*LOOP, "--DPO_STEPS=2", "--PAIRS=2", "--GRPO_STEPS=1", "--RECENT=2", "--ALGORITHM=grpo"]),
+          ("05_phase2_train", [*LOOP, "--DPO_STEPS=2", "--PAIRS=2", "--GRPO_STEPS=1", "--RECENT=2",
+                               "--ALGORITHM=grpo"]),
           ("06_eval", ["--BOOTSTRAP=50", "--VALIDATE=4", "--EXAMPLES=1", "--RECENT=2",
                        "--METHODS=base+prompt,dpo-steer,grpo-steer"])]
 QUESTIONS = [("What moves?", ["A. a rocket", "B. a bicycle", "C. a cat", "D. nothing"], "B"),
@@ -1096,8 +1103,8 @@ def video_folder(folder):
     rows = []
     for file in files:
         shutil.copy(file, folder / file.name)
-        rows += [dict(video=file.name, question=q, options=o, answer=a, environment=kind) for kind in ("things", "places")
-                 for q, o, a in QUESTIONS]
+        rows += [dict(video=file.name, question=q, options=o, answer=a, environment=kind)
+                 for kind in ("things", "places") for q, o, a in QUESTIONS]
     (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -1180,7 +1187,8 @@ def main():
         measure("3 nf4", "times", experts_times)
     if "4" in parts:
         for B, width, cached in ((8, GROUP, PROMPT), (8, GROUP, PROMPT * 19 // 10), (64, 1, PROMPT)):
-            measure("4 decoding", f"{B} contexts x {width}, {cached} cached", lambda: decode_attention(B, width, cached))
+            measure("4 decoding", f"{B} contexts x {width}, {cached} cached",
+                    lambda: decode_attention(B, width, cached))
     if "5" in parts:
         report.limit -= 110 * ("6" in parts)                                        # for what comes after
         whole_model(report)
@@ -1194,7 +1202,8 @@ def main():
     for part, rows in report.parts.items():
         for name, row in rows.items():
             text = row.get("error") or row.get("skipped") or ", ".join(
-                f"{k} {v}" for k, v in row.items() if isinstance(v, (int, float, str)) and k not in ("wall_s", "peak_gib"))
+                f"{k} {v}" for k, v in row.items()
+                if isinstance(v, (int, float, str)) and k not in ("wall_s", "peak_gib"))
             print(f"{part:14}{name:44}{row.get('wall_s', 0):8}{row.get('peak_gib') or 0:10}  {text[:110]}")
 
 
