@@ -1,41 +1,41 @@
-"""Deployment: the Phase One policy watches the deployment streams and writes memories. Each environment (a kind
-of question, as in the paper) asks its first questions, which are answered from memory alone. Then one rollout cache
-is sampled that all environments share.
+"""Deployment: the Phase One policy watches the deployment streams and writes memories. Each environment (a
+kind of question, as in the paper) asks its first questions, which are answered from memory alone. Then one
+rollout cache is sampled that all environments share.
 
 The questions are all that Phase Two learns from: no answers are used. The cache is sampled once, so a new
-environment costs no rollout (paper, section 3). Of online streams (see 01) only what came before the last recent
-question is watched here, and an environment learns nothing from the clips that its adapter will be examined on: each
-row of the cache names the environments that may learn from it. Nobody has to ask: without tasks the script ends with
-the memories.
+environment costs no rollout (paper, section 3). Of online streams (see 01) only what came before the last
+recent question is watched here, and an environment learns nothing from the clips that its adapter will be
+examined on: each row of the cache names the environments that may learn from it. Nobody has to ask: without
+tasks the script ends with the memories.
 
 Run: python 03_collect_tasks.py [--NAME=value ...]
-     (toy world: about a minute on 2 cores)
+     (toy world: 23 s on 2 cores)
 In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02), and what the judge needs
 Out: tasks/memories.jsonl, memories/STREAM.txt (to be read), recent.json, cache.jsonl
 """
 import math
 
-from common import (Group, build_prompt, load_judge, load_policy, make_context, per_model, rollout, settings,
-                    stage, watch)
+from common import (Group, build_prompt, load_judge, load_policy, make_context, per_model, rollout,
+                    settings, stage, watch)
 from support.judges import INSUFFICIENT, Answer, Verdict
 from support.plan import announce
 from support.ranks import gather, is_first_rank, my_share, once, progress
 from support.reader import Retriever
-from support.runs import (append_jsonl, clock, fingerprint, load_streams, need, next_command, read_json,
-                          read_jsonl, read_progress, say_what_differs, start, write_json, write_jsonl,
-                          write_text)
+from support.runs import (append_jsonl, clock, fingerprint, load_streams, need, next_command,
+                          read_json, read_jsonl, read_progress, say_what_differs, start,
+                          write_json, write_jsonl, write_text)
 from support.weights import load_adapter, load_tokenizer
 
 phase1 = stage("02_phase1_train")
 
 # ---------------------------------------------------------------- toy world | Qwen3-VL-30B-A3B
-CACHE_STREAMS = per_model(24, 100)     # streams whose contexts are cached (paper: about 100 videos) ...
+CACHE_STREAMS = per_model(24, 100)     # streams to cache contexts of (paper: about 100 videos) ...
 CACHE_CONTEXTS = per_model(288, 2500)  # ... and their contexts at most (paper: 25 clips a video)
 CHUNK = per_model(24, 4)               # contexts sampled between two writes of the cache
 # ---------------------------------------------------------------- the method
 RECENT = 5                             # questions that define an environment (paper: 5 to 10)
-LATER = 5                              # questions after those, on which 04 validates its reward model
-GROUP = 8                              # N, memories cached per context (paper, section 3), at temperature 1
+LATER = 5                              # questions after those: 04 validates its reward model on them
+GROUP = 8                              # N, memories cached per context (paper), at temperature 1
 # ----------------------------------------------------------------
 ANSWER = Answer("answer", """These notes are all that is known of a video:
 {entries}
@@ -63,8 +63,8 @@ def answer(S, judge, tasks, memories):
 
     A reply is a letter, a text, "insufficient", or None where the reader failed.
 
-    It gets the memories of the stream up to the time of the question and nothing else: all of them, or where they
-    exceed READER_TOKENS the most relevant ones. memories: {stream: [row per clip]}.
+    It gets the memories of the stream up to the time of the question and nothing else: all of them, or where
+    they exceed READER_TOKENS the most relevant ones. memories: {stream: [row per clip]}.
     """
     return once(lambda: read_and_reply(S, judge, tasks, memories))
 
@@ -79,8 +79,10 @@ def read_and_reply(S, judge, tasks, memories):
     retrieved = []
     for task in tasks:
         retrieve = retrievers[task["stream"]]
-        entries, is_part = retrieve(task["question"], task["options"], task["time"], S.READER_TOKENS)
-        items.append({"question": task["question"], "options": task["options"], "entries": entries})
+        question = task["question"]
+        options = task["options"]
+        entries, is_part = retrieve(question, options, task["time"], S.READER_TOKENS)
+        items.append({"question": question, "options": options, "entries": entries})
         retrieved.append(is_part)
     return ask_reader(judge, items), retrieved
 
@@ -122,7 +124,7 @@ def grade(judge, tasks, replies, indices):
 
 # ================================================================ who asked what, and when
 def first_questions(tasks, n):
-    """{environment: its first n tasks}, in the order of the file, which is the order in which they are asked."""
+    """{environment: its first n tasks}. The file's order is the order in which they are asked."""
     environments = {}
     for task in tasks:
         asked = environments.setdefault(task["environment"], [])
@@ -157,8 +159,8 @@ def last_asked(tasks):
 def seen_by_then(streams, recent, cache_streams):
     """What was watched when the recent questions had been asked.
 
-    Online streams go on after that. Those which the questions are about end at the last of them; others, whole, fill
-    up to cache_streams.
+    Online streams go on after that. Those which the questions are about end at the last of them; others,
+    whole, fill up to cache_streams.
     """
     last = last_asked(sum(recent.values(), []))
     places_left = cache_streams - len(last)
@@ -176,9 +178,9 @@ def seen_by_then(streams, recent, cache_streams):
 
 
 def learns_until(tasks, recent, n):
-    """{environment: {stream: s}} of the streams on which questions after its first n will examine an environment.
+    """{environment: {stream: s}} of the streams on which it will be examined: questions after its first n.
 
-    It may learn from clips that end by the last of its first n questions about that stream; from none if none is.
+    It may learn from clips that end by the last of its first n questions about that stream, or from none.
     """
     limits = {}
     for environment, asked in recent.items():
@@ -193,7 +195,7 @@ def learns_until(tasks, recent, n):
 
 
 def learners(stream, clip, limits):
-    """The environments that may learn from a context of this clip: of a stream that is not online, all of them."""
+    """The environments that may learn from this clip: all, where the stream is not online."""
     if stream["split"] != "online":
         return list(limits)
     allowed = []
@@ -206,16 +208,17 @@ def learners(stream, clip, limits):
 def check_recent(S, streams):
     """SystemExit where 04 to 06 take more or fewer questions than 03 did as those that define an environment.
 
-    On online streams they set what it may learn from (03) and what it is examined on (06), which must not overlap.
+    On online streams they set what it may learn from (03) and what it is examined on (06), which must not
+    overlap.
     """
     file = need(S, "tasks/recent.json").parent / "settings.json"
     if not file.exists() or all(stream["split"] != "online" for stream in streams):
         return
     before = read_json(file).get("RECENT", S.RECENT)
     if before != S.RECENT:
-        raise SystemExit(f"RECENT={S.RECENT}, but 03 had RECENT={before}: on online streams this says from which "
-                         f"clips an environment may learn. Take --RECENT={before}, or make the run anew from 03 on: "
-                         "--RUN=NEWNAME --FROM=THISRUN")
+        raise SystemExit(f"RECENT={S.RECENT}, but 03 had RECENT={before}: on online streams this says "
+                         f"from which clips an environment may learn. Take --RECENT={before}, or make "
+                         "the run anew from 03 on: --RUN=NEWNAME --FROM=THISRUN")
 
 
 # ================================================================ the rollout cache
@@ -302,7 +305,8 @@ def main(argv=None):
     memories = watch(policy, streams, path=out / "memories.jsonl")
     write_readable(out / "memories", memories)
     if not tasks:
-        print("no tasks ask about these streams: the memories are all there is to make (see tasks.jsonl in 01)")
+        print("no tasks ask about these streams: the memories are all there is to make "
+              "(see tasks.jsonl in 01)")
         return
 
     # ---- the recent questions, answered from memory
@@ -313,7 +317,8 @@ def main(argv=None):
     # ---- the rollout cache
     limits = learns_until(tasks, recent, S.RECENT)
     fill_cache(S, out, policy, judge, cached_streams, memories, limits)
-    print(f"memories, answers and the rollout cache are in {out}; next: {next_command(S, '04_train_reward.py')}")
+    print(f"memories, answers and the rollout cache are in {out}; "
+          f"next: {next_command(S, '04_train_reward.py')}")
 
 
 def finished_before(S, out, streams, tasks):
@@ -323,8 +328,8 @@ def finished_before(S, out, streams, tasks):
         write_json(out / "made_of.json", made_of)
         return False
     if made_of != read_json(out / "made_of.json"):
-        print(f"*** streams or tasks have changed since {out} was made, and are not in it. To take them up: "
-              "--RUN=NEWNAME, from 01 on ***")
+        print(f"*** streams or tasks have changed since {out} was made, and are not in it. To take "
+              "them up: --RUN=NEWNAME, from 01 on ***")
     print(f"finished before: {out}; next: {next_command(S, '04_train_reward.py')}")
     return True
 
@@ -343,8 +348,9 @@ def say_what_is_to_come(S, streams, cached_streams, tasks, recent, is_online):
     for asked in recent.values():
         unseen += [task for task in asked if task["time"] < first_end.get(task["stream"], math.inf)]
     if unseen:
-        print(f"*** {len(unseen)} recent questions are asked before any clip has ended, when nothing is known, "
-              f"e.g. {unseen[0]['task']} at {unseen[0]['time']:g} s ***")
+        example = f"{unseen[0]['task']} at {unseen[0]['time']:g} s"
+        print(f"*** {len(unseen)} recent questions are asked before any clip has ended, when nothing "
+              f"is known, e.g. {example} ***")
 
 
 def write_readable(folder, memories):
@@ -361,7 +367,7 @@ def write_readable(folder, memories):
 
 
 def answer_recent(S, judge, environment, asked, memories):
-    """Adds to the tasks their reply, whether it is right, and "retrieved" where not all memories were read."""
+    """Adds to each task its "reply", whether it is "correct", and "retrieved" where a part was read."""
     replies, retrieved = answer(S, judge, asked, memories)
     correct = right(judge, asked, replies)
     for i, task in enumerate(asked):
@@ -370,10 +376,12 @@ def answer_recent(S, judge, environment, asked, memories):
         if retrieved[i]:
             task["retrieved"] = True
     first = asked[:S.RECENT]
+    first_right = sum(task["correct"] is True for task in first)
+    example = f"{asked[0]['question']!r} -> {asked[0]['reply']}"
     failed = correct.count(None)
-    print(f"  {environment:24} {sum(bool(task['correct']) for task in first)} of the first {len(first)} answered "
-          f"right, e.g. {asked[0]['question']!r} -> {asked[0]['reply']}"
-          + (f"; {failed} without a verdict" if failed else ""))
+    lost = f"; {failed} without a verdict" if failed else ""
+    print(f"  {environment:24} {first_right} of the first {len(first)} answered right, "
+          f"e.g. {example}{lost}")
 
 
 if __name__ == "__main__":

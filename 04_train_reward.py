@@ -1,17 +1,17 @@
-"""Relevance preferences from the recent questions, and a reward model R(questions, history, memory) fitted on them.
+"""Preferences by the recent questions, and a reward model R(questions, history, memory) fitted on them.
 
-The judge compares the cached memories of every context, once per environment. What survives both orders and the
-cycle rule gives one pair per context (for DPO in 05), and it trains R (for the on-policy path of 05): a LoRA on the
-frozen base and a scalar head, on text alone, with the preferences of all environments together.
+The judge compares the cached memories of every context, once per environment. What survives both orders and
+the cycle rule gives one pair per context (for DPO in 05), and it trains R (for the on-policy path of 05): a
+LoRA on the frozen base and a scalar head, on text alone, with the preferences of all environments together.
 
-Differs from the paper: R is ours; among equally long paths, pairs of equal quality come first; samples with the same
-text are not judged, as they tie by construction.
+Differs from the paper: R is ours; among equally long paths, pairs of equal quality come first; samples with
+the same text are not judged, as they tie by construction.
 
 Run: python 04_train_reward.py [--NAME=value ...]
      (toy world: 52 s and 0.6 GB on 2 cores in use by others)
 In:  streams/streams.jsonl (01), tasks/recent.json, cache.jsonl (03), and what the judge needs
-Out: reward/verdicts/, preferences.jsonl, pairs.jsonl, pairs_trl.jsonl (the same pairs in TRL's preference format),
-     log.csv, checkpoint.pt, model/, report.json
+Out: reward/verdicts/, preferences.jsonl, pairs.jsonl, pairs_trl.jsonl (the same pairs in TRL's preference
+     format), log.csv, checkpoint.pt, model/, report.json
 """
 import random
 import sys
@@ -19,8 +19,8 @@ import time
 from dataclasses import dataclass
 from itertools import combinations
 
-from common import (TASK_PROMPT, F, build_prompt, load_judge, load_policy, np, per_model, settings, stage,
-                    torch)
+from common import (TASK_PROMPT, F, build_prompt, load_judge, load_policy, np, per_model, settings,
+                    stage, torch)
 from support.attention import packed_owners, packed_positions, visible
 from support.checkpoint import Training
 from support.judges import Preference
@@ -36,13 +36,13 @@ LR = per_model(3e-3, 1e-4)       # of LoRA and head; up over WARMUP steps, then 
 STEPS = per_model(200, 400)      # optimizer steps
 WARMUP = per_model(10, 20)       # of these, until the full rate
 CONTEXTS = per_model(8, 32)      # contexts per step, each with all of its preferences
-ROWS = per_model(8, 1)           # contexts per forward pass, bounded by memory; gradients add up over a step
+ROWS = per_model(8, 1)           # contexts per forward pass, bounded by memory; gradients add up
 SAVE_EVERY = 50                  # steps between checkpoints
 # ---------------------------------------------------------------- the method
-RECENT = 5                       # questions that define an environment (paper: 5 to 10); those after them test R
-HISTORY = 1                      # earlier memories that R reads; held out: 0.93 with all 4, 0.99 with 1
-HELD_OUT = 0.25                  # share of the cached streams (clips, of a single one) where R never trains
-CHUNK = 64                       # contexts per call of the judge: no more than this is lost with a call
+RECENT = 5                       # questions that define an environment (paper: 5 to 10)
+HISTORY = 1                      # earlier memories that R reads (accuracy: 0.93 with 4, 0.99 with 1)
+HELD_OUT = 0.25                  # share of the cached streams where R never trains
+CHUNK = 64                       # contexts per call of the judge: what is lost with a call
 BOOTSTRAP = 1000                 # resamples of the held-out streams for a 95 % interval
 GRAD_CLIP = 1.0                  # norm of the gradient at most
 # ----------------------------------------------------------------
@@ -83,13 +83,15 @@ def reachable(edges):
 
 
 def longest_paths(edges):
-    """{(y, x): edges on the longest directed path from y up to x}, for every x that y leads to. No cycles allowed.
+    """{(y, x): edges on the longest directed path from y up to x}, for every x that y leads to.
+
+    The edges must hold no cycle: take what `consistent` leaves.
 
     >>> longest_paths([(0, 1), (1, 2), (0, 2)])            # 0 -> 2 directly, and longer by way of 1
     {(0, 1): 1, (0, 2): 2, (1, 2): 1}
     """
     longest = {}
-    ends = set(edges)                                      # (first, last) of all paths of `length` edges
+    ends = set(edges)                            # (first, last) of all paths of `length` edges
     length = 1
     while ends:
         for pair in ends:
@@ -111,9 +113,9 @@ def one_edge_longer(ends, edges):
 def choose_pair(edges, quality, length):
     """(winner, loser, path) of a context's one pair, or None (paper, section 3).
 
-    quality: 0.5 or -0.5 per sample; length: its memory's tokens. The winner's quality is not below the loser's, and
-    not both are low: so the winner is good. The longest path comes first; then equal quality (ours: relevance stays
-    first); then the smaller difference in length; then the lower number.
+    quality: 0.5 or -0.5 per sample; length: its memory's tokens. The winner's quality is not below the
+    loser's, and not both are low: so the winner is good. The longest path comes first; then equal quality
+    (ours: relevance stays first); then the smaller difference in length; then the lower number.
 
     >>> choose_pair([(0, 1), (1, 2), (0, 2)], [-0.5, 0.5, 0.5], [9, 9, 9])   # the longest path
     (2, 0, 2)
@@ -140,8 +142,8 @@ def choose_pair(edges, quality, length):
 def agreed(verdict, swapped):
     """What the judge says of two memories in both orders together (paper, section 3).
 
-    swapped: its verdict with the second memory shown first. "first" and "second" count only where both verdicts mean
-    the same memory. 06 takes all that is neither of these nor "failed" for a tie.
+    swapped: its verdict with the second memory shown first. "first" and "second" count only where both
+    verdicts mean the same memory. 06 takes all that is neither of these nor "failed" for a tie.
 
     >>> agreed("first", "second"), agreed("second", "first")
     ('first', 'second')
@@ -171,8 +173,8 @@ def comparable(samples):
 def compare(judge, cache, questions, path, chunk):
     """Per row of the cache its verdicts: [[i, j, what `agreed` says]].
 
-    What the file `path` holds is not asked again. Raises SystemExit when the judge fails on most of a call; the
-    calls before it are kept.
+    What the file `path` holds is not asked again. Raises SystemExit when the judge fails on most of a call;
+    the calls before it are kept.
     """
     done = read_progress(path)                             # in the order of the cache
     firsts = range(len(done), len(cache), chunk)
@@ -187,9 +189,9 @@ def compare(judge, cache, questions, path, chunk):
         answers = once(lambda: judge.ask(PREFER, items))
         failed = answers.count(None)
         if failed * 2 > len(answers):
-            raise SystemExit(f"the judge failed on {failed} of {len(answers)} comparisons; mend it and run again: "
-                             f"it goes on from {path}")
-        said = iter(map(agreed, answers[::2], answers[1::2]))
+            raise SystemExit(f"the judge failed on {failed} of {len(answers)} comparisons; mend it and "
+                             f"run again: it goes on from {path}")
+        said = map(agreed, answers[::2], answers[1::2])
         judged = []
         for row, pairs_of_row in zip(rows, pairs):
             verdicts = [[i, j, next(said)] for i, j in pairs_of_row]
@@ -250,7 +252,8 @@ class Yield:
 def find_preferences(judge, cache, questions, folder, chunk, suffix=""):
     """(judged contexts that have preferences, pairs, {environment: Yield}).
 
-    cache: rows of cache.jsonl; questions: {environment: [text]}. Verdicts go into a file per environment of `folder`.
+    cache: rows of cache.jsonl; questions: {environment: [text]}. Verdicts go into a file per environment of
+    `folder`.
     """
     folder.mkdir(exist_ok=True)
     contexts = []
@@ -304,8 +307,8 @@ def learn_from(environment, row, verdicts):
 def trl_rows(streams, cache, pairs, tokenizer, window):
     """The pairs in TRL's preference format.
 
-    Each clip is one <|video_pad|>, which Qwen3-VL's processor expands into frames and their times; pairs.jsonl and
-    streams.jsonl tell which files those are.
+    Each clip is one <|video_pad|>, which Qwen3-VL's processor expands into frames and their times;
+    pairs.jsonl and streams.jsonl tell which files those are.
     """
     streams = {stream["stream"]: stream for stream in streams}
     cached = {(row["stream"], row["clip"]): row for row in cache}
@@ -324,7 +327,7 @@ def trl_rows(streams, cache, pairs, tokenizer, window):
 # ================================================================ the reward model
 @dataclass
 class Reading:
-    """What R reads: recent questions, a context's earlier memories, and memories of its newest clip to be valued."""
+    """What R reads: recent questions, a context's earlier memories, and the memories to be valued."""
     questions: list
     history: list
     memories: list
@@ -333,12 +336,12 @@ class Reading:
 class RewardModel:
     """R(questions, history, memory): one more writer of the policy, "reward", and a linear head.
 
-    The writer is a LoRA on the base and does nothing while another is switched on. The head reads the output at a
-    memory's last token. spread: R's mean standard deviation within a context, the unit of `score`.
+    The writer is a LoRA on the base and does nothing while another is switched on. The head reads the output
+    at a memory's last token. spread: R's mean standard deviation within a context, the unit of `score`.
     """
 
     def __init__(self, policy, *, history, rows, folder=None):
-        """history: earlier memories that R reads; rows: contexts per forward pass; folder: what `save` wrote."""
+        """history: earlier memories that R reads; rows: readings per pass; folder: what `save` wrote."""
         from safetensors.torch import load_file
         self.policy = policy
         self.history = history
@@ -357,14 +360,15 @@ class RewardModel:
     def tokens(self, reading):
         """Ids of what a reading's memories share, and a list of the ids of each memory.
 
-        A memory stands where the policy would write it after a task prompt, so the LoRA starts from what the base
-        already makes of questions.
+        A memory stands where the policy would write it after a task prompt, so the LoRA starts from what the
+        base already makes of questions.
         """
         first = max(0, len(reading.history) - self.history)
         earlier = [memory or "(nothing)" for memory in reading.history[first:]]
         content = "\n".join([TASK_PROMPT.strip("\n"), *reading.questions, "", *earlier])
         turn = {"role": "user", "content": content}
-        text = self.policy.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        text = self.policy.tokenizer.apply_chat_template(
+            [turn], tokenize=False, add_generation_prompt=True)
         shared = self.ids(text + "\n</think>\n\n")
         return shared, [self.ids(memory) + [self.policy.end] for memory in reading.memories]
 
@@ -374,8 +378,8 @@ class RewardModel:
     def __call__(self, readings):
         """R (M,) in fp32 of each reading's memories.
 
-        A reading is one packed row [shared | m1 | ... | mM], as in the policy's log-probs (support/attention.py): a
-        memory sees the shared part and itself.
+        A reading is one packed row [shared | m1 | ... | mM], as in the policy's log-probs
+        (support/attention.py): a memory sees the shared part and itself.
         """
         ids = []
         owners = []
@@ -394,7 +398,7 @@ class RewardModel:
             input_ids=ids, position_ids=positions, attention_mask=visible(owner, owner).tril(),
             use_cache=False).last_hidden_state                                        # (B, T, d)
         next_owner = F.pad(owner[:, 1:], (0, 1), value=-1)
-        last = (owner > 0) & (owner != next_owner)                                    # (B, T) ends of memories
+        last = (owner > 0) & (owner != next_owner)                                    # (B, T)
         values = hidden[last].float() @ self.head                                     # (B * M,)
         return values.split([len(reading.memories) for reading in readings])
 
@@ -429,8 +433,8 @@ class RewardModel:
 def load_reward_model(S, policy):
     """The reward model of runs/RUN (or FROM) as one more adapter on `policy`, whose writer stays on."""
     folder = need(S, "reward/model/head.safetensors").parent
-    trained_with = read_json(folder.parent / "settings.json")
-    return RewardModel(policy, history=trained_with["HISTORY"], rows=trained_with["ROWS"], folder=folder)
+    saved = read_json(folder.parent / "settings.json")
+    return RewardModel(policy, history=saved["HISTORY"], rows=saved["ROWS"], folder=folder)
 
 
 # ================================================================ training
@@ -441,7 +445,7 @@ def load_reward_model(S, policy):
 #   lr            learning rate
 #   seconds       of the step
 def train(run, model, contexts, questions, *, seed, batch_size, lr, warmup):
-    """Bradley-Terry: -log sigmoid(R(winner) - R(loser)), the mean over a context's preferences, then over contexts.
+    """Bradley-Terry: the loss is -log sigmoid(R(winner) - R(loser)), a context's mean, then over contexts.
 
     run: the Training; questions: {environment: [text]}. A step's draws depend on (seed, step) alone.
     """
@@ -455,13 +459,13 @@ def train(run, model, contexts, questions, *, seed, batch_size, lr, warmup):
         # ---------------- loss
         share = my_share(zip(batch, shown))
         loss = 0.0
-        right = []                                         # whether R orders a preference as the judge does
+        right = []                               # whether R orders a preference as the judge does
         for i in range(0, len(share), model.rows):
             part = share[i:i + model.rows]
             values = model([context.reading(asked) for context, asked in part])       # (M,) each
             losses = []
             for (context, _), R in zip(part, values):
-                margin = margins(context.preferences, R)                              # (preferences,)
+                margin = margins(context.preferences, R)                              # (pairs,)
                 losses.append(-F.logsigmoid(margin).mean())                           # ()
                 right += (margin > 0).tolist()
             part_loss = sum(losses) / len(batch)                                      # ()
@@ -472,19 +476,19 @@ def train(run, model, contexts, questions, *, seed, batch_size, lr, warmup):
         grad_norm = run.update(rate)
         # ---------------- log and save
         accuracy = gather_sum(sum(right)) / gather_sum(len(right))
-        row = {"step": step, "loss": gather_sum(loss), "accuracy": accuracy, "grad_norm": grad_norm, "lr": rate,
-               "seconds": time.time() - began}
+        row = {"step": step, "loss": gather_sum(loss), "accuracy": accuracy, "grad_norm": grad_norm,
+               "lr": rate, "seconds": time.time() - began}
         run.log(row, "loss", "accuracy")
 
 
 def some_questions(draw, questions):
-    """One to all of the questions in random order, so that R reads what they are after, not how many there are."""
+    """One to all of the questions in random order: R shall read what they are after, not how many."""
     count = draw.randint(1, len(questions))
     return draw.sample(questions, count)
 
 
 def margins(preferences, R):
-    """R(winner) - R(loser) of each preference; R (M,) -> (preferences,)."""
+    """R(winner) - R(loser) of each preference; R (M,) -> (pairs,)."""
     return torch.stack([R[winner] - R[loser] for winner, loser in preferences])
 
 
@@ -499,8 +503,8 @@ def learning_rate(step, steps, lr, warmup):
 def validate(model, contexts, questions, *, resamples, seed):
     """Figures on held-out contexts, judged and read by held-out questions {environment: [text]}.
 
-    pair_accuracy: on the questions that the judge had; shuffled_accuracy: on those of another environment, so it
-    tells how much R reads the questions at all.
+    pair_accuracy: on the questions that the judge had; shuffled_accuracy: on those of another environment, so
+    it tells how much R reads the questions at all.
     """
     draw = random.Random(seed)
     readings = []
@@ -519,10 +523,10 @@ def validate(model, contexts, questions, *, resamples, seed):
 
 
 def pair_accuracy(contexts, values, resamples, seed):
-    """{mean, low, high}: the share of preferences that `values` order as the judge does; equal ones count half.
+    """{mean, low, high}: the share of preferences ordered as by the judge; equal values count half.
 
-    The interval holds 95 % of a bootstrap over streams (over clips of a single one), because preferences of one
-    stream are not independent.
+    The interval holds 95 % of a bootstrap over streams (over clips of a single one), because preferences of
+    one stream are not independent.
     """
     one_stream = len({context.stream for context in contexts}) == 1
     counts = {}                                            # {unit: [right, preferences]}
@@ -530,12 +534,13 @@ def pair_accuracy(contexts, values, resamples, seed):
         unit = context.stream, context.clip if one_stream else 0
         of_unit = counts.setdefault(unit, [0.0, 0.0])
         for winner, loser in context.preferences:
-            of_unit[0] += (1 + np.sign(R[winner] - R[loser])) / 2        # 1 right, 0.5 equal, 0 wrong
+            of_unit[0] += (1 + np.sign(R[winner] - R[loser])) / 2    # 1 right, 0.5 equal, 0 wrong
             of_unit[1] += 1
     table = np.array([counts[unit] for unit in sorted(counts)])                       # (U, 2)
     n = len(table)
-    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))              # (resamples, U)
-    right, preferences = table[drawn].sum(1).T                                        # (resamples,) each
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(n, size=(resamples, n))                                      # (resamples, U)
+    right, preferences = table[drawn].sum(1).T                                        # (resamples,)
     low, high = np.percentile(right / preferences, [2.5, 97.5]).tolist()
     mean = table[:, 0].sum() / table[:, 1].sum()
     return {"mean": float(mean), "low": low, "high": high}
@@ -580,8 +585,8 @@ def main(argv=None):
     held_out = hold_out(cache, S.HELD_OUT)
     test_cache = [row for row in cache if (row["stream"], row["clip"]) in held_out]
     calls = 2 * (count_comparisons(cache) + count_comparisons(test_cache))
-    print(f"cost: {calls} judge calls, both orders, on {len(cache)} contexts for {len(recent)} environments; "
-          f"{len(test_cache)} of them once more with held-out questions")
+    print(f"cost: {calls} judge calls, both orders, on {len(cache)} contexts for {len(recent)} "
+          f"environments; {len(test_cache)} of them once more with held-out questions")
     # ---------------- preferences and pairs
     policy = load_policy(S)
     judge = load_judge(S, lambda: policy)
@@ -603,7 +608,8 @@ def main(argv=None):
         print(f"  {name:20} {value}")
     report["yield"] = {environment: vars(counts) for environment, counts in yields.items()}
     write_json(out / "report.json", report)
-    print(f"{len(pairs)} pairs and the reward model are in {out}; next: {next_command(S, '05_phase2_train.py')}")
+    print(f"{len(pairs)} pairs and the reward model are in {out}; "
+          f"next: {next_command(S, '05_phase2_train.py')}")
 
 
 def split_questions(recent, n):
@@ -618,12 +624,13 @@ def split_questions(recent, n):
     for environment in lacking:
         later[environment] = asked[environment]
     if lacking:
-        print(f"*** too few questions to hold some out: for {', '.join(lacking)} R is validated on its own ***")
+        print("*** too few questions to hold some out: R is validated on those that it learned from, "
+              f"of {', '.join(lacking)} ***")
     return asked, later
 
 
 def hold_out(cache, share):
-    """{(stream, clip)} of a share of the cached streams, the last ones; of a single stream, of its last clips."""
+    """{(stream, clip)} of the last cached streams, a share of all; of the last clips of a single stream."""
     places = sorted((row["stream"], row["clip"]) for row in cache)
     streams = sorted({stream for stream, _ in places})
     if len(streams) == 1:
@@ -648,8 +655,8 @@ def preference_rows(contexts):
     rows = []
     for context in contexts:
         for winner, loser in context.preferences:
-            rows.append({"environment": context.environment, "stream": context.stream, "clip": context.clip,
-                         "winner": winner, "loser": loser})
+            rows.append({"environment": context.environment, "stream": context.stream,
+                         "clip": context.clip, "winner": winner, "loser": loser})
     return rows
 
 
@@ -661,20 +668,24 @@ def summed(yields):
 
 
 def print_yields(yields):
+    """A table whose columns `Yield` explains."""
+    columns = ["compared", "failed", "tied", "contradicted", "cyclic", "preferences"]
+    heads = "".join(f"{name:>14}" for name in columns)
+    print(f"  {'':16}{heads}   contexts with a pair (paper: 29.17 %)")
     for environment, counts in yields.items():
+        numbers = "".join(f"{getattr(counts, name):14}" for name in columns)
         share = counts.contexts_with_pair / max(1, counts.contexts)
-        print(f"  {environment:16} {counts.compared} compared: {counts.failed} failed, {counts.tied} tied, "
-              f"{counts.contradicted} contradicted, {counts.cyclic} cyclic, {counts.preferences} preferences; "
-              f"{share:.2%} of contexts have a pair (paper: 29.17 %)")
+        print(f"  {environment:16}{numbers}   {share:.2%}")
 
 
 def say_why_no_reward_model(S, learn, tests, pairs, counts):
     """SystemExit where there is no pair either."""
-    why = (f"no reward model: preferences in {len(learn)} contexts to learn from, in {len(tests)} to test on; "
-           f"{counts.tied} of {counts.compared} comparisons were ties")
+    why = (f"no reward model: preferences in {len(learn)} contexts to learn from, in {len(tests)} to "
+           f"test on; {counts.tied} of {counts.compared} comparisons were ties")
     if not pairs:
         sys.exit(why)
-    print(f"*** {why}. 05 with dpo has {len(pairs)} pairs ***\nnext: {next_command(S, '05_phase2_train.py')}")
+    print(f"*** {why}. 05 with dpo has {len(pairs)} pairs ***")
+    print(f"next: {next_command(S, '05_phase2_train.py')}")
 
 
 def train_reward_model(S, out, policy, contexts, questions):
@@ -682,11 +693,15 @@ def train_reward_model(S, out, policy, contexts, questions):
     torch.manual_seed(S.SEED)                              # of the LoRA's first values
     model = RewardModel(policy, history=S.HISTORY, rows=S.ROWS)
     count = sum(len(context.preferences) for context in contexts)
-    print(f"cost: {S.STEPS} steps x {S.CONTEXTS} of {len(contexts)} contexts with {count} preferences; "
-          f"{sum(p.numel() for p in model.params)} trainable parameters")
-    run = Training(out, model.params, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP)
+    trainable = sum(p.numel() for p in model.params)
+    print(f"cost: {S.STEPS} steps x {S.CONTEXTS} of {len(contexts)} contexts with {count} "
+          f"preferences; {trainable} trainable parameters")
+    run = Training(
+        out, model.params, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP)
     with policy.using("reward"):
-        train(run, model, contexts, questions, seed=S.SEED, batch_size=S.CONTEXTS, lr=S.LR, warmup=S.WARMUP)
+        train(
+            run, model, contexts, questions,
+            seed=S.SEED, batch_size=S.CONTEXTS, lr=S.LR, warmup=S.WARMUP)
     some = random.Random(S.SEED).choices(contexts, k=64)
     values = model.measure([context.reading(questions[context.environment]) for context in some])
     model.spread = mean_spread(some, values)

@@ -1,12 +1,12 @@
 """Who judges memories, and who reads them to answer questions: one interface, and what `JUDGE` can name.
 
-A judge has one method, judge.ask(prompt, items) -> list, with None for a verdict that failed. A stage hands in a
-prompt of its own, so an edited prompt takes effect. The prompts, their items and what is returned:
+A judge has one method, judge.ask(prompt, items) -> list, with None for a verdict that failed. A stage hands
+in a prompt of its own, so an edited prompt takes effect. The prompts, their items and what is returned:
   faithful  02  {context, memory}             -> bool: it is seen or heard in the newest clip, and it connects
   clean     02  {previous, memory}            -> bool: nothing of the memory before, no boxes, no labels
   rank      02  {context, memories}           -> ranks, 1 is the richest; ties, if any, share the mean rank
-  answer    03  {entries, question, options}  -> a letter, or a text where there are no options; or "insufficient".
-                                                 entries: [start, end, memory] in s, all that the reader gets to see
+  answer    03  {entries, question, options}  -> a letter, or without options a text; or "insufficient".
+                                                 entries: [start, end, memory] in s, all that is read
   grade     03  {question, answer, reply}     -> bool: an open answer means the same as the right one
   prefer    04  {questions, first, second}    -> "first" | "second" | "tie", by what the questions are after
 
@@ -20,9 +20,9 @@ A judge question of your own:
   1. In the stage: SHORT = Verdict("short", 'Is "{memory}" short? Answer with {{"verdict": true}} or ...').
   2. Choose the class by the reply that you ask for: Verdict, Ranking, Preference or Answer.
   3. Where you need it: verdicts = judge.ask(SHORT, [{"memory": sample.memory} for sample in samples]).
-  4. The keys of an item are the {fields} of the text. With a "context" in it the judge sees the newest clip, and the
-     text may also say {heard} and {previous}.
-  5. The toy judge reads no prompts: it needs a method of that name, def short(self, memory), in tiny/world.py.
+  4. The keys of an item are the {fields} of the text. With a "context" among them the judge sees the newest
+     clip, and the text may also say {heard} and {previous}.
+  5. The toy judge reads no prompts: it needs a method short(self, memory) in tiny/world.py, named as in 1.
 """
 import atexit
 import base64
@@ -58,7 +58,8 @@ def load_judge(S, model=None):
         return TextJudge(Local(model))
     if kind == "openai" and name:
         return TextJudge(Endpoint(name, ROOT / "runs" / S.RUN / "judge"))
-    raise SystemExit(f'JUDGE={S.JUDGE} is unknown: take "tiny" (for the toy world), "local" or "openai:MODEL"')
+    raise SystemExit(f'JUDGE={S.JUDGE} is unknown: take "tiny" (for the toy world), "local" or '
+                     '"openai:MODEL"')
 
 
 def load_toy_judge(S):
@@ -66,14 +67,15 @@ def load_toy_judge(S):
     if not truth.exists():
         raise SystemExit('JUDGE="tiny" judges the toy world alone: take "local" or "openai:MODEL"')
     from tiny.world import Judge
-    print("judge: the toy world's exact one, which reads no prompts (editing FAITHFUL, PREFER, ... changes nothing)")
+    print("judge: the toy world's exact one, which reads no prompts (editing FAITHFUL, PREFER, ... "
+          "changes nothing)")
     return Judge(read_jsonl(truth))
 
 
 # ---------------------------------------------------------------- prompts, and strict replies
 class JudgePrompt(Prompt):
     """The text of a judge question with {fields}, and its name. A subclass says which replies count."""
-    key = ""                                                   # the one key of the reply's JSON object
+    key = ""                                     # the one key of the reply's JSON object
 
     def __new__(cls, name, text):
         prompt = super().__new__(cls, text)
@@ -103,7 +105,7 @@ class JudgePrompt(Prompt):
         return replies[values.index(max(values))]
 
     def parse(self, reply, item):
-        """The verdict in a reply, or None: after any thinking it must be one JSON object with the one key asked for.
+        """The verdict in a reply, or None: after any thinking it must be a JSON object with the one key.
 
         >>> CLEAN = Verdict("clean", "...")
         >>> CLEAN.parse('It is fine.\\n</think>\\n{"verdict": true}', {}), CLEAN.parse('yes', {})
@@ -139,7 +141,7 @@ class Verdict(JudgePrompt):
 
 
 class Ranking(JudgePrompt):
-    """Asks for {"best_first": [...]}: all numbers of the item's memories -> the rank of each memory, 1 is best."""
+    """Asks for {"best_first": [...]}, the numbers of the item's memories -> each memory's rank, 1 is best."""
     key = "best_first"
 
     def fields(self, item):
@@ -149,7 +151,7 @@ class Ranking(JudgePrompt):
         return fields
 
     def replies(self, item):
-        """The beginnings of replies: the more likely one begins with a memory's number, the better it ranks."""
+        """Beginnings of replies: the likelier one begins with a memory's number, the better it ranks."""
         return [f'{{"best_first": [{i + 1}' for i in range(len(item["memories"]))]
 
     def likeliest(self, replies, values):
@@ -159,7 +161,7 @@ class Ranking(JudgePrompt):
     def verdict(self, value, item):
         numbers = list(range(1, len(item["memories"]) + 1))
         if not isinstance(value, list) or sorted(map(repr, value)) != sorted(map(repr, numbers)):
-            return None                                        # repr: strings such as "1" are no numbers
+            return None                          # repr: strings such as "1" are no numbers
         return [float(value.index(number) + 1) for number in numbers]
 
 
@@ -212,7 +214,7 @@ class Question:
     """One item under a prompt. To the model it is a context like those of common, of one clip or none."""
     judge_prompt: JudgePrompt
     item: dict
-    reasoning: str = ""                                        # what the model has written so far
+    reasoning: str = ""                          # what the model has written so far
 
     @property
     def text(self):
@@ -262,18 +264,18 @@ class TextJudge:
 
 # ---------------------------------------------------------------- the model itself
 class Local:
-    """Replies of the policy's base. model: what common hands in, so that this file need not know the policy."""
+    """Replies of the policy's base. model: common.LocalModel, so that this file need not know common."""
 
     def __init__(self, model):
         self.model = model
 
     def __call__(self, questions, attempt):
-        top_k = 1 if attempt == 0 else 0                       # greedily first, then by chance
+        top_k = 1 if attempt == 0 else 0         # greedily first, then by chance
         keys = [(0, 11, attempt)] * len(questions)
         policy = self.model.policy
         with policy.using("base"), torch.no_grad():
             groups = self.model.rollout(questions, 1, keys, top_k=top_k)
-            return [self.choose(question, sample.text) for question, (sample,) in zip(questions, groups)]
+            return [self.choose(question, group[0].text) for question, group in zip(questions, groups)]
 
     def choose(self, question, text):
         """The likeliest reply after the reasoning in `text`; without a choice, the text."""
@@ -300,7 +302,7 @@ class Endpoint:
         try:
             import openai
         except ImportError:
-            raise SystemExit('JUDGE="openai:MODEL" needs the package openai: pip install openai') from None
+            raise SystemExit('JUDGE="openai:MODEL" needs a package: pip install openai') from None
         try:
             self.client = openai.OpenAI(max_retries=RETRIES, timeout=TIMEOUT)
         except openai.OpenAIError as error:
@@ -317,7 +319,8 @@ class Endpoint:
 
     def reply(self, question, attempt):
         text = question.text
-        messages = [{"role": "user", "content": [*pictures(question), {"type": "text", "text": text}]}]
+        content = [*pictures(question), {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": content}]
         asked = json.dumps([self.model, attempt, messages])
         file = self.folder / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
         if file.exists():

@@ -1,7 +1,7 @@
 """Memories that outgrow the reader: which entries of a stream's memory the one who answers gets to see.
 
-An entry is [start, end, memory], in seconds of the stream. Where all entries fit the reader's budget of tokens, all
-are read. Of more, those are read that the question is about.
+An entry is [start, end, memory], in seconds of the stream. Where all entries fit the reader's budget of
+tokens, all are read. Of more, those are read that the question is about.
 """
 import re
 
@@ -12,11 +12,11 @@ try:
 except ImportError:                                  # --help works before anything is installed
     np = None
 
-# The share of its relevance that an entry lends to each neighbour. Questions ask what came next, or name a span of
-# time of which an entry in the middle says nothing.
+# The share of its relevance that an entry lends to each neighbour. Questions ask what came next, or name a
+# span of time, which no entry in the middle of it mentions.
 SHARE = 0.5
 
-# Signs of scripts that are written without spaces, such as Thai, Japanese, Chinese and Korean: each is a word.
+# Signs of scripts without spaces, such as Thai, Japanese, Chinese and Korean: each is a word.
 SIGNS = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"<\w+>|\d+(?::\d\d)+|[{SIGNS}]|[^\W{SIGNS}]+")
 
@@ -46,8 +46,10 @@ def times_in(text):
     >>> times_in("Where was <face_3> at 00:01:30?")
     [90]
     """
-    found = re.findall(r"(\d+):(\d\d):(\d\d)", text)
-    return [int(hours) * 3600 + int(minutes) * 60 + int(seconds) for hours, minutes, seconds in found]
+    times = []
+    for hours, minutes, seconds in re.findall(r"(\d+):(\d\d):(\d\d)", text):
+        times.append(int(hours) * 3600 + int(minutes) * 60 + int(seconds))
+    return times
 
 
 def starts_at(seconds):
@@ -56,24 +58,24 @@ def starts_at(seconds):
 
 
 class Retriever:
-    """What the reader sees of one stream: all memories where they fit, else the most relevant to the question.
+    """What the reader sees of one stream: all memories where they fit, else those most relevant to the question.
 
-    Relevance is the BM25 score of an entry as it is printed, times included, and SHARE of its neighbours' scores.
-    The index is made once a stream, so a word's rarity and the mean length also count what was written after the
-    question. Nothing else of that is used.
+    Relevance is the BM25 score of an entry as it is printed, times included, and SHARE of its neighbours'
+    scores. The index is made once a stream, so a word's rarity and the mean length also count what was
+    written after the question. Nothing else of that is used.
     """
 
     def __init__(self, entries, tokenizer):
         """entries: in the order of time."""
         self.entries = entries
-        self.index = None                                      # made when a memory first exceeds the budget
+        self.index = None                        # made when memories first exceed the budget
         ids = []
         if entries:
             texts = [printed(entry) + "\n\n" for entry in entries]
             ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         tokens = []
         for (_, _, memory), tokens_of_entry in zip(entries, ids):
-            tokens.append(len(tokens_of_entry) if memory else 0)         # a lost memory is never printed
+            tokens.append(len(tokens_of_entry) if memory else 0)    # a lost memory is never printed
         self.tokens = np.array(tokens, int)                                           # (n,)
         self.ends = np.array([end for _, end, _ in entries], float)                   # (n,) s
 
@@ -92,7 +94,8 @@ class Retriever:
         before = np.append(0, relevance[:-1])
         score = relevance + SHARE * (after + before)                                  # (written,)
         chosen = []
-        for i in written[np.argsort(-score, kind="stable")]:             # of equals, the earlier comes first
+        best_first = np.argsort(-score, kind="stable")              # of equals, the earlier comes first
+        for i in written[best_first]:
             if self.tokens[i] <= budget:
                 budget -= self.tokens[i]
                 chosen.append(i)
@@ -105,7 +108,7 @@ class Retriever:
         searched = words(query)
         for time in times_in(query):
             for start, end, _ in self.entries:
-                if start <= time < end:                                  # the clip that a time falls into
+                if start <= time < end:             # the clip that a time falls into
                     searched.append(starts_at(start))
         return self.index.get_scores_from_ids(self.index.get_tokens_ids(searched))
 
@@ -113,7 +116,8 @@ class Retriever:
         try:
             import bm25s
         except ImportError:
-            raise SystemExit("memories beyond READER_TOKENS need bm25s: pip install bm25s") from None
+            why = "memories beyond READER_TOKENS need bm25s: pip install bm25s"
+            raise SystemExit(why) from None
         index = bm25s.BM25()
         texts = [[*words(printed(entry)), starts_at(entry[0])] for entry in self.entries]
         index.index(texts, show_progress=False)
