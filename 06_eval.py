@@ -1,20 +1,27 @@
-"""Stage 6: watch the test streams with every policy, answer from its memories alone, write the report.
+"""Watch the test streams with every policy, answer from its memories alone, write the report.
 
-A policy watches each test stream once, clip by clip, with its own memories as history. A reader answers the questions
-of *every* environment (a kind of question, as in the paper) from these memories, so that the matrix of transfer between
-environments costs no second watching; without TRANSFER an adapter watches what its own environment asks about.
-"+ task prompt" is told the recent questions, so it watches once for each environment. In addition all policies write in
-the same contexts, and these memories are judged: win / tie / loss against Phase One. Of online streams (see 01), what
-was seen up to an environment's last recent question keeps the memories of the policy without its adapter, and contexts
-that 03 cached are not judged.
+A policy watches each test stream once, clip by clip, with its own memories as history. A reader
+answers the questions of *every* environment (a kind of question, as in the paper) from these
+memories, so the matrix of transfer between environments costs no second watching. Without TRANSFER
+an adapter watches what its own environment asks about. "+ task prompt" is told the recent
+questions, so it watches once for each environment.
 
-Differences from the paper: 95 % intervals, by a bootstrap over streams (questions about one stream share its memories;
-with fewer than 5 streams it is over questions); the questions after the update (scope "after") stand apart from "all",
-which pools the first recent questions as the paper does; a reply that the judge failed to give is dropped and counted,
-never a miss.
+In addition all policies write in the same contexts, and these memories are judged: win / tie / loss
+against Phase One. Contexts that 03 has cached are not used for it. Of online streams (see 01), what
+was seen up to an environment's last recent question keeps the memories that were written without
+the environment's adapter or prompt.
 
-Run:  python 06_eval.py     (finished policies are stored: interrupt it, or train another adapter, and go on)
-In:   streams/*.jsonl  phase1/adapter  tasks/recent.json, cache.jsonl  phase2/*/*/adapter (whichever exist)
+Differences from the paper:
+- 95 % intervals, by a bootstrap over streams, because questions about one stream share its
+  memories. With fewer than 5 streams it is over questions.
+- The questions after the update (scope "after") stand apart from "all", which pools the first
+  recent questions as the paper does.
+- A reply that the judge failed to give is dropped and counted, never a miss.
+
+Run:  python 06_eval.py    (What a policy has finished is stored: interrupt it, or train another
+      adapter, and go on.)
+In:   streams/*.jsonl, phase1/adapter, tasks/recent.json and cache.jsonl, phase2/*/*/adapter
+      (whichever exist)
 Out:  eval/results.json, results.md, report.html (one file, opens offline), memories.jsonl
 """
 import random
@@ -22,36 +29,37 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import (build_prompt, load_judge, load_policy, make_context, per_model, rollout, settings, stage,
-                    watch)
+from common import (build_prompt, load_judge, load_policy, make_context, per_model, rollout,
+                    settings, stage, watch)
 from support import figures, report
 from support.ranks import gather, my_share, once, progress
-from support.runs import (NOT_COMPARED, ROOT, fingerprint, load_streams, need, next_command, read_json, read_jsonl,
-                          say_what_differs, slug, start, write_json, write_jsonl, write_text)
+from support.runs import (NOT_COMPARED, ROOT, fingerprint, load_streams, need, next_command,
+                          read_json, read_jsonl, say_what_differs, slug, start, write_json,
+                          write_jsonl, write_text)
 from support.weights import load_adapter
 
 phase1 = stage("02_phase1_train")
 tasks_stage = stage("03_collect_tasks")
 reward_stage = stage("04_train_reward")
 
-# ------------------------------------------------------------------------------------------------------------
-STREAMS = 0                         # test streams to watch; 0 = all of them
-METHODS = ""                        # evaluate only these beside base and phase1, like base+prompt,dpo-steer
-EXPECT = "dpo-steer,grpo-steer"     # Phase Two policies of a full comparison; others found in phase2/ join in
-RECENT = 5                          # questions in a task prompt, and pooled into scope "all" (paper: 5)
-TRANSFER = per_model(1, 0)          # 1: adapters also answer what the other environments ask
-READERS = ""                        # others who answer from the same memories, like local,openai:MODEL
-VALIDATE = 160                      # contexts for the quality of a method, dealt out to its adapters
-VALIDATE_TEMPERATURE = 1.0          # as in training: at 0.6 even an untrained base looks faithful
-BOOTSTRAP = 2000                    # resamples of the streams: an interval ends within about 0.3 points
-EXAMPLES = 3                        # clips shown in the report with their frames
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+STREAMS = 0                      # test streams to watch; 0: all of them
+METHODS = ""                     # beside base and phase1, like base+prompt,dpo-steer; "": all
+EXPECT = "dpo-steer,grpo-steer"  # Phase Two methods that should be there; others found join in
+RECENT = 5                       # questions in a task prompt and in scope "all" (paper: 5)
+TRANSFER = per_model(1, 0)       # 1: adapters also answer what the other environments ask
+READERS = ""                     # others who answer from the same memories, like local,openai:MODEL
+VALIDATE = 160                   # contexts that a method is validated in, dealt out to its adapters
+VALIDATE_TEMPERATURE = 1.0       # as in training: at 0.6 even an untrained base looks faithful
+BOOTSTRAP = 2000                 # draws of the streams: an interval ends within about 0.3 points
+EXAMPLES = 3                     # clips shown in the report with their frames
+# ------------------------------------------------------------------------------------------------
 
 
 # ================================================================ who is examined
 @dataclass
 class Examinee:
-    """A policy that is examined: a method, and the environment that its adapter or its prompt is for."""
+    """A policy that is examined: a method, and the environment its adapter or prompt is for."""
     method: str                     # "base", "phase1", "base+prompt", "dpo-steer", ...
     environment: str                # "": it is for all of them
     writer: str                     # whose weights write: "base", "phase1", "phase2"
@@ -74,7 +82,7 @@ PHASE1 = Examinee("phase1", "", "phase1")
 
 
 def find_examinees(S, environments):
-    """All of them, base and Phase One first. A Phase Two policy that is expected and missing is said."""
+    """All of them, base and Phase One first. Says which expected Phase Two adapters are missing."""
     examinees = []
     for plain in (BASE, PHASE1):
         examinees.append(plain)
@@ -107,7 +115,7 @@ def find_adapters(S):
     """{(method, slug of the environment): folder} of the Phase Two adapters of RUN and FROM."""
     own = ROOT / "runs" / S.RUN
     runs = [own]
-    # The adapters of FROM belong to its Phase One: a fork with a Phase One of its own has no use for them.
+    # The adapters of FROM belong to its Phase One: a fork that has its own can't use them.
     if S.FROM and not (own / "phase1" / "adapter").exists():
         runs = [ROOT / "runs" / S.FROM, own]
     folders = {}
@@ -119,10 +127,11 @@ def find_adapters(S):
 
 
 def say_missing(S, method, environments):
-    names = ("ALGORITHM", "ADAPTER", "NAME")                       # a method's name is made of these
-    arguments = [f"--{name}={value}" for name, value in zip(names, method.split("-", 2))]
-    print(f"!! {method}: no adapter for {', '.join(environments)}, left out here (05 makes none where there is "
-          f"no pair). To make it: {next_command(S, '05_phase2_train.py', *arguments)}")
+    constants = ("ALGORITHM", "ADAPTER", "NAME")              # a method's name is made of these
+    arguments = [f"--{name}={value}" for name, value in zip(constants, method.split("-", 2))]
+    how = next_command(S, "05_phase2_train.py", *arguments)
+    print(f"!! {method}: no adapter for {', '.join(environments)}, left out here (05 makes none "
+          f"where there is no pair). To make it: {how}")
 
 
 # ================================================================ on what
@@ -132,45 +141,45 @@ class Exam:
     S: SimpleNamespace
     out: Path
     policy: "LazyPolicy"
-    streams: list                   # rows of streams.jsonl, test and online, that a task is about
-    tasks: list                     # rows of tasks.jsonl about them, in the environments below
-    recent: dict                    # environment -> its first RECENT tasks, with Phase One's replies from 03
-    key: str = ""                   # hash of all that the results depend on
+    streams: list           # rows of streams.jsonl, test and online, that a task is about
+    tasks: list             # rows of tasks.jsonl about them, of the environments below
+    recent: dict            # environment -> its first RECENT tasks, with Phase One's replies (03)
+    questions: dict         # environment -> their texts
+    key: str                # hash of all that the results depend on
 
     @property
     def environments(self):
         return list(self.recent)
 
-    @property
-    def questions(self):
-        """{environment: texts of its recent questions}"""
-        return {name: [task["question"] for task in tasks] for name, tasks in self.recent.items()}
-
     def key_of(self, examinee):
-        return fingerprint(self.key, examinee.method, examinee.environment, examinee.folder or "")
+        return fingerprint(self.key, examinee.method, examinee.environment, examinee.folder)
 
 
 def load_exam(S, out, phase1_adapter):
     streams = load_streams(S, "test")
     recent = {}
+    questions = {}
     for environment, tasks in read_json(need(S, "tasks/recent.json")).items():
         recent[environment] = tasks[:S.RECENT]
-    tasks = [task for task in read_jsonl(need(S, "streams/tasks.jsonl")) if task["environment"] in recent]
-    streams = about(tasks, streams)
+        questions[environment] = [task["question"] for task in recent[environment]]
+    tasks = read_jsonl(need(S, "streams/tasks.jsonl"))
+    tasks = [task for task in tasks if task["environment"] in recent]
+    streams = streams_of(tasks, streams)
     if S.STREAMS:
         streams = streams[:S.STREAMS]
     if not streams:
-        raise SystemExit(f"no test or online stream has a question of {', '.join(recent)} (01 makes them)")
+        raise SystemExit(f"no test or online stream has a question of {', '.join(recent)} "
+                         "(01 makes them)")
     names = {stream["stream"] for stream in streams}
     tasks = [task for task in tasks if task["stream"] in names]
-    exam = Exam(S, out, LazyPolicy(S, phase1_adapter), streams, tasks, recent)
     constants = {name: value for name, value in vars(S).items() if name not in NOT_COMPARED}
-    exam.key = fingerprint(constants, phase1_adapter, streams, exam.questions, sorted(figures.early_tasks(recent)))
-    return exam
+    early = sorted(figures.early_tasks(recent))
+    key = fingerprint(constants, phase1_adapter, streams, questions, early)
+    return Exam(S, out, LazyPolicy(S, phase1_adapter), streams, tasks, recent, questions, key)
 
 
-def about(tasks, streams):
-    """The streams that tasks are about."""
+def streams_of(tasks, streams):
+    """Those of the streams that a task is about."""
     names = {task["stream"] for task in tasks}
     return [stream for stream in streams if stream["stream"] in names]
 
@@ -180,7 +189,7 @@ def tasks_for(exam, examinee):
     early = figures.early_tasks(exam.recent)
     asked = []
     for task in exam.tasks:
-        # Before the update all write as Phase One, whose replies 03 has. Only the base has replies of its own.
+        # Before the update all write as Phase One, whose replies 03 has. Only the base has its own.
         is_new = task["task"] not in early or examinee.method == "base"
         if is_new and (exam.S.TRANSFER or examinee.is_for(task["environment"])):
             asked.append(task)
@@ -188,7 +197,7 @@ def tasks_for(exam, examinee):
 
 
 class LazyPolicy:
-    """The policy, loaded when the first memory that isn't stored is asked for. It puts on an examinee's adapters."""
+    """The policy, which is loaded when the first memory that isn't stored is asked for."""
 
     def __init__(self, S, phase1_adapter):
         self.S = S
@@ -203,6 +212,7 @@ class LazyPolicy:
         return self.policy
 
     def using(self, examinee):
+        """A context in which the policy writes as the examinee, with its adapters."""
         policy = self.load()
         if examinee.folder and examinee.folder != self.folder:
             load_adapter(policy, "phase2", examinee.folder)
@@ -211,7 +221,7 @@ class LazyPolicy:
 
 
 def read_stored(path, key):
-    """The rows of a file that was made with this key; None if there is none, or with another key."""
+    """The rows of a file that was made with this key; None where there is no such file."""
     rows = once(lambda: read_jsonl(path) if path.exists() else [])
     return rows[1:] if rows and rows[0] == {"fingerprint": key} else None
 
@@ -222,7 +232,7 @@ def store(path, key, rows):
 
 # ================================================================ watch
 def watch_streams(exam, examinee, memories, description):
-    """Rows {stream, clip, start, end, memory} of an examinee's pass over the streams; "" where malformed.
+    """Rows {stream, clip, start, end, memory} of a pass over the streams; "" where malformed.
 
     memories: {slug: rows} of those who watched before, base and Phase One first.
     """
@@ -232,11 +242,13 @@ def watch_streams(exam, examinee, memories, description):
     if rows is not None:
         return rows
     path.parent.mkdir(exist_ok=True)
-    streams = about(tasks_for(exam, examinee), exam.streams)
+    streams = streams_of(tasks_for(exam, examinee), exam.streams)
     questions = exam.questions[examinee.environment] if examinee.is_prompted else ()
-    unfinished = path.with_suffix(f".{key[:12]}.part")        # with the key, so that no other run takes it up
+    begun = written_before(exam, examinee, memories)
+    # Unfinished work is named by the key, so that only a run with the same one goes on from it.
+    unfinished = path.with_suffix(f".{key[:12]}.part")
     with exam.policy.using(examinee) as policy:
-        watched = watch(policy, streams, questions, unfinished, written_before(exam, examinee, memories), description)
+        watched = watch(policy, streams, questions, unfinished, begun, description)
     rows = []
     for stream in streams:
         for row in watched[stream["stream"]]:
@@ -247,9 +259,9 @@ def watch_streams(exam, examinee, memories, description):
 
 
 def written_before(exam, examinee, memories):
-    """{stream: first rows}: what was written before the examinee had its adapter or its prompt.
+    """{stream: its first rows}, written before the examinee had its adapter or its prompt.
 
-    It is about the streams of its environment's recent questions, up to the last of these.
+    They are about the streams of its environment's recent questions, up to the last of these.
     """
     if not examinee.environment:
         return {}
@@ -262,11 +274,10 @@ def written_before(exam, examinee, memories):
 
 
 # ================================================================ answer
-def answer_tasks(exam, judge, examinee, memories):
-    """Rows of `answer` about all that an examinee is asked."""
-    tasks = tasks_for(exam, examinee)
+def answer_tasks(exam, judge, examinee, tasks, memories, folder):
+    """Rows of `answer`, stored in a folder."""
     key = fingerprint(exam.key_of(examinee), tasks)
-    path = exam.out / "answers" / f"{examinee.slug}.jsonl"
+    path = folder / f"{examinee.slug}.jsonl"
     rows = read_stored(path, key)
     if rows is None:
         rows = answer(exam.S, judge, tasks, memories)
@@ -275,9 +286,10 @@ def answer_tasks(exam, judge, examinee, memories):
 
 
 def answer(S, judge, tasks, memories):
-    """Rows {task, stream, environment, reply, correct, retrieved}; reply and correct are None where the judge failed.
+    """Rows {task, stream, environment, reply, correct, retrieved}.
 
-    The reader gets what an examinee wrote before the question, and nothing else. memories: its rows.
+    The reader gets what an examinee wrote before the question, and nothing else. memories: the rows
+    of `watch_streams`. reply and correct are None where the judge failed.
     """
     of_stream = {task["stream"]: [] for task in tasks}
     for row in memories:
@@ -286,7 +298,8 @@ def answer(S, judge, tasks, memories):
     replies, retrieved = tasks_stage.answer(S, judge, tasks, of_stream)
     failed = replies.count(None)
     if 2 * failed > len(replies):
-        raise SystemExit(f"the judge failed on {failed} of {len(replies)} questions: mend it and run again")
+        raise SystemExit(f"the judge failed on {failed} of {len(replies)} questions: mend it and "
+                         "run again")
     correct = tasks_stage.right(judge, tasks, replies)
     rows = []
     for task, reply, is_correct, is_retrieved in zip(tasks, replies, correct, retrieved):
@@ -301,38 +314,47 @@ def answer(S, judge, tasks, memories):
     return rows
 
 
-def answer_by_reader(exam, reader, examinee, name, memories):
-    """Rows of `answer` by another reader, about what the examinee's environment asks."""
-    tasks = [task for task in tasks_for(exam, examinee) if examinee.is_for(task["environment"])]
-    key = fingerprint(exam.key_of(examinee), tasks)
-    path = exam.out / "answers" / slug(name) / f"{examinee.slug}.jsonl"
-    rows = read_stored(path, key)
-    if rows is None:
-        rows = answer(exam.S, reader, tasks, memories)
-        store(path, key, rows)
-    return rows
+def ask_reader(exam, name, examinees, memories):
+    """{slug: rows of `answer`} by another reader, about what an examinee's environment asks."""
+    reader = load_judge(SimpleNamespace(**vars(exam.S) | {"JUDGE": name}), exam.policy.load)
+    folder = exam.out / "answers" / slug(name)
+    answers = {}
+    for examinee in progress(examinees, name, leave=False):
+        tasks = tasks_for(exam, examinee)
+        tasks = [task for task in tasks if examinee.is_for(task["environment"])]
+        answers[examinee.slug] = answer_tasks(
+            exam, reader, examinee, tasks, memories[examinee.slug], folder)
+    return answers
 
 
-# ================================================================ validate: a memory each in the same contexts
+# ================================================================ validate, in the same contexts
 def validation_contexts(exam, memories):
-    """Contexts with Phase One's memories as history, drawn from the clips of streams that 03 has not cached."""
-    cached = {(row["stream"], row["clip"]) for row in read_jsonl(need(exam.S, "tasks/cache.jsonl"))}
+    """Contexts with Phase One's memories as history, at random clips that 03 has not cached.
+
+    memories: Phase One's rows.
+    """
+    cache = read_jsonl(need(exam.S, "tasks/cache.jsonl"))
+    cached = {(row["stream"], row["clip"]) for row in cache}
     places = []
-    for stream in about(tasks_for(exam, PHASE1), exam.streams):
+    for stream in streams_of(tasks_for(exam, PHASE1), exam.streams):
         for t in range(1, len(stream["clips"])):
             if (stream["stream"], t) not in cached:
                 places.append((stream, t))
     history = {stream["stream"]: [] for stream in exam.streams}
     for row in memories:
         history[row["stream"]].append(row["memory"])
-    drawn = random.Random(exam.S.SEED).sample(places, min(exam.S.VALIDATE, len(places)))
-    return [make_context(stream, t, history[stream["stream"]], k=exam.S.K) for stream, t in drawn]
+    number = min(exam.S.VALIDATE, len(places))
+    contexts = []
+    for stream, t in random.Random(exam.S.SEED).sample(places, number):
+        contexts.append(make_context(stream, t, history[stream["stream"]], k=exam.S.K))
+    return contexts
 
 
 def write_reference(exam, contexts):
-    """Rows of Phase One in all contexts, which the others are compared with.
+    """Rows of Phase One in all contexts: what every memory is compared with.
 
-    It writes once more when it is examined, with other noise, so that it does not tie with itself by construction.
+    When it is examined, it writes once more with other noise. So it does not tie with itself by
+    construction.
     """
     path = exam.out / "checked" / "reference.jsonl"
     rows = read_stored(path, exam.key)
@@ -343,10 +365,11 @@ def write_reference(exam, contexts):
 
 
 def validate(exam, judge, examinee, contexts, reference):
-    """Rows {stream, clip, memory, tokens, faithful, clean, verdicts}: a sample in each context, judged."""
+    """Rows {stream, clip, memory, tokens, faithful, clean, verdicts}: one sample a context."""
+    # The contexts are dealt out to a method's examinees, so that each method writes once in each.
     if examinee.environment:
-        # A method's contexts are dealt out to its examinees, so that it is validated once in all of them.
-        contexts = contexts[exam.environments.index(examinee.environment)::len(exam.environments)]
+        first = exam.environments.index(examinee.environment)
+        contexts = contexts[first::len(exam.environments)]
     key = exam.key_of(examinee)
     path = exam.out / "checked" / f"{examinee.slug}.jsonl"
     rows = read_stored(path, key)
@@ -375,9 +398,9 @@ def write_memories(exam, examinee, contexts, attempt):
             "clip": context.clip,
             "memory": sample.memory or "",
             "tokens": sample.memory_tokens,
-            "faithful": False,                         # a malformed response is neither faithful nor clean
+            "faithful": False,      # a malformed response is neither faithful nor clean
             "clean": False,
-            "verdicts": {},                            # environment -> "win", "tie", "loss"
+            "verdicts": {},         # environment -> "win", "tie" or "loss"
         })
     return rows
 
@@ -400,16 +423,22 @@ def judge_quality(judge, rows, contexts):
 def judge_relevance(judge, rows, reference, environment, questions):
     """Fills in the verdicts of one environment. A malformed response is never compared."""
     others = {(row["stream"], row["clip"]): row["memory"] for row in reference}
-    compared = [row for row in rows if row["memory"] and others[row["stream"], row["clip"]]]
-    pairs = [(row["memory"], others[row["stream"], row["clip"]]) for row in compared]
+    compared = []
+    pairs = []
+    for row in rows:
+        other = others[row["stream"], row["clip"]]
+        if row["memory"] and other:
+            compared.append(row)
+            pairs.append((row["memory"], other))
     for row, verdict in zip(compared, compare(judge, questions, pairs)):
         row["verdicts"][environment] = verdict
 
 
 def compare(judge, questions, pairs):
-    """"win", "tie" or "loss" of the first memory of each pair for such questions; None where the judge failed.
+    """For each pair "win", "tie" or "loss" of its first memory; None where the judge failed.
 
-    The judge sees a pair in both orders. What it says counts where both agree (as in 04); else it is a tie.
+    The judge sees a pair in both orders. What it says counts where both agree (see 04), and else it
+    is a tie.
     """
     items = []
     for memory, other in pairs:
@@ -417,15 +446,21 @@ def compare(judge, questions, pairs):
         items.append({"questions": questions, "first": other, "second": memory})
     replies = once(lambda: judge.ask(reward_stage.PREFER, items))
     words = {"first": "win", "second": "loss", "failed": None}
-    agreed = [reward_stage.agreed(*both_orders) for both_orders in zip(replies[::2], replies[1::2])]
-    return [words.get(each, "tie") for each in agreed]
+    verdicts = []
+    for reply, swapped in zip(replies[::2], replies[1::2]):
+        verdicts.append(words.get(reward_stage.agreed(reply, swapped), "tie"))
+    return verdicts
 
 
 # ================================================================ the stage
+# Those whose edit asks for a new run: they hold the prompts of policy, judge and reader.
+FUNCTIONS_THAT_MATTER = (build_prompt, phase1.quality, tasks_stage.answer, tasks_stage.right,
+                         reward_stage.compare)
+
+
 def main(argv=None):
     S = settings(globals(), argv)
-    out = start(S, "eval", build_prompt, phase1.quality, tasks_stage.answer, tasks_stage.right,
-                reward_stage.compare)
+    out = start(S, "eval", *FUNCTIONS_THAT_MATTER)
     phase1_adapter = need(S, "phase1/adapter")
     say_what_differs(phase1_adapter.parent, "02_phase1_train.py", build_prompt, phase1.quality)
     exam = load_exam(S, out, phase1_adapter)
@@ -437,28 +472,58 @@ def main(argv=None):
     answers = {}
     for number, examinee in enumerate(examinees, 1):
         name = examinee.slug
-        memories[name] = watch_streams(exam, examinee, memories, f"{name} ({number} of {len(examinees)})")
-        answers[name] = answer_tasks(exam, judge, examinee, memories[name])
+        description = f"{name} ({number} of {len(examinees)})"
+        memories[name] = watch_streams(exam, examinee, memories, description)
+        answers[name] = answer_tasks(
+            exam, judge, examinee, tasks_for(exam, examinee), memories[name], out / "answers")
     # ---------------- validate
     contexts = validation_contexts(exam, memories[PHASE1.slug])
     reference = write_reference(exam, contexts)
     checked = {}
-    for examinee in progress(examinees, "validate"):
+    for examinee in progress(examinees, "validate", leave=False):
         checked[examinee.slug] = validate(exam, judge, examinee, contexts, reference)
     # ---------------- other readers of the same memories
     other_answers = {}
-    for reader_name in [name for name in S.READERS.split(",") if name]:
-        reader = load_judge(SimpleNamespace(**vars(S) | {"JUDGE": reader_name}), exam.policy.load)
-        other_answers[reader_name] = {}
-        for examinee in progress(examinees, reader_name):
-            rows = answer_by_reader(exam, reader, examinee, reader_name, memories[examinee.slug])
-            other_answers[reader_name][examinee.slug] = rows
-    # ---------------- figures with intervals
-    bootstrap = figures.draw_units(exam.streams, exam.recent, answers, checked, S.BOOTSTRAP, S.SEED)
+    for name in S.READERS.split(","):
+        if name:
+            other_answers[name] = ask_reader(exam, name, examinees, memories)
+    # ---------------- figures with intervals, files, report
+    results = figures_of(exam, examinees, answers, other_answers, checked)
+    write_json(out / "results.json", results)
+    write_text(out / "results.md", report.markdown(results))
+    write_memories_of_all(out / "memories.jsonl", examinees, memories)
+    curves = report.training_curves(examinees, phase1_adapter)
+    examples = report.examples(examinees, memories, exam.streams, S.EXAMPLES, S.FRAMES_PER_CLIP)
+    write_text(out / "report.html", report.page(results, curves, examples))
+    report.show(results)
+    another_adapter = next_command(S, "05_phase2_train.py", "--ADAPTER=lora")
+    print(f"made in {out}: results.json, results.md, memories.jsonl, report.html (opens offline)\n"
+          f"next: an ablation (README), or another adapter:\n"
+          f"  {another_adapter} && {next_command(S, '06_eval.py')}")
+
+
+def say_cost(exam, examinees):
+    clips = 0
+    answers = 0
+    for examinee in examinees:
+        tasks = tasks_for(exam, examinee)
+        answers += len(tasks)
+        clips += sum(len(stream["clips"]) for stream in streams_of(tasks, exam.streams))
+    print(f"cost: {len(examinees)} policies on {len(exam.streams)} test streams: {clips} memories, "
+          f"{answers} answers, up to {exam.S.VALIDATE} validated memories a method; less what is "
+          "stored")
+
+
+def figures_of(exam, examinees, answers, other_answers, checked):
+    """What results.json holds."""
+    S = exam.S
+    bootstrap = figures.draw_units(
+        exam.streams, exam.recent, answers, checked, S.BOOTSTRAP, S.SEED)
     readers = {}
     for reader_name, replies in other_answers.items():
-        readers[reader_name] = figures.summarise(examinees, replies, exam.recent, bootstrap)["rows"]
-    results = {
+        summary = figures.summarise(examinees, replies, exam.recent, bootstrap)
+        readers[reader_name] = summary["rows"]
+    return {
         "run": S.RUN,
         "source": exam.streams[0]["source"],
         "streams": len(exam.streams),
@@ -469,28 +534,6 @@ def main(argv=None):
             examinees, checked, exam.environments, S.MEMORY_TOKENS, bootstrap),
         "dropped": figures.count_dropped(answers, checked),
     }
-    # ---------------- write
-    write_json(out / "results.json", results)
-    write_memories_of_all(out / "memories.jsonl", examinees, memories)
-    write_text(out / "results.md", report.markdown(results))
-    curves = report.training_curves(examinees, phase1_adapter)
-    examples = report.examples(examinees, memories, exam.streams, S.EXAMPLES, S.FRAMES_PER_CLIP)
-    write_text(out / "report.html", report.page(results, curves, examples))
-    report.show(results)
-    print(f"made in {out}: results.json, results.md, memories.jsonl, and report.html, which opens offline\n"
-          f"next: an ablation (README), or another adapter:\n"
-          f"  {next_command(S, '05_phase2_train.py', '--ADAPTER=lora')} && {next_command(S, '06_eval.py')}")
-
-
-def say_cost(exam, examinees):
-    clips = 0
-    answers = 0
-    for examinee in examinees:
-        tasks = tasks_for(exam, examinee)
-        answers += len(tasks)
-        clips += sum(len(stream["clips"]) for stream in about(tasks, exam.streams))
-    print(f"{len(examinees)} policies, {len(exam.streams)} test streams: {clips} memories, {answers} answers, up to "
-          f"{exam.S.VALIDATE} validated memories a method; less what is stored")
 
 
 def write_memories_of_all(path, examinees, memories):

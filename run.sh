@@ -31,10 +31,11 @@ esac
 # ---------------------------------------------------------------- the six stages
 # torchrun, without its own report of a script that stops: the script's last sentence says why.
 quiet_torchrun='
-import sys
+import logging, sys
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
+logging.disable()
 try:
     main(sys.argv[1:])
 except ChildFailedError as error:
@@ -51,7 +52,7 @@ except SignalException:                    # Ctrl-C
 stage() {
   local from=$SECONDS
   echo
-  LOGLEVEL=CRITICAL OMP_NUM_THREADS=1 .venv/bin/python -c "$quiet_torchrun" \
+  OMP_NUM_THREADS=1 .venv/bin/python -c "$quiet_torchrun" \
     --standalone --nproc-per-node=2 "$@" --CPU_THREADS=1
   echo "$1 took $((SECONDS - from)) s"
 }

@@ -53,8 +53,8 @@ def machine(threads):
     import torch
     import transformers
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": name_of_cpu(), "cores": os.cpu_count(), "threads": threads,
-            "load": [round(load, 1) for load in os.getloadavg()], "gpu": gpu,
+    load = [round(value, 1) for value in os.getloadavg()]
+    return {"cpu": name_of_cpu(), "cores": os.cpu_count(), "threads": threads, "load": load, "gpu": gpu,
             "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__}
 
@@ -421,7 +421,8 @@ def bench_experts(result, repeats):
     for n in (8, 512):
         x = torch.randn(n, experts.hidden_dim)
         k = experts.experts_per_token
-        chosen = torch.stack([torch.randperm(experts.num_experts)[:k] for _ in range(n)])
+        drawn = [torch.randperm(experts.num_experts)[:k] for _ in range(n)]
+        chosen = torch.stack(drawn)                                                   # (N, k)
         share = torch.full((n, k), 1 / k)
         measure(result, f"4-bit experts, {n} tokens",
                 ways_through_experts(experts, x, chosen, share, ready), repeats, n)
@@ -456,8 +457,9 @@ def bench_trl(policy, result, repeats):
         import datasets  # noqa: F401
         import trl
     except ImportError as error:
-        print(f"trl: not measured, {error}. To measure: pip install trl (1.16.0 was used), for this bench alone")
-        result["trl"] = None
+        print(f"trl: not measured, {error}. To measure, for this bench alone: "
+              "pip install trl (1.16.0 was used)")
+        result["step, TRL"] = None
         return
     steps = repeats + 1
     texts = []
@@ -467,8 +469,11 @@ def bench_trl(policy, result, repeats):
     lengths = [len(policy.tokenizer(text)["input_ids"]) for text in texts]
     ours = our_steps(policy, lengths, steps)
     theirs = steps_of_trl(policy, texts, steps)
-    row = {"ours_s": round(statistics.median(ours), 3), "trl_s": round(statistics.median(theirs), 3),
-           "trl": trl.__version__, "prompt_tokens": lengths, "over_trl": times_faster(ours, theirs)}
+    row = {"ours_s": round(statistics.median(ours), 3),
+           "trl_s": round(statistics.median(theirs), 3),
+           "trl": trl.__version__,
+           "prompt_tokens": lengths,
+           "over_trl": times_faster(ours, theirs)}
     result["step, TRL"] = row
     say("a whole step", row, ["trl"])
 
@@ -484,8 +489,8 @@ def our_steps(policy, lengths, steps):
     from support.checkpoint import Training
     phase1 = common.stage("02_phase1_train")
     S = common.settings(vars(phase1), [
-        f"--STEPS={steps}", f"--MINI_BATCH={TRL_PROMPTS}", f"--GROUP={GROUP}", f"--MAX_NEW_TOKENS={NEW_TOKENS}",
-        "--KL=0", "--GATE=0", "--PRINT_EVERY=999"])
+        f"--STEPS={steps}", f"--MINI_BATCH={TRL_PROMPTS}", f"--GROUP={GROUP}",
+        f"--MAX_NEW_TOKENS={NEW_TOKENS}", "--KL=0", "--GATE=0", "--PRINT_EVERY=999"])
     prompts = [text_prompt(policy, length, number) for number, length in enumerate(lengths)]
     batch = SimpleNamespace(next=lambda step: prompts, update=lambda step, groups: None, state=None)
 
@@ -537,6 +542,45 @@ def steps_of_trl(policy, texts, steps):
     return [end - before for before, end in zip(ends, ends[1:])]
 
 
+# ================================================================ the table
+# What stands in the table of results/README.md: (label, measurement, the way that ours is compared with).
+ROLLOUT_ROWS = [
+    ("rollout of 12 contexts x 8 samples, against `generate(num_return_sequences=8)`",
+     "rollout, 12 contexts", "generate"),
+    ("the same with one context", "rollout, 1 contexts", "generate"),
+    ("packed row, against one answer after the other (the toy world's sizes)",
+     "packed row, toy world", "one by one")]
+EXPERTS_ROWS = [
+    ("4-bit experts that were hit, 8 tokens, against unpacking all",
+     "4-bit experts, 8 tokens", "unpacking all"),
+    ("the same, against weights never packed", "4-bit experts, 8 tokens", "weights never packed"),
+    ("4-bit experts that were hit, 512 tokens, against unpacking all",
+     "4-bit experts, 512 tokens", "unpacking all"),
+    ("the same, against weights never packed", "4-bit experts, 512 tokens", "weights never packed"),
+    ("a whole optimisation step on text, against TRL's GRPOTrainer", "step, TRL", "trl")]
+
+
+def page(result):
+    """The machine and the table of results/README.md, from the JSON file: a test compares them."""
+    where = result["machine"]
+    lines = [
+        f"Measured on an {where['cpu']} with {where['cores']} cores, of which {where['threads']} was used, "
+        f"under a load of {where['load'][0]} at the start; Python {where['python']}, "
+        f"torch {where['torch']}, transformers {where['transformers']}, TRL {result['step, TRL']['trl']}.", "",
+        "| | times faster | peak memory |", "|---|---|---|"]
+    rows = list(ROLLOUT_ROWS)
+    for length in PROMPT_LENGTHS:
+        label = f"packed row, prompt of {length} tokens, against a batch of 8 rows"
+        rows.append((label, f"packed row, prompt of {length}", "batch of rows"))
+    for label, name, other in rows + EXPERTS_ROWS:
+        row = result[name]
+        gain = row[f"over_{other}"]
+        times = f"{gain['ratio']:.1f} ({gain['low']:.1f} to {gain['high']:.1f})"
+        memory = f"{row['peak_share']:.2f} of it" if "peak_share" in row else ""
+        lines.append(f"| {label} | {times} | {memory} |")
+    return "\n".join(lines)
+
+
 # ================================================================ the whole
 def parse_arguments():
     parser = argparse.ArgumentParser(
@@ -564,7 +608,8 @@ def main():
         print(peak(way, int(length), options.threads))
         return
     repeats = options.repeats
-    result = {"machine": machine(options.threads), "G": GROUP, "new_tokens": NEW_TOKENS, "repeats": repeats}
+    result = {"machine": machine(options.threads), "G": GROUP, "new_tokens": NEW_TOKENS,
+              "repeats": repeats}
     print(json.dumps(result["machine"]))
     policy = tiny_policy(options.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -580,6 +625,8 @@ def main():
             bench_trl(policy, result, repeats)
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    if set(options.parts) == set(PARTS) and result["step, TRL"]:
+        print(page(result))
 
 
 if __name__ == "__main__":

@@ -209,7 +209,23 @@ def long_memory(tokenizer):
             "counting_s": round(counted - began, 1), "asking_s": round(ended - counted, 1)}
 
 
-# ================================================================ the whole
+# ================================================================ the tables
+def page(result):
+    """The table of results/README.md, from the JSON file: a test compares them. Means over the streams, in %."""
+    head = [f"1/{fraction}" for fraction in FRACTIONS]
+    lines = ["| ranking | " + " | ".join(head) + " | 1/10, times hidden |", "|---" * (2 + len(head)) + "|"]
+    for name in RANKINGS:
+        cells = [mean_share(result["right"], name, fraction) for fraction in FRACTIONS]
+        cells.append(mean_share(result["untimed"], name, 10))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def mean_share(setting, name, fraction):
+    shares = setting["share of it"][name][str(fraction)]["all"]
+    return f"{100 * statistics.mean(shares):.0f}"
+
+
 def spread(values):
     return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
@@ -229,6 +245,7 @@ def show_environments(shares):
         print(f"{name:28}" + "".join(f"{mean:<10.2f}" for mean in means))
 
 
+# ================================================================ the whole
 def main():
     Embedded.policy = load_policy(settings({"__doc__": ""}, ["--CPU_THREADS=1"]))
     tokenizer = Embedded.policy.tokenizer

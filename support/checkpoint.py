@@ -79,9 +79,9 @@ class Training:
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.grad_clip).item()
         if not math.isfinite(norm):
             raise SystemExit(said_once(
-                f"step {len(self.rows)}: the gradient norm is {norm}; this update was not made. Start again "
-                f"with a lower learning rate (now {self.lr:g}), as another run that reads the earlier stages "
-                "from this one: --RUN=NEWNAME --FROM=THISRUN"))
+                f"step {len(self.rows)}: the gradient norm is {norm}; this update was not made. "
+                f"Start again with a lower learning rate (now {self.lr:g}), as another run which "
+                "reads the earlier stages from this one: --RUN=NEWNAME --FROM=THISRUN"))
         self.optimizer.param_groups[0]["lr"] = self.lr if lr is None else lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -112,9 +112,9 @@ class Training:
         saved_shapes = [tuple(values.shape) for values in saved["params"]]
         if shapes != saved_shapes:
             raise SystemExit(said_once(
-                f"{self.checkpoint} holds {describe(saved_shapes)}, but this run trains {describe(shapes)}: "
-                "it was made with another model or another version of the code. Take a new --RUN, or delete "
-                "that folder"))
+                f"{self.checkpoint} holds {describe(saved_shapes)}, but this run trains "
+                f"{describe(shapes)}: it was made with another model or another version of "
+                "the code. Take a new --RUN, or delete that folder"))
         with torch.no_grad():
             for p, values in zip(self.params, saved["params"]):
                 p.copy_(values)

@@ -1,7 +1,9 @@
 """The figures of 06_eval.py: what is counted, which counts are pooled, and what is put beside what.
 
-A figure is the ratio of two sums with its interval (intervals.py), as {mean, low, high}: a share in [0, 1], or a lead
-over another method in points. Counts are pooled over questions; ratios are never averaged.
+A figure is the ratio of two sums with its interval (intervals.py), as {mean, low, high}: a share in
+[0, 1], or a lead over another method in points. Counts are pooled over questions; ratios are never
+averaged. An examinee is a policy that 06 examines: a method with the adapter or the prompt of one
+environment.
 """
 from collections import Counter
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ class AnswerCount:
     asked: int = 0
     covered: int = 0                # the reader did not call the memories insufficient
     correct: int = 0
-    retrieved: int = 0              # answered from a part of the memories, because not all fit the reader
+    retrieved: int = 0              # answered from a part of the memories: not all fit the reader
 
 
 # {figure: (part, whole)}
@@ -40,7 +42,7 @@ def count_answer(row, bootstrap):
 
 @dataclass
 class MemoryCount:
-    """What one validated memory adds to the sums. Where the judge failed on a part of it, that part adds nothing."""
+    """What one validated memory adds to the sums. What the judge failed on adds nothing."""
     unit: str
     samples: int = 0
     well_formed: int = 0
@@ -100,7 +102,7 @@ def count_dropped(answers, checked):
 
 # ---------------------------------------------------------------- figures
 def draw_units(streams, recent, answers, checked, size, seed):
-    """A Bootstrap over the test streams and, apart from them, over other streams that recent questions are about.
+    """A Bootstrap over the test streams and, apart from them, over the streams of recent questions.
 
     With fewer than five test streams it is over questions.
     """
@@ -124,14 +126,17 @@ def figures(counts, bootstrap, reference=None, metrics=METRICS):
 
 def early_tasks(recent):
     """Names of the tasks that were asked before the update."""
-    return {task["task"] for tasks in recent.values() for task in tasks}
+    names = set()
+    for tasks in recent.values():
+        names.update(task["task"] for task in tasks)
+    return names
 
 
 def summarise(examinees, answers, recent, bootstrap):
     """{rows, gains, transfer}, as results.json has them.
 
-    examinees: of 06_eval.py; answers: {slug: rows of its `answer`}; recent: {environment: its recent questions with
-    Phase One's replies}.
+    answers: {slug: rows of 06's `answer`}; recent: {environment: its recent questions, with Phase
+    One's replies}.
     """
     table = AnswerTable(examinees, answers, recent, bootstrap)
     rows = []
@@ -152,9 +157,11 @@ class AnswerTable:
     def __init__(self, examinees, answers, recent, bootstrap):
         self.environments = list(recent)
         self.methods = list(dict.fromkeys(examinee.method for examinee in examinees))
-        self.after = {}             # (method, environment of the examinee, environment that asks) -> counts
-        self.before_by_base = {}    # environment -> counts of its recent questions, answered by the base ...
-        self.before_by_phase1 = {}  # ... and by Phase One, in 03
+        # Of later questions: (method, environment of the examinee, environment that asks) -> counts.
+        self.after = {}
+        # Of the recent questions: environment -> counts, answered by the base and by Phase One (03).
+        self.before_by_base = {}
+        self.before_by_phase1 = {}
         for environment, tasks in recent.items():
             self.before_by_base[environment] = []
             self.before_by_phase1[environment] = [count_answer(task, bootstrap) for task in tasks]
@@ -163,14 +170,15 @@ class AnswerTable:
             for environment in recent:
                 self.after[examinee.method, examinee.environment, environment] = []
             for row in answers[examinee.slug]:
+                asks = row["environment"]
                 count = count_answer(row, bootstrap)
                 if row["task"] not in early:
-                    self.after[examinee.method, examinee.environment, row["environment"]].append(count)
+                    self.after[examinee.method, examinee.environment, asks].append(count)
                 elif examinee.method == "base":
-                    self.before_by_base[row["environment"]].append(count)
+                    self.before_by_base[asks].append(count)
 
     def trained_for(self, method, environment):
-        """The environment of the method's examinee that is meant for `environment`; None if there is none."""
+        """The environment of the examinee that is meant for `environment`; None if there is none."""
         for own in (environment, ""):
             if (method, own, environment) in self.after:
                 return own
@@ -181,14 +189,14 @@ class AnswerTable:
         return [each for each in self.environments if self.trained_for(method, each) is not None]
 
     def pool_after(self, method, environments):
-        """Counts of the questions after the update, answered by the examinees that are meant for them."""
+        """Counts of the later questions, answered by the examinees that are meant for them."""
         counts = []
         for environment in environments:
             counts += self.after[method, self.trained_for(method, environment), environment]
         return counts
 
     def pool_before(self, method, environments):
-        """Counts of the recent questions. Before the update all write as Phase One does; the base has its own."""
+        """Counts of the recent questions. The base answers them itself; Phase One for all others."""
         before = self.before_by_base if method.startswith("base") else self.before_by_phase1
         counts = []
         for environment in environments:
@@ -201,7 +209,7 @@ def has_adapters(method):
 
 
 def method_rows(table, method, bootstrap):
-    """Rows of a method for each environment and for "all": the scope "after" the update, and the scope "all"."""
+    """Rows for each environment and for "all" of them, each in the scopes "after" and "all"."""
     served = table.served(method)
     pools = {environment: [environment] for environment in served}
     pools["all"] = served
@@ -226,13 +234,14 @@ def method_rows(table, method, bootstrap):
 
 
 def method_gains(table, method, bootstrap):
-    """A method's leads over base and Phase One; mismatched: of its adapters where other environments ask."""
+    """Leads over base and Phase One; mismatched: of adapters where other environments ask."""
     served = table.served(method)
     counts = table.pool_after(method, served)
     gains = {"over_base": None, "over_phase1": None, "mismatched": None}
     for reference in ("base", "phase1"):
         if method != reference:
-            gains[f"over_{reference}"] = figures(counts, bootstrap, table.pool_after(reference, served))
+            others = table.pool_after(reference, served)
+            gains[f"over_{reference}"] = figures(counts, bootstrap, others)
     if not has_adapters(method):
         return gains
     mismatched = []
@@ -258,7 +267,7 @@ def transfer_matrix(table, method, bootstrap):
 
 
 def summarise_validation(examinees, checked, environments, budget, bootstrap):
-    """Rows {method, environment, figures of QUALITY} for each environment that a method has an examinee for, then "all".
+    """Rows {method, environment, figures of QUALITY}, for each environment and for "all" of them.
 
     checked: {slug: rows of `validate`}; budget: tokens that a memory may have.
     """
@@ -268,7 +277,8 @@ def summarise_validation(examinees, checked, environments, budget, bootstrap):
             counts = []
             for examinee in examinees:
                 if examinee.method == method and environment in ("all", examinee.environment):
-                    counts += [count_memory(row, bootstrap, budget) for row in checked[examinee.slug]]
+                    for row in checked[examinee.slug]:
+                        counts.append(count_memory(row, bootstrap, budget))
             if counts:
                 quality = figures(counts, bootstrap, metrics=QUALITY)
                 rows.append({"method": method, "environment": environment, **quality})

@@ -74,7 +74,8 @@ def kind_of(model, name):
 def prompt_tokens(S):
     """Tokens of a full prompt: K clips of frame pairs with their times, and the memories of K - 1 clips."""
     pairs = math.ceil(S.FRAMES_PER_CLIP / 2)
-    pair = S.FRAME_PIXELS // 1024 + 9        # a token for 32 x 32 pixels of both frames; 9 for the time
+    # 32 x 32 pixels of both frames make one token; the time of the pair takes 9.
+    pair = S.FRAME_PIXELS // 1024 + 9
     clip = pairs * pair + 20
     return S.K * clip + (S.K - 1) * S.MEMORY_TOKENS + 120
 
@@ -138,8 +139,8 @@ def check_plan(model, S, card, whole=2):
     longest = model.config.get_text_config().max_position_embeddings
     if bytes_of.prompt + S.MAX_NEW_TOKENS > longest:
         raise SystemExit(
-            f"a prompt of {bytes_of.prompt} tokens and {S.MAX_NEW_TOKENS} new ones exceed the model's "
-            f"{longest}: lower FRAME_PIXELS, FRAMES_PER_CLIP or K; nothing is cut")
+            f"a prompt of {bytes_of.prompt} tokens and {S.MAX_NEW_TOKENS} new ones exceed the "
+            f"model's {longest}: lower FRAME_PIXELS, FRAMES_PER_CLIP or K; nothing is cut")
     trains = hasattr(S, "LR")
     print_plan(bytes_of, S, trains)
 
@@ -159,10 +160,11 @@ def check_plan(model, S, card, whole=2):
             f"FRAMES_PER_CLIP={S.FRAMES_PER_CLIP}, K={S.K}, FEATURE_CLIPS={S.FEATURE_CLIPS}, "
             f"THINK_TOKENS={S.THINK_TOKENS}, MAX_NEW_TOKENS={S.MAX_NEW_TOKENS}")
     contexts = S.ROLLOUT_CONTEXTS or max(1, int(free // sum(bytes_of.rollout.values())))
-    print(f"  a step takes {gib(step)} of {gib(card)}; contexts rolled out side by side: {contexts}")
+    print(f"  a step takes {gib(step)} of {gib(card)}; "
+          f"contexts rolled out side by side: {contexts}")
     if S.FEATURE_CLIPS < getattr(S, "CONTEXTS", 0) * S.K:
-        print(f"*** FEATURE_CLIPS={S.FEATURE_CLIPS} is less than the {S.CONTEXTS} x {S.K} clips of a "
-              "step: vision runs more than once a clip ***")
+        print(f"*** FEATURE_CLIPS={S.FEATURE_CLIPS} is less than the {S.CONTEXTS} x {S.K} clips of "
+              "a step: vision runs more than once a clip ***")
     if samples < group:
         print(f"*** {samples} of {group} samples fit beside one prompt: "
               "a group is rolled out in parts, from one prefill ***")

@@ -13,7 +13,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 if RANK:                                             # rank 0 alone speaks, and draws bars
     sys.stdout = open(os.devnull, "w")
-    os.environ["TQDM_DISABLE"] = "1"                 # for bars of libraries, read as tqdm is imported
+    os.environ["TQDM_DISABLE"] = "1"                 # for libraries' bars; read as tqdm is imported
 
 try:
     import torch

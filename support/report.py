@@ -1,7 +1,8 @@
-"""How 06_eval.py shows its results: tables for the terminal and Markdown, and one self-contained page.
+"""How 06_eval.py shows its results: tables for the terminal and Markdown, and a page of its own.
 
-What is counted stands in figures.py. The page fetches nothing, so it opens offline and can be sent as one file: its
-pictures are data URIs and its charts inline SVG. `results` is everywhere what results.json holds.
+What is counted stands in figures.py. The page fetches nothing, so it opens offline and can be sent
+as one file: its pictures are data URIs and its charts inline SVG. `results` is everywhere what
+results.json holds.
 """
 import base64
 import csv
@@ -9,6 +10,7 @@ import html
 import io
 import math
 import re
+import textwrap
 from dataclasses import dataclass
 
 from support.overlay import clip_frames
@@ -61,18 +63,23 @@ def title(method):
 
 
 def named(results, method):
-    """Title of a method; and how many environments its figures are about, where that is not all of them."""
-    rows = [row for row in results["rows"] if row["method"] == method and row["scope"] == "after"]
-    served = len(rows) - 1                                         # one of the rows is about all environments
+    """Title of a method, and where its figures aren't about all environments, about how many."""
+    about = set()
+    for row in results["rows"]:
+        if row["method"] == method:
+            about.add(row["environment"])
+    served = len(about - {"all"})
     total = len(results["transfer"]["phase1"])
     return title(method) if served == total else f"{title(method)} ({served} of {total})"
 
 
 def cell(figure, scale=100):
-    """Mean and interval as text; the mean alone where there is no interval, a dash where there is no figure.
+    """Mean and interval as text; the mean alone where there is no interval, else a dash.
 
-    >>> cell({"mean": 0.671, "low": 0.62, "high": 0.719}), cell({"mean": 0.02, "low": -0.01, "high": 0.05})
-    ('67.1 (62.0–71.9)', '2.0 (-1.0 to 5.0)')
+    >>> cell({"mean": 0.671, "low": 0.62, "high": 0.719})
+    '67.1 (62.0–71.9)'
+    >>> cell({"mean": 0.02, "low": -0.01, "high": 0.05})
+    '2.0 (-1.0 to 5.0)'
     >>> cell({"mean": None, "low": None, "high": None})
     '–'
     """
@@ -97,11 +104,12 @@ class Table:
     name: str
     note: str
     columns: list
-    rows: list                      # lists of texts, one for each column
-    style: str = ""                 # "folded": behind a click; "heat": cells coloured by their value
+    rows: list              # lists of texts, one for each column
+    style: str = ""         # "folded": behind a click; "heat": cells coloured by their value
 
 
-METRICS = {"Accuracy": "accuracy", "Coverage": "coverage", "Precision": "precision"}     # heading: key of a row
+# Heading -> key of a row in `results`.
+METRICS = {"Accuracy": "accuracy", "Coverage": "coverage", "Precision": "precision"}
 ANSWER_COLUMNS = [*METRICS, "Questions"]
 
 
@@ -129,21 +137,31 @@ def pooled_rows(rows, scope):
 
 def answer_cells(row):
     """Texts of ANSWER_COLUMNS."""
+    cells = [cell(row[key]) for key in METRICS.values()]
     questions = str(row["questions"])
     if row["retrieved"]:
         questions += f" ({row['retrieved']} retrieved)"
-    return [*(cell(row[key]) for key in METRICS.values()), questions]
+    return [*cells, questions]
+
+
+def answer_rows(results, scope):
+    """A row over all environments for each method that has this scope."""
+    rows = []
+    for row in pooled_rows(results["rows"], scope):
+        rows.append([named(results, row["method"]), *answer_cells(row)])
+    return rows
 
 
 def answers_table(results):
-    note = (f"Per cent of the questions asked after the update; 95 % intervals over {results['unit']}. Accuracy: "
-            "answered right. Coverage: the memory was enough. Precision: right among the covered.")
+    note = (f"Per cent of the questions asked after the update; 95 % intervals over "
+            f"{results['unit']}. Accuracy: answered right. Coverage: the memory was enough. "
+            "Precision: right among the covered.")
     if any(row["retrieved"] for row in results["rows"]):
         note += " Retrieved: not all fit the reader, who saw the most relevant."
     dropped = sum(results["dropped"].values())
     if dropped:
         note += f" {dropped} verdicts that the judge failed to give are left out."
-    rows = [[named(results, row["method"]), *answer_cells(row)] for row in pooled_rows(results["rows"], "after")]
+    rows = answer_rows(results, "after")
     return Table("Answers from memory", note, ["Method", *ANSWER_COLUMNS], rows)
 
 
@@ -157,8 +175,8 @@ def gains_table(results):
             gain_cell(gains["mismatched"], "accuracy"),
             gain_cell(gains["over_phase1"], "precision"),
         ])
-    columns = ["Method", "Accuracy over base", "Accuracy over Phase One", "Mismatched, over Phase One",
-               "Precision over Phase One"]
+    columns = ["Method", "Accuracy over base", "Accuracy over Phase One",
+               "Mismatched, over Phase One", "Precision over Phase One"]
     note = "In points. Mismatched: an adapter on questions of environments that it did not learn."
     return Table("Gains", note, columns, rows)
 
@@ -176,7 +194,8 @@ def types_table(results):
     methods = list(results["gains"])
     rows = []
     for environment in [*results["transfer"]["phase1"], "all"]:
-        rows.append([environment, *(three_shares(found.get((method, environment))) for method in methods)])
+        cells = [three_shares(found.get((method, environment))) for method in methods]
+        rows.append([environment, *cells])
     note = "Accuracy / coverage / precision in per cent, of the questions asked after the update."
     return Table("By type", note, ["Type", *methods], rows)
 
@@ -201,8 +220,8 @@ def paper_table(results):
             for key, theirs in zip(METRICS.values(), paper[row["method"]]):
                 cells += [cell(row[key]), str(theirs)]
             rows.append(cells)
-    note = ("Over all questions, the first ones included, as the paper counts them; its numbers are those of "
-            "Qwen3-VL-30B-A3B, on Video-MME for short and medium videos.")
+    note = ("Over all questions, the first ones included, as the paper counts them; its numbers are "
+            "those of Qwen3-VL-30B-A3B, on Video-MME for short and medium videos.")
     return Table("Beside the paper", note, columns, rows)
 
 
@@ -214,7 +233,8 @@ def readers_table(results):
             for row in pooled_rows(rows_of_reader, "after"):
                 if row["method"] == method:
                     rows.append([named(results, method), reader, *answer_cells(row)])
-    return Table("Other readers", "The same memories, read by others.", ["Method", "Reader", *ANSWER_COLUMNS], rows)
+    note = "The same memories, read by others."
+    return Table("Other readers", note, ["Method", "Reader", *ANSWER_COLUMNS], rows)
 
 
 def adapter_methods(results):
@@ -235,9 +255,10 @@ def transfer_table(results, method):
     phase1 = results["transfer"]["phase1"]
     rows = []
     for learned, row in {"Phase One": phase1, **results["transfer"][method]}.items():
-        rows.append([learned, *(mean_alone(figures["accuracy"]) for figures in row.values())])
-    note = ("Accuracy in per cent. A row is what an adapter learned, a column the environment that asks; framed where "
-            "they are the same.")
+        cells = [mean_alone(figures["accuracy"]) for figures in row.values()]
+        rows.append([learned, *cells])
+    note = ("Accuracy in per cent. A row is what an adapter learned, a column the environment that "
+            "asks; framed where they are the same.")
     return Table(f"Transfer: {title(method)}", note, ["Adapter", *phase1], rows, "heat")
 
 
@@ -257,24 +278,27 @@ def memories_table(results):
         if row["environment"] == "all":
             cells = [cell(row[kind], 1 if kind == "tokens" else 100) for kind in kinds]
             rows.append([named(results, row["method"]), *cells])
-    note = ("Per cent; a memory per context, all with the Phase One history. Win, tie, loss: against Phase One, by the "
-            "relevance judge. Faithful: true and within the budget. Fully right: well formed, faithful and nothing "
-            "repeated. Tokens: of a well-formed memory.")
+    note = ("Per cent; a memory per context, all with the Phase One history. Win, tie, loss: against "
+            "Phase One, by the relevance judge. Faithful: true and within the budget. Fully right: "
+            "well formed, faithful and nothing repeated. Tokens: of a well-formed memory.")
     return Table("Memories in the same contexts", note, ["Method", *kinds.values()], rows)
 
 
 def environments_table(results):
     rows = []
     for row in results["rows"]:
-        if row["scope"] == "after" and row["environment"] != "all":
-            rows.append([named(results, row["method"]), row["environment"], *answer_cells(row)])
+        environment = row["environment"]
+        if row["scope"] == "after" and environment != "all":
+            rows.append([named(results, row["method"]), environment, *answer_cells(row)])
     note = "Per cent of the questions asked after the update."
-    return Table("Every environment", note, ["Method", "Environment", *ANSWER_COLUMNS], rows, "folded")
+    columns = ["Method", "Environment", *ANSWER_COLUMNS]
+    return Table("Every environment", note, columns, rows, "folded")
 
 
 def all_questions_table(results):
-    rows = [[named(results, row["method"]), *answer_cells(row)] for row in pooled_rows(results["rows"], "all")]
-    note = ("The same with the recent questions pooled in, which Phase One answered: the way the paper counts.")
+    note = ("The same with the recent questions pooled in, which Phase One answered: the way the "
+            "paper counts.")
+    rows = answer_rows(results, "all")
     return Table("With the first questions", note, ["Method", *ANSWER_COLUMNS], rows, "folded")
 
 
@@ -296,17 +320,20 @@ def markdown_row(cells):
 
 
 def show(results):
-    """Prints the answers from memory, where there are any those beside the paper and of other readers, and what they
-    come to. Everything else is in the files."""
+    """Prints the answers from memory and what they come to. All else is in the files.
+
+    Beside them, where there are any, the paper's figures and those of other readers.
+    """
     print_table(answers_table(results))
     if results["source"] in PAPER:
         print_table(paper_table(results))
     if results["readers"]:
         print_table(readers_table(results))
-    print(f"\n{headline(results)}")
+    print("\n" + textwrap.fill(headline(results), 100))
     dropped = [f"{number} {name}" for name, number in results["dropped"].items()]
     if any(results["dropped"].values()):
         print(f"left out, as the judge failed: {', '.join(dropped)}")
+    print()
 
 
 def print_table(table):
@@ -320,19 +347,24 @@ def print_table(table):
 
 def headline(results):
     """The result in a few sentences."""
-    accuracy = {row["method"]: row["accuracy"] for row in pooled_rows(results["rows"], "after")}
-    streams = "1 test stream" if results["streams"] == 1 else f"{results['streams']} test streams"
-    text = (f"From nothing but its own memories of {streams}, the base answers {mean_alone(accuracy['base'])}% of the "
-            f"questions and Phase One {mean_alone(accuracy['phase1'])}%.")
+    accuracy = {}
+    for row in pooled_rows(results["rows"], "after"):
+        accuracy[row["method"]] = mean_alone(row["accuracy"])
+    streams = f"{results['streams']} test stream{'' if results['streams'] == 1 else 's'}"
+    sentences = [f"From nothing but its own memories of {streams}, the base answers "
+                 f"{accuracy['base']}% of the questions and Phase One {accuracy['phase1']}%."]
     for method in adapter_methods(results):
-        gain = results["gains"][method]["over_phase1"]["accuracy"]
-        mismatched = results["gains"][method]["mismatched"]
-        text += (f" The adapters of {named(results, method)} answer {mean_alone(accuracy[method])}% in the environment "
-                 f"whose recent questions they learned from: {mean_alone(gain, 1)} points over Phase One there")
-        if mismatched:
-            text += f", against {mean_alone(mismatched['accuracy'], 1)} in the other environments"
-        text += "."
-    return text
+        gains = results["gains"][method]
+        points = mean_alone(gains["over_phase1"]["accuracy"], 1)
+        elsewhere = ""
+        if gains["mismatched"]:
+            mismatched = mean_alone(gains["mismatched"]["accuracy"], 1)
+            elsewhere = f", against {mismatched} in the other environments"
+        sentences.append(
+            f"The adapters of {named(results, method)} answer {accuracy[method]}% in the environment "
+            f"whose recent questions they learned from: {points} points over Phase One "
+            f"there{elsewhere}.")
+    return " ".join(sentences)
 
 
 # ---------------------------------------------------------------- the page
@@ -372,7 +404,7 @@ mark{background:var(--mark);color:inherit;border-radius:3px;padding:0 .15em;text
 INKS = ["#2f7ed8", "#d9661f", "#1f9d6b", "#b85cc8", "#b8920b", "#d8485f", "#3aa0b5", "#8a8f98"]
 
 def page(results, curves, examples):
-    """The whole report as one HTML document. curves, examples: HTML of `training_curves` and `examples`."""
+    """The report as one HTML document. curves, examples: HTML of the functions below."""
     run = html.escape(results["run"])
     sections = "".join(section(table) for table in tables(results))
     return f"""<!doctype html>
@@ -400,7 +432,8 @@ def html_table(table):
     for row in table.rows:
         cells = "".join(html_cell(table, row, i) for i in range(len(row)))
         body += f"<tr>{cells}</tr>"
-    return (f'<p class="soft">{html.escape(table.note)}</p><div class="box"><table class="{table.style}">'
+    note = html.escape(table.note)
+    return (f'<p class="soft">{note}</p><div class="box"><table class="{table.style}">'
             f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
@@ -417,22 +450,22 @@ def html_cell(table, row, i):
 
 # ---------------------------------------------------------------- charts
 def bars(results):
-    """Accuracy after the update as a bar per method, with its interval, in front of coverage (pale)."""
+    """A bar per method: accuracy after the update with its interval, in front of coverage (pale)."""
     rows = [row for row in pooled_rows(results["rows"], "after") if row["questions"]]
     svg = ""
     for i, row in enumerate(rows):
-        svg += bar(named(results, row["method"]), row["accuracy"], row["coverage"]["mean"], top=54 * i + 24)
-    return (f'<svg class="bars" viewBox="0 0 340 {54 * len(rows)}" role="img" aria-label="Accuracy of every '
-            f'method, as in the first table">{svg}</svg>')
+        name = html.escape(named(results, row["method"]))
+        svg += bar(name, row["accuracy"], row["coverage"], top=54 * i + 24)
+    return (f'<svg class="bars" viewBox="0 0 340 {54 * len(rows)}" role="img" '
+            f'aria-label="Accuracy of every method, as in the first table">{svg}</svg>')
 
 
 def bar(name, accuracy, coverage, top):
     """top: in pixels, of the bar; its name stands above it."""
-    end = bar_end(accuracy["mean"])
-    svg = (f'<text x="2" y="{top - 6}">{html.escape(name)}</text>'
+    svg = (f'<text x="2" y="{top - 6}">{name}</text>'
            f'<text x="336" y="{top + 16}" text-anchor="end">{mean_alone(accuracy)}</text>'
-           f'<path fill="var(--rule)" d="M2 {top}H{bar_end(coverage)}v20H2z"/>'
-           f'<path fill="var(--heat)" d="M2 {top}H{end}v20H2z"/>')
+           f'<path fill="var(--rule)" d="M2 {top}H{bar_end(coverage["mean"])}v20H2z"/>'
+           f'<path fill="var(--heat)" d="M2 {top}H{bar_end(accuracy["mean"])}v20H2z"/>')
     if accuracy["low"] is not None:
         low = bar_end(accuracy["low"])
         high = bar_end(accuracy["high"])
@@ -453,15 +486,20 @@ def ticks(low, high):
     """
     fifth = (high - low) / 5
     power = 10 ** math.floor(math.log10(fifth))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= fifth)
+    for factor in (1, 2, 5, 10):
+        step = factor * power
+        if step >= fifth:
+            break
     first = math.ceil(low / step)
     last = math.floor(high / step)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
 def chart(name, lines):
-    """A line chart with axes and legend as inline SVG. lines: {label: [(step, value)]}, not empty."""
-    points = [point for line in lines.values() for point in line]
+    """A line chart with axes and legend as inline SVG. lines: {label: [(step, value)]}."""
+    points = []
+    for line in lines.values():
+        points += line
     left, right = span([step for step, _ in points])
     bottom, top = span([value for _, value in points])
 
@@ -499,7 +537,7 @@ def span(values):
 
 
 def training_curves(examinees, phase1_adapter):
-    """Charts of the training logs of Phase One and the adapters, one for each column of CURVES that a log has."""
+    """Charts of the logs of Phase One and the adapters: one for each of CURVES that a log has."""
     logs = {"phase1": {"": read_log(phase1_adapter)}}              # method -> environment -> rows
     for examinee in examinees:
         if examinee.folder:
@@ -534,7 +572,7 @@ def read_line(rows, column):
 
 # ---------------------------------------------------------------- examples
 def examples(examinees, memories, streams, number, frames_per_clip):
-    """For a `number` of clips spread over the test streams: their frames, and the memory that each policy wrote.
+    """A `number` of clips spread over the test streams: frames, and what each policy wrote of them.
 
     memories: {slug: rows}. Phase One comes first, because the others are compared with it.
     """
@@ -558,7 +596,7 @@ def examples(examinees, memories, streams, number, frames_per_clip):
 
 
 def example(stream, start, frames, wrote):
-    """One clip: four of its frames (n, H, W, 3) at most, and [(policy, memory)] with Phase One first."""
+    """One clip. frames (n, H, W, 3), four are shown; wrote: [(policy, memory)], Phase One first."""
     every = math.ceil(len(frames) / 4)
     images = "".join(image(frame) for frame in frames[::every])
     items = ""

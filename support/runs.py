@@ -18,7 +18,7 @@ import textwrap
 from collections import namedtuple
 from types import SimpleNamespace
 
-from support.ranks import RANK, is_first_rank, once, torch
+from support.ranks import RANK, is_first_rank, once, said_once, torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -31,10 +31,12 @@ NOT_COMPARED = ("RUN", "SCRIPT", "COMMAND", "SHOW", "ENVIRONMENT", "READERS", "P
 
 
 def explain_interruption(kind, error, trace):
-    """Ctrl-C outside of a training loop ends in a sentence and not in a traceback."""
+    """Ctrl-C outside of a training loop ends in a sentence and not in a traceback, and so does another rank's end."""
     if kind is KeyboardInterrupt:
         if is_first_rank():
             print("\nstopped; the same command goes on", file=sys.stderr)
+    elif issubclass(kind, RuntimeError) and "Connection closed by peer" in str(error):
+        print(f"rank {RANK} stops, because another rank has stopped, which says why", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -159,7 +161,8 @@ def parse_function(function):
     """A function's syntax tree without its docstrings."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+        has_body = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        if has_body and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return tree
 
@@ -196,9 +199,10 @@ def start(S, stage, *functions):
     if once(lambda: file.exists() and has_results(out)):
         differences = compare_settings(read_json(file), now)
         if differences:
-            raise SystemExit(f"{out} was made with other settings:\n" + "\n".join(differences) +
-                             f"\nTake a new name and read the earlier stages from this run: "
-                             f"--RUN=NEWNAME --FROM={S.RUN}; or delete that folder")
+            raise SystemExit(said_once(
+                f"{out} was made with other settings:\n" + "\n".join(differences) +
+                f"\nTake a new name and read the earlier stages from this run: "
+                f"--RUN=NEWNAME --FROM={S.RUN}; or delete that folder"))
     print(f"---- {stage} -> {out}    (all constants: settings.json there)")
     if not getattr(S, "SHOW", 0):
         write_json(file, now | {"SCRIPT": S.SCRIPT})
@@ -236,9 +240,10 @@ def say_what_differs(folder, script, *functions):
         if name in before and before[name] != code:
             differing.append(name)
     if differing:
-        print(f"*** {folder} was made by {saved.get('SCRIPT')} with another {', '.join(differing)} than "
-              f"{script} has. What is used from here on is {script}'s. To use the fork's: put its name in "
-              f"the place of {script.removesuffix('.py')!r} where the scripts after it import that ***")
+        module = script.removesuffix(".py")
+        print(f"*** {folder} was made by {saved.get('SCRIPT')} with another {', '.join(differing)} "
+              f"than {script} has. What is used from here on is {script}'s. To use the fork's: put its "
+              f"name in the place of {module!r} where the scripts after it import that ***")
 
 
 def need(S, name):
@@ -248,7 +253,7 @@ def need(S, name):
         if path.exists():
             return path
     stage = name.split("/")[0]
-    maker = next(ROOT.glob(f"0?_*{stage}*.py")).name       # a script's name holds its stage's folder
+    maker = next(ROOT.glob(f"0?_*{stage}*.py")).name     # a script's name holds its stage's folder
     raise SystemExit(f"{' or '.join(map(str, paths))} is missing. Make it first: "
                      f"python {maker} --RUN={S.RUN}, or name a run that has it: --FROM=OTHERRUN")
 
@@ -346,7 +351,9 @@ def fingerprint(*things):
         files = []
         if isinstance(thing, pathlib.Path):
             files = sorted(path for path in thing.rglob("*") if path.is_file())
-        contents = [path.read_bytes() for path in files] or [json.dumps(thing, default=str).encode()]
+        contents = [path.read_bytes() for path in files]
+        if not files:
+            contents = [json.dumps(thing, default=str).encode()]
         for data in contents:
             digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()

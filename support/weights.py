@@ -11,8 +11,8 @@ one row of codes and one row of scales, so the experts that a batch needs are pi
     expert 2  [ 64 values | 64 values ]  ->   [ 32 bytes | 32 bytes ]     [ 0.27 | 0.33 ]
 
 A byte holds two codes of 4 bits. A code is the number of one of NF4's 16 levels between -1 and 1, and
-the scale of a block of 64 values is the largest of them. Code 12 is the level 0.44, which stands for
-0.44 * 0.31 = 0.14 in the first block. So a value takes 4.5 bits: 4, and 32 / 64 for its scale.
+the scale of a block is the largest magnitude among its 64 values. Code 12 is the level 0.44, and in the
+first block it stands for 0.44 * 0.31 = 0.14. So a value takes 4.5 bits: 4, and 32 / 64 for its scale.
 
 - Loading (`quantization`): a tensor is packed as soon as it is read. Only one at a time is ever whole.
 - Forward (`packed_experts`): the experts that were chosen are unpacked, multiplied and forgotten.
@@ -290,8 +290,8 @@ def refuse_a_large_tiny_base(S, config):
     """MODEL=tiny takes the toy world's constants, which are wrong for another model in its place."""
     width = config.get_text_config().hidden_size
     if S.MODEL == "tiny" and width > TINY_WIDTH:
-        raise SystemExit(f"tiny/base holds a model {width} wide, but MODEL=tiny takes the toy world's "
-                         "constants. Name the model by --MODEL=FOLDER instead")
+        raise SystemExit(f"tiny/base holds a model {width} wide, but MODEL=tiny takes the toy "
+                         "world's constants. Name the model by --MODEL=FOLDER instead")
 
 
 def loading_options(S, config, dtype):
@@ -341,7 +341,8 @@ def print_model(model, name, S):
     print(f"model {name}: {values / 1e6:.1f} M parameters, {size / 2**30:.3f} GiB in {kind}, "
           f"{text.num_hidden_layers} layers {text.hidden_size} wide, on {model.device}")
     if model.device.type == "cpu":
-        print("*** no GPU: fp32 on the CPU. Fine for the toy world, out of reach for a 30B model ***")
+        print("*** no GPU: fp32 on the CPU. "
+              "Fine for the toy world; a 30B model is out of reach ***")
     elif not flash(model):
         print("*** flash-attn is missing (requirements-gpu.txt): torch's own attention is used ***")
 

@@ -1,5 +1,13 @@
-"""06_eval.py: metrics against hand counts, intervals, transfer, validation, and the report; no model."""
-import doctest, html.parser, importlib, json, pathlib, random, re, sys
+"""06_eval.py and its rooms: figures against hand counts, intervals, transfer, validation, the report; no model."""
+import contextlib
+import doctest
+import html.parser
+import importlib
+import json
+import pathlib
+import random
+import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,9 +15,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import common
-from results import report
-from tiny import world
+
+import common                                                               # noqa: E402
+from support import figures, intervals, report, runs                       # noqa: E402
+from support.intervals import Bootstrap                                     # noqa: E402
+from tiny import world                                                      # noqa: E402
 
 stage = importlib.import_module("06_eval")
 NONE = {"mean": None, "low": None, "high": None}
@@ -20,14 +30,21 @@ def reply(stream, environment, reply, answer="A"):
             "task": f"{stream} {environment}"}
 
 
+def totals(counts, *names):
+    return [sum(getattr(count, name) for count in counts) for name in names]
+
+
 # ---------------------------------------------------------------- statistics
 def test_metrics_against_a_hand_count():
-    units = {"s": 0, "t": 1}
+    bootstrap = Bootstrap([["s", "t"]], 200, 0)
     rows = [reply("s", "e", "A"), reply("s", "e", "B"), reply("t", "e", "insufficient"), reply("t", "e", "A"),
             reply("t", "e", None)]                                # the judge failed: neither asked nor missed
-    table = stage.count(rows, units)
-    assert table.tolist() == [[2, 2, 1, 0], [2, 1, 1, 0]]
-    got = stage.figures(table, stage.resamples([2], 200, 0))
+    counts = [figures.count_answer(row, bootstrap) for row in rows]
+    for unit, expected in (("s", [2, 2, 1, 0]), ("t", [2, 1, 1, 0])):
+        of_unit = [count for count in counts if count.unit == unit]
+        assert totals(of_unit, "asked", "covered", "correct", "retrieved") == expected
+    assert bootstrap.sums(counts, "covered").tolist() == [2, 1]
+    got = figures.figures(counts, bootstrap)
     assert (got["accuracy"]["mean"], got["coverage"]["mean"]) == (0.5, 0.75)
     assert got["precision"]["mean"] == pytest.approx(2 / 3, abs=1e-6)
     product = got["coverage"]["mean"] * got["precision"]["mean"]
@@ -35,56 +52,89 @@ def test_metrics_against_a_hand_count():
     assert got["coverage"]["low"] == 0.5 and got["coverage"]["high"] == 1.0     # one stream drawn twice
 
 
+def test_what_the_reader_saw_a_part_of_is_counted():
+    bootstrap = Bootstrap([["s"]], 9, 0)
+    rows = [reply("s", "e", "A") | {"retrieved": True}, reply("s", "e", "A") | {"retrieved": False},
+            reply("s", "e", None) | {"retrieved": True}]
+    assert totals([figures.count_answer(row, bootstrap) for row in rows], "retrieved") == [1]
+
+
 def test_precision_is_none_where_nothing_is_covered():
-    table = stage.count([reply("s", "e", "insufficient"), reply("t", "e", "insufficient")], {"s": 0, "t": 1})
-    got = stage.figures(table, stage.resamples([2], 50, 0))
+    bootstrap = Bootstrap([["s", "t"]], 50, 0)
+    rows = [reply("s", "e", "insufficient"), reply("t", "e", "insufficient")]
+    got = figures.figures([figures.count_answer(row, bootstrap) for row in rows], bootstrap)
     assert got["precision"] == NONE and got["accuracy"]["mean"] == 0
-    assert stage.figures(np.zeros((2, 3)), stage.resamples([2], 50, 0))["accuracy"] == NONE
+    assert figures.figures([], bootstrap)["accuracy"] == NONE
+
+
+def answered(right, asked=1):
+    """A count for each stream 0, 1, ...: how many of its questions were answered right."""
+    return [figures.AnswerCount(unit, asked=asked, correct=int(n)) for unit, n in enumerate(right)]
 
 
 def test_interval_covers_and_knows_that_streams_are_the_unit():
     """Five equal questions per stream are one observation: the interval must not shrink by asking again."""
-    rng, weights = np.random.default_rng(0), stage.resamples([40], 2000, 1)
+    rng = np.random.default_rng(0)
+    bootstrap = Bootstrap([list(range(40))], 2000, 1)
     right = rng.integers(0, 2, 40)
-    once = stage.ratio(np.stack([np.ones(40), np.ones(40), right], 1), weights, 2, 0)
-    five = stage.ratio(5 * np.stack([np.ones(40), np.ones(40), right], 1), weights, 2, 0)
+    once = bootstrap.ratio(answered(right), "correct", "asked")
+    five = bootstrap.ratio(5 * answered(right), "correct", "asked")
     assert once == five
     assert once["low"] < once["mean"] < once["high"]
     assert once["high"] - once["low"] == pytest.approx(2 * 1.96 * right.std() / 40 ** 0.5, rel=0.15)
     hits = 0
+    fewer = Bootstrap([list(range(40))], 400, 1)
     for _ in range(100):                                           # about 95 of 100 intervals hold the truth
-        c = np.stack([np.full(40, 4.0), np.full(40, 4.0), rng.binomial(4, 0.3, 40)], 1)
-        x = stage.ratio(c, weights[:400], 2, 0)
+        x = fewer.ratio(answered(rng.binomial(4, 0.3, 40), asked=4), "correct", "asked")
         hits += x["low"] <= 0.3 <= x["high"]
     assert hits >= 87
 
 
 def test_a_single_stream_has_no_interval_and_groups_are_drawn_apart():
-    assert stage.ratio(np.array([[4.0, 2.0, 1.0]]), stage.resamples([1], 9, 0), 2, 0) == NONE | {"mean": 0.25}
-    weights = stage.resamples([3, 2], 100, 0)
-    assert weights.shape == (100, 5)
-    assert (weights[:, :3].sum(1) == 3).all() and (weights[:, 3:].sum(1) == 2).all()
+    assert Bootstrap([[0]], 9, 0).ratio(answered([1], asked=4), "correct", "asked") == NONE | {"mean": 0.25}
+    times = Bootstrap([list("abc"), list("de")], 100, 0).times
+    assert times.shape == (100, 5)
+    assert (times[:, :3].sum(1) == 3).all() and (times[:, 3:].sum(1) == 2).all()
+    assert len(set(times[:, 0])) > 1                                            # and they do differ
 
 
 def test_gains_are_paired_by_stream():
     """A method that is 10 points better on every stream has a gain without spread, however these differ."""
-    before = np.array([[10.0, 10, k] for k in (1, 4, 8, 2)])
-    gain = stage.ratio(before + [0, 0, 1], stage.resamples([4], 500, 0), 2, 0, before)
+    before = [1, 4, 8, 2]
+    gain = Bootstrap([list(range(4))], 500, 0).ratio(
+        answered([n + 1 for n in before], asked=10), "correct", "asked", answered(before, asked=10))
     assert gain == {"mean": 10.0, "low": pytest.approx(10), "high": pytest.approx(10)}
 
 
+def test_below_five_streams_the_questions_are_drawn():
+    rows = {"base": [reply(s, e, "A") for s in "st" for e in "ef"]}
+    checked = {"base": [{"stream": "s", "clip": 3}]}
+    recent = {"e": [reply("w", "e", "A")]}
+    few = figures.draw_units(["s", "t"], recent, rows, checked, 20, 0)
+    assert few.unit == "questions" and few.times.shape == (20, 6)
+    assert list(few.column) == ["s 3", "s s e", "s s f", "t t e", "t t f", "w w e"]
+    many = figures.draw_units(list("stuvw"), recent, rows, checked, 20, 0)
+    assert many.unit == "streams" and list(many.column) == ["s", "t", "w"]
+    assert (many.times[:, 2] == 1).all()                                        # what is apart is drawn apart
+
+
 def test_transfer_and_gains_by_hand():
-    job = lambda m, e="": SimpleNamespace(method=m, environment=e, slug=f"{m}.{e}")
-    jobs = [job("base"), job("phase1"), job("dpo-steer", "x"), job("dpo-steer", "y")]
-    ask = lambda x, y: [reply(s, e, "A" if right else "insufficient") for e, rights in (("x", x), ("y", y))
-                        for s, right in zip("stuv", rights)]
+    def examinee(method, environment=""):
+        return SimpleNamespace(method=method, environment=environment, slug=f"{method}.{environment}")
+
+    def ask(x, y):
+        return [reply(s, e, "A" if right else "insufficient") for e, rights in (("x", x), ("y", y))
+                for s, right in zip("stuv", rights)]
+
+    examinees = [examinee("base"), examinee("phase1"), examinee("dpo-steer", "x"), examinee("dpo-steer", "y")]
     answers = {"base.": ask([0, 0, 0, 0], [0, 0, 0, 1]), "phase1.": ask([1, 0, 0, 0], [0, 0, 1, 0]),
                "dpo-steer.x": ask([1, 1, 1, 0], [0, 0, 0, 0]), "dpo-steer.y": ask([1, 0, 0, 0], [1, 1, 1, 1])}
-    recent = {"x": [reply("w", "x", "A")] * 2 + [reply("w", "x", "B")] * 8, "y": [reply("w", "y", None)] * 10}
-    S = SimpleNamespace(RECENT=2)
-    units, weights = dict(zip("stuvw", range(5))), stage.resamples([4, 1], 300, 0)
-    R = stage.summarise(jobs, answers, recent, units, weights, S)
-    accuracy = lambda row: {e: c["accuracy"]["mean"] for e, c in row.items()}
+    recent = {"x": [reply("w", "x", "A")] * 2, "y": [reply("w", "y", None)] * 2}
+    R = figures.summarise(examinees, answers, recent, Bootstrap([list("stuv"), ["w"]], 300, 0))
+
+    def accuracy(row):
+        return {e: c["accuracy"]["mean"] for e, c in row.items()}
+
     matrix = {a: accuracy(row) for a, row in R["transfer"]["dpo-steer"].items()}
     assert matrix == {"x": {"x": 0.75, "y": 0}, "y": {"x": 0.25, "y": 1}}
     assert accuracy(R["transfer"]["phase1"]) == {"x": 0.25, "y": 0.25}
@@ -99,26 +149,49 @@ def test_transfer_and_gains_by_hand():
     assert ("base", "all", "all") not in row
 
 
-def test_tally_and_compare():
-    row = lambda **k: {"stream": "s", "memory": "m", "tokens": 9, "faithful": True, "clean": True,
-                       "verdicts": {}} | k
+def test_counts_of_memories_and_compare():
+    def row(**changes):
+        return {"stream": "s", "memory": "m", "tokens": 9, "faithful": True, "clean": True, "verdicts": {}} | changes
+
     rows = [row(verdicts={"x": "win"}), row(tokens=99, verdicts={"x": "tie", "y": "loss"}), row(clean=False),
             row(memory="", tokens=0, faithful=False, clean=False), row(faithful=None, verdicts={"x": None})]
-    assert stage.tally(rows, {"s": 0}, 17).tolist() == [[4, 3, 2, 2, 1, 117, 3, 1, 1, 1]]
+    counts = [figures.count_memory(each, Bootstrap([["s"]], 9, 0), 17) for each in rows]
+    assert totals(counts, "samples", "well_formed", "faithful", "clean", "fully_right", "tokens", "comparisons",
+                  "wins", "ties", "losses") == [4, 3, 2, 2, 1, 117, 3, 1, 1, 1]
+    means = {name: figure["mean"] for name, figure in
+             figures.figures(counts, Bootstrap([["s"]], 9, 0), metrics=figures.QUALITY).items()}
+    assert means == {"win": 0.333333, "tie": 0.333333, "loss": 0.333333, "faithful": 0.5, "non_redundant": 0.5,
+                     "fully_right": 0.25, "well_formed": 0.75, "tokens": 39}
 
     class Biased:                                # prefers what comes first, unless one is "good" or "broken"
-        def ask(self, kind, items):
+        def ask(self, prompt, items):
+            assert prompt.name == "prefer"
             return [None if "broken" in (i["first"], i["second"]) else
                     "second" if i["second"] == "good" else "first" for i in items]
     pairs = [("good", "bad"), ("bad", "good"), ("bad", "worse"), ("broken", "bad")]
     assert stage.compare(Biased(), ["q"], pairs) == ["win", "loss", "tie", None]
 
 
+def test_a_memory_is_compared_only_with_a_memory():
+    """Malformed on either side: no verdict, and no question to the judge."""
+    asked = []
+
+    class First:
+        def ask(self, prompt, items):
+            asked.extend(items)
+            return ["first", "second"] * (len(items) // 2)
+    rows = [{"stream": "s", "clip": i, "memory": m, "verdicts": {}} for i, m in enumerate(["one", "", "three"])]
+    reference = [{"stream": "s", "clip": i, "memory": m} for i, m in enumerate(["1", "2", "", "of another"])]
+    stage.judge_relevance(First(), rows, reference, "e", ["q"])
+    assert [row["verdicts"] for row in rows] == [{"e": "win"}, {}, {}]
+    assert [(item["first"], item["second"]) for item in asked] == [("one", "1"), ("1", "one")]
+
+
 def test_the_reader_gets_nothing_from_after_the_question():
     seen = []
 
     class Reader:
-        def ask(self, kind, items):
+        def ask(self, prompt, items):
             seen.extend(items)
             return ["A" for _ in items]
     memories = [{"stream": "s", "clip": i, "start": 10.0 * i, "end": 10.0 * i + 10, "memory": m}
@@ -130,17 +203,33 @@ def test_the_reader_gets_nothing_from_after_the_question():
     assert seen == [{"entries": told, "question": "?", "options": ["A. x"]}]
 
 
-def test_kept_results_depend_on_their_key(tmp_path):
-    made = []
-    make = lambda part: made.append(1) or [{"n": len(made)}]
-    for key, n in (("a", 1), ("a", 1), ("b", 2)):
-        assert stage.kept(tmp_path / "x.jsonl", key, make) == [{"n": n}]
+def test_a_reader_that_mostly_fails_stops_the_stage():
+    class Broken:
+        def ask(self, prompt, items):
+            return [None for _ in items]
+    task = {"task": "t", "stream": "s", "environment": "e", "time": 30.0, "question": "?",
+            "options": ["A. x"], "answer": "A"}
+    with pytest.raises(SystemExit, match="failed on 1 of 1"):
+        stage.answer(common.settings({"__doc__": ""}, []), Broken(), [task], [])
+
+
+def test_stored_results_depend_on_their_key(tmp_path):
+    path = tmp_path / "x.jsonl"
+    assert stage.read_stored(path, "a") is None
+    stage.store(path, "a", [{"n": 1}])
+    assert stage.read_stored(path, "a") == [{"n": 1}]
+    assert stage.read_stored(path, "b") is None
+    stage.store(path, "b", [])
+    assert stage.read_stored(path, "b") == [] and stage.read_stored(path, "a") is None
     (tmp_path / "adapter").mkdir()
     prints = set()
     for text in ("one", "two"):
         (tmp_path / "adapter" / "steer.safetensors").write_text(text)
         prints |= {stage.fingerprint({"S": n}, tmp_path / "adapter") for n in (1, 2)}
-    assert len(prints) == 4
+        for environment in ("x", "y"):
+            examinee = stage.Examinee("dpo-steer", environment, "phase2", tmp_path / "adapter")
+            prints |= {stage.Exam(None, None, None, [], [], {}, {}, key).key_of(examinee) for key in ("k", "l")}
+    assert len(prints) == 4 + 8
 
 
 # ---------------------------------------------------------------- the stage with stand-in policies
@@ -181,7 +270,7 @@ class Stand:
 
     def using(self, writer):
         self.who = writer
-        return __import__("contextlib").nullcontext(self)
+        return contextlib.nullcontext(self)
 
     def write(self, context, key):
         rng, clip = random.Random(str(key)), context.clips[-1]["clip"]
@@ -207,37 +296,40 @@ def run(tmp_path, monkeypatch):
                 {"clip": t, "start": 10.0 * t, "end": 10.0 * t + 10, "file": f"{name}.mp4",
                  "offset": 10.0 * t, "speech": []} for t in range(6)]})
             tasks += world.make_tasks(name, truth[name], random.Random(i), 2)
-    common.write_jsonl(tmp_path / "streams" / "streams.jsonl", rows)
-    common.write_jsonl(tmp_path / "streams" / "tasks.jsonl", tasks)
+    runs.write_jsonl(tmp_path / "streams" / "streams.jsonl", rows)
+    runs.write_jsonl(tmp_path / "streams" / "tasks.jsonl", tasks)
     known = [{"stream": s, "clip": t, "facts": truth[s][t]} for s in truth for t in range(6)]
-    common.write_jsonl(tmp_path / "streams" / "truth.jsonl", known)
+    runs.write_jsonl(tmp_path / "streams" / "truth.jsonl", known)
     early = [t | {"reply": "insufficient", "correct": False} for t in tasks if t["stream"][0] == "d"]
     recent = {e: [t for t in early if t["environment"] == e] for e in world.CATEGORIES[:3]}
-    common.write_json(tmp_path / "tasks" / "recent.json", recent)
-    common.write_jsonl(tmp_path / "tasks" / "cache.jsonl", [])
-    common.write_text(tmp_path / "phase1" / "adapter" / "adapter_model.safetensors", "x")
-    common.write_text(tmp_path / "phase1" / "log.csv", "step,reward,note\n0,-0.5,\n1,0.2,\n2,nan,\n")
+    runs.write_json(tmp_path / "tasks" / "recent.json", recent)
+    runs.write_jsonl(tmp_path / "tasks" / "cache.jsonl", [])
+    runs.write_text(tmp_path / "phase1" / "adapter" / "adapter_model.safetensors", "x")
+    runs.write_text(tmp_path / "phase1" / "log.csv", "step,reward,note\n0,-0.5,\n1,0.2,\n2,nan,\n")
     for e in recent:
-        common.write_text(tmp_path / "phase2" / "dpo-steer" / e / "adapter" / "steer.safetensors", e)
-        common.write_text(tmp_path / "phase2" / "dpo-steer" / e / "log.csv", "step,loss\n0,0.7\n1,0.3\n")
+        runs.write_text(tmp_path / "phase2" / "dpo-steer" / e / "adapter" / "steer.safetensors", e)
+        runs.write_text(tmp_path / "phase2" / "dpo-steer" / e / "log.csv", "step,loss\n0,0.7\n1,0.3\n")
     policy = Stand(truth)
 
-    def watch(policy, S, streams, questions=(), desc="", path=None, begun=None):
+    def watch(policy, streams, questions=(), path=None, begun=None, desc=""):
         out = {s["stream"]: [] for s in streams}
+        writer = desc.split(" (")[0]                                 # without "(3 of 14)"
         for s in streams:
             for t, clip in enumerate(s["clips"]):
                 written = [row["memory"] for row in out[s["stream"]]]
-                sample = policy.write(common.make_context(s, t, written), (s["stream"], t, desc))
+                sample = policy.write(common.make_context(s, t, written), (s["stream"], t, writer))
                 out[s["stream"]].append({"stream": s["stream"], "clip": t, "start": clip["start"],
                                          "end": clip["end"], "memory": sample.memory or "", "text": ""})
         return out
-    loading = importlib.import_module("loading")
-    monkeypatch.setattr(common, "load_policy", lambda S: policy)
-    monkeypatch.setattr(loading, "load_adapter", lambda policy, writer, folder: policy.load(writer, folder))
-    monkeypatch.setattr(importlib.import_module("03_collect_tasks"), "watch", watch)
-    monkeypatch.setattr(common, "rollout", lambda policy, contexts, n, keys, *a, **k: [
-        [policy.write(c, key)] for c, key in zip(contexts, keys)])
-    monkeypatch.setattr(common, "clip_frames",
+
+    def rollout(policy, contexts, n, keys, *how):
+        return [[policy.write(context, key)] for context, key in zip(contexts, keys)]
+
+    monkeypatch.setattr(stage, "load_policy", lambda S: policy)
+    monkeypatch.setattr(stage, "load_adapter", lambda policy, writer, folder: policy.load(writer, folder))
+    monkeypatch.setattr(stage, "watch", watch)
+    monkeypatch.setattr(stage, "rollout", rollout)
+    monkeypatch.setattr(report, "clip_frames",
                         lambda clip, n: (np.zeros((n, 96, 96, 3), np.uint8), list(range(n))))
     return SimpleNamespace(folder=tmp_path, policy=policy)
 
@@ -263,7 +355,7 @@ def test_the_stage_end_to_end(run, capsys):
     assert validated["dpo-steer", "all"]["win"]["mean"] > 0.4 > validated["phase1", "all"]["win"]["mean"]
     right = {m: validated[m, "all"]["fully_right"]["mean"] for m in ("base", "phase1")}
     assert right["base"] < 0.9 and right["phase1"] == 1
-    memories = common.read_jsonl(out / "memories.jsonl")
+    memories = runs.read_jsonl(out / "memories.jsonl")
     assert len(memories) == (1 + 3 + 1 + 3 + 3) * 36
     assert {m["environment"] for m in memories} == {"", "place", "wear", "action"}
     text = (out / "results.md").read_text()
@@ -275,7 +367,7 @@ def test_the_stage_end_to_end(run, capsys):
     run.policy.loaded.clear()
     stage.main(arguments)
     assert run.policy.loaded == [] and json.loads((out / "results.json").read_text()) == R
-    common.write_text(run.folder / "phase2" / "grpo-steer" / "wear" / "adapter" / "steer.safetensors", "new")
+    runs.write_text(run.folder / "phase2" / "grpo-steer" / "wear" / "adapter" / "steer.safetensors", "new")
     stage.main(arguments)
     assert [f.parts[-3:-1] for f in run.policy.loaded[1:]] == [("grpo-steer", "wear")]
     assert "Phase Two, grpo-steer (1 of 3)" in (out / "results.md").read_text()
@@ -288,17 +380,17 @@ def test_methods_and_forks(run, capsys, tmp_path):
     assert "!! dpo-stear-x" in (said := capsys.readouterr().out) and "--ADAPTER=stear --NAME=x" in said
     # a fork with a Phase One of its own must not wear the adapters of the run that it came from
     fork = tmp_path / "fork"
-    common.write_text(fork / "phase1" / "adapter" / "adapter_model.safetensors", "another")
-    S = SimpleNamespace(RUN=str(fork), FROM=str(run.folder), METHODS="", EXPECT="dpo-steer", MODEL="tiny")
-    assert "dpo-steer" not in {j.method for j in stage.find_jobs(S, ["place"])}
+    runs.write_text(fork / "phase1" / "adapter" / "adapter_model.safetensors", "another")
+    S = SimpleNamespace(RUN=str(fork), FROM=str(run.folder), METHODS="", EXPECT="dpo-steer", COMMAND="")
+    assert "dpo-steer" not in {j.method for j in stage.find_examinees(S, ["place"])}
     (fork / "phase1" / "adapter" / "adapter_model.safetensors").unlink()
     (fork / "phase1" / "adapter").rmdir()
-    assert stage.find_jobs(S, ["place"])[-1].folder == run.folder / "phase2/dpo-steer/place/adapter"
+    assert stage.find_examinees(S, ["place"])[-1].folder == run.folder / "phase2/dpo-steer/place/adapter"
 
 
 def test_the_page_stands_alone(run):
     name = "dpo-<b>&\"'"                                                     # a folder may be called anything
-    common.write_text(run.folder / "phase2" / name / "wear" / "adapter" / "steer.safetensors", "x")
+    runs.write_text(run.folder / "phase2" / name / "wear" / "adapter" / "steer.safetensors", "x")
     stage.main([f"--RUN={run.folder}", "--BOOTSTRAP=50"])
     text = (run.folder / "eval" / "report.html").read_text()
     page = Page(text)
@@ -310,7 +402,7 @@ def test_the_page_stands_alone(run):
 
 
 def test_the_examples_in_the_docstrings_hold():
-    for module in (stage, report):
+    for module in (stage, report, figures, intervals):
         assert doctest.testmod(module).failed == 0
 
 
@@ -325,13 +417,14 @@ def test_marks_and_cells():
 
 def test_before_the_update_the_base_answers_for_itself():
     """In online streams: of two early questions the base had one right, Phase One none."""
-    job = lambda m: SimpleNamespace(method=m, environment="", slug=m)
+    def examinee(method):
+        return SimpleNamespace(method=method, environment="", slug=method)
+
     early = [reply("w", "x", "B") | {"task": n} for n in ("first", "second")]
     after = [reply("s", "x", "A"), reply("t", "x", "insufficient")]
     own = [reply("w", "x", "A") | {"task": "first"}, reply("w", "x", "B") | {"task": "second"}]
-    units, weights = dict(zip("stw", range(3))), stage.resamples([3], 50, 0)
-    R = stage.summarise([job("base"), job("phase1")], {"base": own + after, "phase1": after}, {"x": early},
-                        units, weights, SimpleNamespace(RECENT=2))
+    R = figures.summarise([examinee("base"), examinee("phase1")], {"base": own + after, "phase1": after}, {"x": early},
+                          Bootstrap([list("stw")], 50, 0))
     row = {(r["method"], r["scope"]): r for r in R["rows"] if r["environment"] == "all"}
     assert [row[m, "after"]["questions"] for m in ("base", "phase1")] == [2, 2]
     assert row["base", "all"]["accuracy"]["mean"] == 0.5 and row["phase1", "all"]["accuracy"]["mean"] == 0.25

@@ -160,7 +160,7 @@ def test_the_tables_of_a_data_set(long, capsys):
     stage("06_eval", long)                                                  # all is kept: only printed again
     said, text = capsys.readouterr().out, (long / "eval" / "results.md").read_text()
     assert "Beside the paper" in said and "38.4" in said and "45.4" in said and "80.5" in said
-    assert "By type" in text and "Transfer" not in text
+    assert "By type" in text and "By type" not in said and "Transfer" not in text
     assert "intervals over questions" in text
     assert "Other readers" in said and said.count("the usual one") == 4
     R = runs.read_json(long / "eval" / "results.json")

@@ -1,96 +1,241 @@
-"""The README is true: its commands parse, its line counts are those of the files, its figures those
-of the committed evidence."""
-import importlib
-import pathlib
+"""What the README and results/README.md say is true: commands parse, places exist, figures are the committed ones.
+
+Between `<!-- evidence -->` and `<!-- /evidence -->` every number is looked up. In a table, the row's name and the
+column's head say which figure a cell shows (see COLUMNS). In a sentence, one of CLAIMS has to know the number.
+"""
 import re
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
+from experiments import bench, evidence, retrieval                          # noqa: E402
+from support import plan                                                    # noqa: E402
+from support.runs import ROOT, read_json                                    # noqa: E402
+from test_full_size import sketch                                           # noqa: E402, F401
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-sys.path.insert(0, str(ROOT / "tests"))
-evidence = importlib.import_module("evidence")
+PROVENANCE = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README, "results/README.md": PROVENANCE}
+F = read_json(ROOT / "results" / "evidence.json")
+RETRIEVAL = read_json(ROOT / "results" / "retrieval.json")
+STAGES = sorted(path.stem for path in ROOT.glob("0?_*.py"))
+
+# Head of a column -> (metric, decimals, factor).
+COLUMNS = {
+    "accuracy": ("accuracy", 0, 1), "coverage": ("coverage", 0, 1), "precision": ("precision", 0, 1),
+    "gain over Phase One, matched": ("matched_gain", 0, 1), "mismatched": ("mismatched_gain", 0, 1),
+    "fully right, %": ("fully_right", 0, 100), "fully right": ("fully_right", 2, 1),
+    "tokens": ("tokens", 1, 1), "tokens a memory": ("tokens", 1, 1)}
 
 
+def mean(name, digits=0, factor=1):
+    return f"{factor * F[name]['mean']:.{digits}f}"
+
+
+def search_share(ranking, setting="right", fraction="10"):
+    shares = RETRIEVAL[setting]["share of it"][ranking][fraction]["all"]
+    return f"{100 * sum(shares) / len(shares):.0f}"
+
+
+# What a sentence may claim, wherever it stands: pattern of its numbers -> what they have to be.
+CLAIMS = {
+    r"about (\d+) % of its memories fully right": [mean("phase1.fully_right.base", 0, 100)],
+    r"raises that to (\d+) %": [mean("phase1.fully_right.phase1", 0, 100)],
+    r"rises by (\d+) points": [mean("phase2.matched_gain")],
+    r"changes by (-?\d+) points": [mean("phase2.mismatched_gain")],
+    r"hold (\d+) % of the base's tokens": [mean("phase1.tokens_ratio", 0, 100)],
+    r"\((\d+) and (\d+) %\), with (\d+) % of its memories fully right against (\d+) %": [
+        mean("base+prompt.accuracy"), mean("dpo-steer.accuracy"),
+        mean("base+prompt.fully_right", 0, 100), mean("dpo-steer.fully_right", 0, 100)],
+    r"other environments' questions\* (\d+) points": [mean("phase2.mismatched_gain", 0, -1)],
+    r"rightly in (\d+) % \(": [mean("reward_model.pair_accuracy", 0, 100)],
+    r"with other questions in (\d+) %": [mean("reward_model.shuffled_accuracy", 0, 100)],
+    r"(\d+) seeds of the main run": [str(F["seeds"]["main"])],
+    r"(\d+) of each ablation and of the variants": [str(F["seeds"]["side"])],
+    r"(\d+) % t intervals": ["95"],
+    r"takes (\d+) steps there, instead of the (\d+)": [
+        re.search(r"--STEPS=(\d+)", evidence.LONG)[1], str(common.stage("02_phase1_train").STEPS.tiny)],
+    r"took ([\d.]+) hours of one core, on a machine with (\d+) cores that ran (\d+)": ["5.8", "4", "4"],
+    r"keeps (\d+) % of the accuracy": [search_share("BM25, neighbours")],
+    r"without neighbours (\d+) %": [search_share("BM25")],
+    r"small base (\d+) %": [search_share("embeddings, neighbours")],
+    r"last entries (\d+) %": [search_share("the last entries")],
+    r"search it is (\d+) %": [search_share("BM25, neighbours", "untimed")],
+    r"streams of (\d+) clips": [str(RETRIEVAL["clips"])]}
+
+
+def blocks(text, name):
+    return re.findall(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", text, re.S)
+
+
+def flat(text):
+    """In one line: a pattern may reach over a line break."""
+    return " ".join(text.split())
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+# ================================================================ commands and places
 def commands():
-    """(script, arguments) of every command in the README, with its shell variable M put in."""
-    text = README.replace("$M", re.search(r'^M="(.*)"$', README, re.M)[1])
+    """(script, arguments) of every command in the pages, with the README's shell variable M put in."""
+    text = PROVENANCE + README
+    variable = re.search(r'^M="(.*)"$', README, re.M)
+    if variable:
+        text = text.replace("$M", variable[1])
     found = re.findall(r"python (0\d_\w+)\.py((?: --[A-Z_0-9]+=[^\s`&|]+)*)", text)
-    return sorted({(script, args.strip()) for script, args in found})
+    return sorted({(script, arguments.strip()) for script, arguments in found})
 
 
-@pytest.mark.parametrize("script, args", commands())
-def test_commands_parse(script, args):
-    common.settings(vars(importlib.import_module(script)), args.split())
-
-
-def test_a_wrong_command_would_be_seen():
-    with pytest.raises(SystemExit, match="RICHNESS"):
-        common.settings(vars(importlib.import_module("02_phase1_train")), ["--RICHNES=0"])
+@pytest.mark.parametrize("script, arguments", commands())
+def test_commands_parse(script, arguments):
+    common.settings(vars(common.stage(script)), arguments.split())
 
 
 def test_there_are_commands():
     assert len(commands()) >= 8
 
 
-def test_line_counts():
-    for name, lines in re.findall(r"^\| \[(\w+\.py)\].*\| (\d+) \|$", README, re.M):
-        assert int(lines) == (ROOT / name).read_text(encoding="utf-8").count("\n"), name
-    assert len(re.findall(r"^\| \[0\d_\w+\.py\]", README, re.M)) == 6
-    common_lines = int(re.search(r"\[common\.py\]\(common\.py\) \((\d+) lines\)", README)[1])
-    assert common_lines == (ROOT / "common.py").read_text(encoding="utf-8").count("\n")
-    assert README.count("\n") <= 220
+def test_a_wrong_command_would_be_seen():
+    with pytest.raises(SystemExit, match="RICHNESS"):
+        common.settings(vars(common.stage("02_phase1_train")), ["--RICHNES=0"])
 
 
-def test_files_and_functions_exist():
-    for name in re.findall(r"\]\((?!http)([\w/.]+)\)", README):
+@pytest.mark.parametrize("page", PAGES)
+def test_files_exist(page):
+    folder = (ROOT / page).parent
+    for name in re.findall(r"\]\((?!http|#)([\w/.]+)\)", PAGES[page]):
+        assert (folder / name).exists(), name
+    for name in re.findall(r"python (\w[\w/]*\.py)", PAGES[page]):
         assert (ROOT / name).exists(), name
-    stages = {p.name[:2]: importlib.import_module(p.stem) for p in ROOT.glob("0*.py")}
+
+
+def test_functions_exist():
     places = set(re.findall(r"`(common|0\d)[.:](\w+)", README)) - {("common", "py")}
     assert len(places) >= 15
     for place, name in places:
-        assert hasattr(common if place == "common" else stages[place], name), f"{place}.{name}"
+        module = common
+        if place != "common":
+            module = common.stage(next(stage for stage in STAGES if stage.startswith(place)))
+        assert hasattr(module, name), f"{place}.{name}"
 
 
-def test_results_are_those_of_the_committed_evidence():
-    F = common.read_json(ROOT / "results" / "evidence.json")
-    block = re.search(r"<!-- evidence -->\n(.*?)\n<!-- /evidence -->", README, re.S)[1]
-    assert block == evidence.readme_table(F)
-    assert evidence.figures(F["records"]) == {                                  # and those of the records
-        k: F[k] for k in evidence.figures(F["records"])}
+# ================================================================ figures of the evidence
+def test_figures_are_those_of_the_records():
+    found = evidence.figures(F["records"])
+    assert found == {name: F[name] for name in found} and len(found) > 100
+    text = evidence.page(found, F["hash"], F["seeds"]["main"])
+    written = (ROOT / "results" / "evidence.md").read_text(encoding="utf-8")
+    assert written == text.replace("experiments/evidence.py", "tests/evidence.py")   # its old place
+    assert (ROOT / "results" / "accuracy.svg").read_text(encoding="utf-8") == evidence.picture(found)
 
 
-def test_figures_of_the_search_are_those_of_the_committed_run():
-    R = common.read_json(ROOT / "results" / "retrieval.json")
-    text = " ".join(README[README.index("**Memories beyond"):README.index("What the tricks")].split())
-    share = lambda how, case="right": round(100 * sum(R[case]["kept"][how]["10"]["all"]) / R["streams"])
-    for pattern, value in ((r"keeps (\d+) %", share("BM25, neighbours")),
-                           (r"without neighbours (\d+) %", share("BM25")),
-                           (r"small base (\d+) %", share("embeddings, neighbours")),
-                           (r"last entries (\d+) %", share("the last entries")),
-                           (r"it is (\d+) %", share("BM25, neighbours", "untimed"))):
-        assert int(re.search(pattern, text)[1]) == value, pattern
-    assert f"five embedded streams of {R['clips']} clips" in text and R["streams"] == 5
+def test_the_log_took_as_long_as_is_said():
+    log = (ROOT / "results" / "evidence.log").read_text(encoding="utf-8")
+    seconds = sum(map(int, re.findall(r": (\d+) s$", log, re.M)))
+    assert f"{seconds / 3600:.1f} hours of one core" in flat(PROVENANCE)
 
 
-def test_numbers_in_the_text():
-    """Every `{key}`-like claim in "What you should see" and the ablation table stands
-    in the evidence, rounded."""
-    F = common.read_json(ROOT / "results" / "evidence.json")
-    shown = README[README.index("## What you should see"):README.index("## Results on")]
-    claims = {r"about (\d+) % of its memories fully right": 100 * F["phase1.fully_right.base"]["mean"],
-              r"raises that to (\d+) %": 100 * F["phase1.fully_right.phase1"]["mean"],
-              r"rises by (\d+) points": F["phase2.matched_gain"]["mean"],
-              r"changes by (-?\d+)": F["phase2.mismatched_gain"]["mean"]}
-    for pattern, value in claims.items():
-        assert int(re.search(pattern, shown, re.S)[1]) == round(value), pattern
-    for variant, flag in evidence.ABLATIONS.items():
-        row = next(line for line in README.splitlines() if flag in line and line.startswith("|"))
-        measured = [f"{F[f'{variant}.{name}']['mean']:.{digits}f}"
-                    for name, digits in (("fully_right", 2), ("tokens", 1))
-                    if f"{variant}.{name}" in F] or ["not yet measured"]
-        assert all(text in row for text in measured), (variant, measured)
+def figure_name(row):
+    """The beginning of a row's figures: by the name of a method, or by the constant that an ablation sets."""
+    for method, name in evidence.NAMES.items():
+        if row == name:
+            return method
+    for ablation, flag in evidence.ABLATIONS.items():
+        if flag in row.replace("`", " ").split():
+            return ablation
+    raise AssertionError(f"no figures are known for the row {row!r}")
+
+
+def check_table(lines):
+    """Every cell is its figure, with its interval or without."""
+    head, _, *rows = map(cells_of, lines)
+    for name, *cells in rows:
+        for column, text in zip(head[1:], cells, strict=True):
+            metric, digits, factor = COLUMNS[column]
+            figure = F.get(f"{figure_name(name)}.{metric}")
+            with_interval = evidence.cell(figure, digits, "-", scale=factor)
+            assert text in (with_interval, with_interval.partition(" (")[0]), f"{name}, {column}: {with_interval}"
+
+
+def check_sentences(text):
+    """No number is left once those are gone that CLAIMS know, and those in `code` and in addresses."""
+    left = re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
+    for pattern in CLAIMS:
+        left = re.sub(pattern, "", left)
+    assert not re.search(r"\d", left), f"no claim of this test knows the number in: {left}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_number_between_the_marks(page):
+    found = blocks(PAGES[page], "evidence")
+    assert found
+    for block in found:
+        tables = re.findall(r"^\|.*(?:\n\|.*)*", block, re.M)
+        for table in tables:
+            check_table(table.splitlines())
+            block = block.replace(table, "")
+        check_sentences(flat(block))
+
+
+def test_the_readme_has_the_main_methods_between_the_marks():
+    text = "\n".join(blocks(README, "evidence"))
+    for method in ("base", "base+prompt", "phase1", "dpo-steer"):
+        assert f"\n| {evidence.NAMES[method]} |" in text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_claims_in_sentences(page):
+    """Also outside of the marks."""
+    text = flat(PAGES[page])
+    claimed = 0
+    for pattern, expected in CLAIMS.items():
+        for match in re.finditer(pattern, text):
+            claimed += 1
+            assert list(match.groups()) == expected, match[0]
+    assert claimed >= 4
+
+
+def test_ablations_in_the_readme():
+    for ablation, flag in evidence.ABLATIONS.items():
+        rows = [line for line in README.splitlines() if line.startswith("|") and flag in line]
+        assert rows, flag
+        for row in rows:
+            assert mean(f"{ablation}.fully_right", 2) in row and mean(f"{ablation}.tokens", 1) in row, row
+
+
+# ================================================================ figures of bench, search and plan
+def test_the_table_of_the_bench():
+    assert blocks(PROVENANCE, "bench") == [bench.page(read_json(ROOT / "results" / "bench.json"))]
+
+
+def test_the_table_of_the_search():
+    assert blocks(PROVENANCE, "retrieval") == [retrieval.page(RETRIEVAL)]
+
+
+def rows_below(head):
+    """Cells of the table in results/README.md whose first line is `head`."""
+    table = PROVENANCE[PROVENANCE.index(head):].split("\n\n")[0]
+    return [cells_of(line) for line in table.splitlines()[2:]]
+
+
+def full_size(text):
+    """Constants of Phase One with the arguments that stand in a text."""
+    arguments = re.findall(r"--[A-Z_]+=\w+", text)
+    return common.settings(vars(common.stage("02_phase1_train")), ["--MODEL=x", *arguments])
+
+
+def test_planned_bytes(sketch, capsys):                                     # noqa: F811
+    weights = rows_below("| weights | planned, GiB |")
+    cards = rows_below("| card, GiB | constants |")
+    assert len(weights) == 4 and len(cards) == 3
+    for text, size in weights:
+        kinds = plan.weight_bytes(sketch, full_size(text)).values()
+        assert f"{sum(kind.bytes for kind in kinds) / 2**30:.1f}" == size, text
+    for card, text, prompt, step, contexts in cards:
+        S = full_size(text)
+        found = plan.plan(sketch, S)
+        assert [prompt, step] == [str(found.prompt), f"{found.in_training() / 2**30:.0f}"], text
+        assert plan.check_plan(sketch, S, int(card) * 2**30) == (int(contexts), S.GROUP)
