@@ -152,7 +152,7 @@ class Exam:
         return list(self.recent)
 
     def key_of(self, examinee):
-        return fingerprint(self.key, examinee.method, examinee.environment, examinee.folder or "")
+        return fingerprint(self.key, examinee.method, examinee.environment, examinee.folder)
 
 
 def load_exam(S, out, phase1_adapter):
@@ -274,11 +274,10 @@ def written_before(exam, examinee, memories):
 
 
 # ================================================================ answer
-def answer_tasks(exam, judge, examinee, memories):
-    """Rows of `answer` about all that an examinee is asked."""
-    tasks = tasks_for(exam, examinee)
+def answer_tasks(exam, judge, examinee, tasks, memories, folder):
+    """Rows of `answer`, stored in a folder."""
     key = fingerprint(exam.key_of(examinee), tasks)
-    path = exam.out / "answers" / f"{examinee.slug}.jsonl"
+    path = folder / f"{examinee.slug}.jsonl"
     rows = read_stored(path, key)
     if rows is None:
         rows = answer(exam.S, judge, tasks, memories)
@@ -315,16 +314,17 @@ def answer(S, judge, tasks, memories):
     return rows
 
 
-def answer_by_reader(exam, reader, examinee, name, memories):
-    """Rows of `answer` by another reader, about what the examinee's environment asks."""
-    tasks = [task for task in tasks_for(exam, examinee) if examinee.is_for(task["environment"])]
-    key = fingerprint(exam.key_of(examinee), tasks)
-    path = exam.out / "answers" / slug(name) / f"{examinee.slug}.jsonl"
-    rows = read_stored(path, key)
-    if rows is None:
-        rows = answer(exam.S, reader, tasks, memories)
-        store(path, key, rows)
-    return rows
+def ask_reader(exam, name, examinees, memories):
+    """{slug: rows of `answer`} by another reader, about what an examinee's environment asks."""
+    reader = load_judge(SimpleNamespace(**vars(exam.S) | {"JUDGE": name}), exam.policy.load)
+    folder = exam.out / "answers" / slug(name)
+    answers = {}
+    for examinee in progress(examinees, name, leave=False):
+        tasks = tasks_for(exam, examinee)
+        tasks = [task for task in tasks if examinee.is_for(task["environment"])]
+        answers[examinee.slug] = answer_tasks(
+            exam, reader, examinee, tasks, memories[examinee.slug], folder)
+    return answers
 
 
 # ================================================================ validate, in the same contexts
@@ -474,7 +474,8 @@ def main(argv=None):
         name = examinee.slug
         description = f"{name} ({number} of {len(examinees)})"
         memories[name] = watch_streams(exam, examinee, memories, description)
-        answers[name] = answer_tasks(exam, judge, examinee, memories[name])
+        answers[name] = answer_tasks(
+            exam, judge, examinee, tasks_for(exam, examinee), memories[name], out / "answers")
     # ---------------- validate
     contexts = validation_contexts(exam, memories[PHASE1.slug])
     reference = write_reference(exam, contexts)
@@ -483,13 +484,9 @@ def main(argv=None):
         checked[examinee.slug] = validate(exam, judge, examinee, contexts, reference)
     # ---------------- other readers of the same memories
     other_answers = {}
-    for reader_name in [name for name in S.READERS.split(",") if name]:
-        reader = load_judge(SimpleNamespace(**vars(S) | {"JUDGE": reader_name}), exam.policy.load)
-        other_answers[reader_name] = {}
-        for examinee in progress(examinees, reader_name, leave=False):
-            name = examinee.slug
-            other_answers[reader_name][name] = answer_by_reader(
-                exam, reader, examinee, reader_name, memories[name])
+    for name in S.READERS.split(","):
+        if name:
+            other_answers[name] = ask_reader(exam, name, examinees, memories)
     # ---------------- figures with intervals, files, report
     results = figures_of(exam, examinees, answers, other_answers, checked)
     write_json(out / "results.json", results)

@@ -1,6 +1,7 @@
 """What the 30B model needs, shown on the tiny one and on the meta device: 4-bit experts, the byte plan,
 rollouts in parts, checkpointed layers, flat memory, and several ranks that equal one process."""
 import doctest
+import json
 import os
 import pathlib
 import resource
@@ -494,3 +495,21 @@ def test_a_dense_model_takes_the_same_path(bits, contexts, tmp_path):
     policy.train_only(params)
     sum(x.mean() for x in common.logprobs(policy, contexts[1], [s.ids for s in groups[1]])).backward()
     assert all(p.grad is not None for p in params) and any(p.grad.abs().max() > 0 for p in params)
+
+
+# ================================================================ the measurement that waits for a GPU
+def test_the_full_size_measurement_runs_at_small_shapes(tmp_path):
+    """So that it needs nothing but the card: the same script, with shapes that a CPU takes."""
+    pytest.importorskip("bitsandbytes")
+    script = ROOT / "experiments" / "full_size.py"
+    if not script.exists():
+        pytest.skip("experiments/full_size.py is not here yet")
+    out = tmp_path / "full_size.json"
+    done = subprocess.run([sys.executable, str(script), "--PARTS=1,3,5", "--SMALL=1", f"--OUT={out}"],
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    failed = [(part, name) for part, rows in found.items() for name, row in rows.items() if "error" in row]
+    assert not failed and {"1 card", "3 nf4", "5 model"} <= found.keys(), done.stdout
+    model = found["5 model"]
+    assert model["build"]["weights_gib"] > 0 and model["rollout, 1 context x 8"]["tokens_per_s"] > 0
