@@ -520,11 +520,14 @@ class Judge:
     def __init__(self, truth_rows=()):
         self.truth = {(row["stream"], row["clip"]): row["facts"] for row in truth_rows}
 
-    def ask(self, kind, items):
-        """kind: "faithful" | "clean" | "rank" | "prefer" | "answer"; items: that method's arguments."""
-        if kind not in ("faithful", "clean", "rank", "prefer", "answer"):
-            raise ValueError(f"unknown judge question {kind!r}; known: faithful, clean, rank, prefer, answer")
-        return [getattr(self, kind)(**item) for item in items]
+    def ask(self, prompt, items):
+        """prompt: of support/judges.py; items: dicts of the arguments of the method of its name."""
+        method = getattr(self, prompt.name, None)
+        if method is None:
+            known = [name for name in vars(Judge) if name[0] != "_" and name != "ask"]
+            raise ValueError(f"the toy world's judge has no method {prompt.name!r}, but {', '.join(known)}: "
+                             "add it to Judge in tiny/world.py")
+        return [method(**item) for item in items]
 
     def faithful(self, context, memory):
         """Every phrase is of the language and true in the newest clip; it connects to the memory before."""
