@@ -19,7 +19,6 @@ PROVENANCE = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README, "results/README.md": PROVENANCE}
 F = read_json(ROOT / "results" / "evidence.json")
 RETRIEVAL = read_json(ROOT / "results" / "retrieval.json")
-STAGES = sorted(path.stem for path in ROOT.glob("0?_*.py"))
 
 # Head of a column -> (metric, decimals, factor).
 COLUMNS = {
@@ -118,7 +117,7 @@ def test_functions_exist():
     for place, name in places:
         module = common
         if place != "common":
-            module = common.stage(next(stage for stage in STAGES if stage.startswith(place)))
+            module = common.stage(evidence.script_of(place).removesuffix(".py"))
         assert hasattr(module, name), f"{place}.{name}"
 
 
