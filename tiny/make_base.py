@@ -1,9 +1,9 @@
 """Make the tiny base model of the toy world: a mediocre memory writer of the real Qwen3-VL-MoE class.
 
-Four steps: (1) a small byte-level BPE tokenizer; (2) the vision tower, on throw-away probes of what each cell shows;
-(3) the language model on cached vision features: listing all facts of single clips, then stating them one by one,
-then writing truthful memories from windows; (4) the noisy mix that makes the writer mediocre. Its wrong values are
-spread, so the right one stays the likeliest: reinforcement learning can repair it.
+Four steps: (1) a small byte-level BPE tokenizer; (2) the vision tower, on throw-away probes of what each cell
+shows; (3) the language model on cached vision features: listing all facts of single clips, then stating them
+one by one, then writing truthful memories from windows; (4) the noisy mix that makes the writer mediocre. Its
+wrong values are spread, so the right one stays the likeliest: reinforcement learning can repair it.
 
 A finished step is kept in runs/base/ and read back, with its log, by a run with the same constants.
 
@@ -500,8 +500,8 @@ def example(truths, tokenizer, rng, stage):
 def clip_example(truths, s, tokenizer, rng, stage):
     """Of a clip by itself, as the first of a stream: four lists of all its facts, or each fact alone.
 
-    In a list, whose coat it is follows half of the time from what is left; alone, a fact must be looked up. Nothing
-    is learnt for about 200 steps, then the faces are told apart all at once.
+    In a list, whose coat it is follows half of the time from what is left; alone, a fact must be looked up.
+    Nothing is learnt for about 200 steps, then the faces are told apart all at once.
     """
     truth = truths[s]
     text, _ = window([truth[:1]], 0, 0, {}, [], tokenizer)

@@ -1,14 +1,14 @@
 """The toy world: short streams of little pictures whose facts are known, so that a judge can be exact.
 
-A stream is a row of 10 s clips. Each clip holds eight facts in six categories (place, wear, action, object, count,
-speech), drawn on 96 x 96 pixels; a memory is a sentence of a controlled language that states some:
+A stream is a row of 10 s clips. Each clip holds eight facts in six categories (place, wear, action, object,
+count, speech), drawn on 96 x 96 pixels; a memory is a sentence of a controlled language that states some:
 
     still, <face_3> wears red, a blue lamp, <face_4> says 'tea noon'.
 
-"still" connects a memory to the one before, "now" begins where there is none. The budget of a memory holds three of
-the eight facts, so what to write is a real choice. Tasks are multiple-choice questions about single clips and
-neighbouring ones, one environment (kind of question) per category. The judge knows the facts of a clip, as a video
-judge sees the video; its reader gets the memory texts and the question and nothing else.
+"still" connects a memory to the one before, "now" begins where there is none. The budget of a memory holds
+three of the eight facts, so what to write is a real choice. Tasks are multiple-choice questions about single
+clips and neighbouring ones, one environment (kind of question) per category. The judge knows the facts of a
+clip, as a video judge sees the video; its reader gets the memory texts and the question and nothing else.
 
 Needs numpy, and Pillow and PyAV for pictures and mp4 files; no torch.
 """
@@ -667,8 +667,8 @@ def make_task(kind, fields, wording, notes, rng):
 def write_streams(S, out):
     """Renders the streams of 01 into out/videos, with captions.jsonl and truth.jsonl -> (streams, tasks).
 
-    All about a stream follows from (SEED, split, number), so an interrupted run just goes on: videos that exist
-    are kept. SystemExit where CLIP_SECONDS is another.
+    All about a stream follows from (SEED, split, number), so an interrupted run just goes on: videos that
+    exist are kept. SystemExit where CLIP_SECONDS is another.
     """
     if S.CLIP_SECONDS != CLIP_SECONDS:
         raise SystemExit(f"CLIP_SECONDS={S.CLIP_SECONDS}: tiny clips are {CLIP_SECONDS} s long")
@@ -719,8 +719,8 @@ def write_stream_video(path, truth, blank=False):
 def stream_row(name, split, file, clips):
     """The row of streams.jsonl of a stream of so many clips.
 
-    Its speech is empty, because the subtitles are in the pixels already; a cue would only tell the policy what it
-    should read.
+    Its speech is empty, because the subtitles are in the pixels already; a cue would only tell the policy
+    what it should read.
     """
     rows = []
     for t in range(clips):
@@ -733,10 +733,10 @@ def stream_row(name, split, file, clips):
 # ---------------------------------------------------------------- the exact judge
 
 class Judge:
-    """Judge and reader, with the one method that all judges have: `ask(prompt, items) -> list`. It never fails.
+    """Judge and reader, with the one method that all judges have, `ask`. It never fails.
 
-    rows: of streams/truth.jsonl. Only "faithful" and "rank" look at them; the others read texts. Of a
-    prompt it knows only the name: a new one needs a method of that name here.
+    rows: of streams/truth.jsonl. Only "faithful" and "rank" look at them; the others read texts. It reads no
+    prompt, but knows its name: a new one needs a method of that name here.
     """
 
     def __init__(self, rows=()):
@@ -747,8 +747,8 @@ class Judge:
         method = getattr(self, prompt.name, None)
         if method is None:
             known = [name for name in vars(Judge) if name[0] != "_" and name != "ask"]
-            raise ValueError(f"the toy world's judge has no method {prompt.name!r}, but {', '.join(known)}: "
-                             "add it to Judge in tiny/world.py")
+            raise ValueError(f"the toy world's judge has no method {prompt.name!r}, but "
+                             f"{', '.join(known)}: add it to Judge in tiny/world.py")
         return [method(**item) for item in items]
 
     def _true_facts(self, context):
@@ -784,8 +784,8 @@ class Judge:
     def prefer(self, questions, first, second):
         """Which memory serves such questions better: "first", "second" or "tie". Texts only.
 
-        A question is after its category; a memory scores the distinct things of that category that it tells of, so
-        that two contradicting values for one thing count once.
+        A question is after its category; a memory scores the distinct things of that category that it tells
+        of, so that two contradicting values for one thing count once.
         """
         wanted = []
         for question in questions:
