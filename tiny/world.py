@@ -745,7 +745,7 @@ class Judge:
     def ask(self, prompt, items):
         """prompt: of support/judges.py; items: dicts of the arguments of the method of its name."""
         method = getattr(self, prompt.name, None)
-        if method is None:
+        if not callable(method):
             known = [name for name in vars(Judge) if name[0] != "_" and name != "ask"]
             raise ValueError(f"the toy world's judge has no method {prompt.name!r}, but "
                              f"{', '.join(known)}: add it to Judge in tiny/world.py")
