@@ -11,16 +11,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("bm25s")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-<<<<<<< HEAD
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "tests")]
-import common                                                               # noqa: E402
-from support import judges, reader, runs, weights                            # noqa: E402
-=======
 sys.path.insert(0, str(ROOT))
 import common                                                               # noqa: E402
 from experiments import retrieval                                           # noqa: E402
 from support import judges, reader, runs, weights                           # noqa: E402
->>>>>>> main
 from tiny import world                                                      # noqa: E402
 
 collect = common.stage("03_collect_tasks")
@@ -38,11 +32,7 @@ def settings(*argv):
 @pytest.fixture(scope="module")
 def long(tokenizer):
     """Entries and tasks of a stream of 40 min, and the tokens of it all."""
-<<<<<<< HEAD
-    entries, tasks = bench.make_stream(0, "right")
-=======
     entries, tasks = retrieval.make_stream(0, "right")
->>>>>>> main
     return entries, tasks, int(reader.Retriever(entries, tokenizer).tokens.sum())
 
 
@@ -55,11 +45,7 @@ def read(entries):
 def test_a_tenth_of_the_memory_keeps_the_accuracy(setting, tokenizer):
     right, used = {1: 0, 10: 0}, {}
     for i in range(3):
-<<<<<<< HEAD
-        entries, tasks = bench.make_stream(i, setting)
-=======
         entries, tasks = retrieval.make_stream(i, setting)
->>>>>>> main
         rows = {str(i): [dict(start=a, end=b, memory=m) for a, b, m in entries]}
         whole = int(reader.Retriever(entries, tokenizer).tokens.sum())
         for times in right:
