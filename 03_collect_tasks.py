@@ -359,7 +359,8 @@ def write_readable(folder, memories):
     for stream, rows in memories.items():
         text = ""
         for row in rows:
-            text += f"{clock(row['start'])}-{clock(row['end'])}\n{row['memory'] or '(nothing)'}\n\n"
+            nothing = "(the video is damaged here)" if row.get("grey") else "(nothing)"
+            text += f"{clock(row['start'])}-{clock(row['end'])}\n{row['memory'] or nothing}\n\n"
             written += bool(row["memory"])
         write_text(folder / f"{stream}.txt", text)
     clips = sum(len(rows) for rows in memories.values())

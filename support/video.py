@@ -32,8 +32,9 @@ _open_videos = {}
 class VideoError(ValueError):
     """A video, or a part of it, that cannot be read; the text holds the file, the reason and the cure."""
 
-    def __init__(self, file, reason):
-        self.reason = f"{reason}. Leave it out, fetch it again, or re-encode it to H.264 in mp4"
+    def __init__(self, file, fault):
+        self.fault = fault
+        self.reason = f"{fault}. Leave it out, fetch it again, or re-encode it to H.264 in mp4"
         super().__init__(f"{file}: {self.reason}")
 
 
