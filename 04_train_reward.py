@@ -473,7 +473,7 @@ def train(run, model, contexts, questions, *, seed, batch_size, lr, warmup):
             loss += part_loss.item()
         # ---------------- update
         rate = learning_rate(step, run.steps, lr, warmup)
-        grad_norm = run.update(rate)
+        grad_norm = run.optimizer_step(rate)
         # ---------------- log and save
         accuracy = gather_sum(sum(right)) / gather_sum(len(right))
         row = {"step": step, "loss": gather_sum(loss), "accuracy": accuracy, "grad_norm": grad_norm,
