@@ -355,16 +355,18 @@ def fill_in_advantages(group, gate):
 
 
 def split_evenly(groups, size):
-    """Mini-batches of at most `size`, as even as can be: flat groups leave, and a small rest would weigh too much.
+    """Mini-batches of at most `size`, whose sizes differ by one at most: in a small rest a group would weigh too much.
 
-    >>> [len(part) for part in split_evenly(list(range(9)), 8)]
-    [5, 4]
+    >>> [len(part) for part in split_evenly(list(range(13)), 4)]
+    [4, 3, 3, 3]
     """
-    if not groups:
-        return []
-    parts = math.ceil(len(groups) / size)
-    even = math.ceil(len(groups) / parts)
-    return [groups[i:i + even] for i in range(0, len(groups), even)]
+    waiting = list(groups)
+    mini_batches = []
+    for left in range(math.ceil(len(groups) / size), 0, -1):
+        share = math.ceil(len(waiting) / left)
+        mini_batches.append(waiting[:share])
+        waiting = waiting[share:]
+    return mini_batches
 
 
 def share_of_each(batches):
