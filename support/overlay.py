@@ -20,8 +20,8 @@ from support.ranks import progress
 from support.runs import fingerprint, read_json, stamp, write_json, written_aside
 from support.video import DECODE_SECONDS, LostVideo, VideoError, frame_times, np, read_frames, torch
 
-GREY_SHARE = 0.03            # of the clips of a stage that may be grey, of the first 100 three: 01 has tried frames of
-                             # each, so what it missed is rare, and more is a fault that goes on
+GREY_SHARE = 0.03            # of a stage's clips that may be grey, of the first 100 three: 01 has tried frames
+                             # of each, so what it missed is rare, and more is a fault that goes on
 FACE_HELD = 0.5              # s that a box stands before and after its time
 FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc")    # the last has the most
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
@@ -32,8 +32,8 @@ SOUND_RATE = 16000           # samples a second, as Whisper hears
 def clip_frames(clip, n):
     """Frames (n, H, W, 3) uint8 of a clip, its speech and faces on them, and their times, s from its start.
 
-    A clip that cannot be read gives grey frames, and says so: 01 tried some of its frames, and others are
-    broken.
+    A clip that is damaged gives grey frames, and says so: 01 tried some of its frames, and others are broken.
+    Where the whole file is lost, or more than a few clips are grey, the stage stops.
     """
     times = frame_times(clip, n)
     try:
@@ -73,9 +73,9 @@ def say_grey(clip, error):
     print(f"*** {error}. Clip {clip['clip']} is watched as grey frames and leaves no memory: "
           f"{grey} grey clips of {watched} so far ***")
     if grey > GREY_SHARE * max(watched, 100):
-        raise SystemExit(f"{grey} of {watched} clips cannot be read, though 01 could read some frames of each. Look at "
-                         "the disk; then run 01 anew under another name, with a higher --CHECK, so that it leaves "
-                         "them out")
+        raise SystemExit(f"{grey} of {watched} clips cannot be read, though 01 could read some frames of "
+                         "each. Look at the disk; then run 01 anew under another name, with a higher --CHECK, "
+                         "so that it leaves them out")
 
 
 # ---------------------------------------------------------------- what is drawn
@@ -212,7 +212,7 @@ def lacking(font, text):
 # ---------------------------------------------------------------- subtitles
 SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")
 
-# Times as people and programs write them: without hours or fractions, with spaces, with one to four decimals ...
+# Times as people and programs write them: without hours or fractions, with spaces, with many decimals ...
 A_TIME = r"(-?)(?:(\d+)[ \t]*:[ \t]*)?(\d\d?)[ \t]*:[ \t]*(\d\d?)(?:[ \t]*[,.:][ \t]*(\d+))?"
 # ... with arrows of several kinds between them, and positions behind.
 TWO_TIMES = rf"^[ \t]*{A_TIME}[ \t]*[-=\u2013\u2014 ]*[>\u2192][ \t]*{A_TIME}.*$"
@@ -242,7 +242,8 @@ def read_subtitles(path):
     try:
         # The last cue is ours, because pysubs2 takes a last line of digits for the number of another cue.
         if timed:
-            *events, _ = pysubs2.SSAFile.from_string(f"{text}\n\n0\n{UNREADABLE}\n", "srt", keep_html_tags=True)
+            text += f"\n\n0\n{UNREADABLE}\n"
+            *events, _ = pysubs2.SSAFile.from_string(text, "srt", keep_html_tags=True)
         else:
             events = list(pysubs2.SSAFile.from_string(text))
     except (pysubs2.exceptions.Pysubs2Error, ValueError):

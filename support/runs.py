@@ -291,8 +291,8 @@ def load_streams(S, split):
     lost = sorted(file for file in files if not os.path.isfile(file))
     if lost:
         raise SystemExit(f"{len(lost)} of the {len(files)} video files of {path} are not there, such as "
-                         f"{lost[0]}. Put them back (is their disk mounted?) and run the same command again, or "
-                         "make the streams anew: 01_make_streams.py under another --RUN")
+                         f"{lost[0]}. Put them back (is their disk mounted?) and run the same command "
+                         "again, or make the streams anew: 01_make_streams.py under another --RUN")
     return rows
 
 

@@ -115,7 +115,7 @@ def is_video(file):
 
 
 def is_unicode(name):
-    """False for the name of a file that was written in another encoding than UTF-8, which no JSON can hold."""
+    """False for the name of a file that was written in another encoding than UTF-8: no JSON can hold it."""
     try:
         str(name).encode()
     except UnicodeEncodeError:
@@ -124,7 +124,7 @@ def is_unicode(name):
 
 
 def as_seen(path):
-    """A path as people see it: a letter with an accent is one letter on every disk, and a backslash a slash."""
+    """A path as people see it: a letter with its accent is one letter on every disk, a backslash is a slash."""
     text = unicodedata.normalize("NFC", str(path)).replace("\\", "/")
     return pathlib.PurePosixPath(text)
 
@@ -132,7 +132,7 @@ def as_seen(path):
 def files_below(folder):
     """(the files in a folder and below, in order; [(name, reason)] of what is not looked into).
 
-    Links to folders are followed, yet no folder is read twice: its own name comes first, whatever links to it.
+    Links to folders are followed, yet no folder is read twice: its own name counts, whatever links to it.
     """
     files = []
     skipped = []
@@ -201,8 +201,12 @@ def subtitles_by_name(files):
         language = re.search(LANGUAGE, name)
         if language:
             rank = 1 if language[0].lower().startswith(".en") else 2
-            ranked.setdefault((file.parent, name[:language.start()]), []).append((rank, file))
-    return {key: [file for _, file in sorted(of_name)] for key, of_name in ranked.items()}
+            plain = name[:language.start()]
+            ranked.setdefault((file.parent, plain), []).append((rank, file))
+    by_name = {}
+    for key, of_name in ranked.items():
+        by_name[key] = [file for _, file in sorted(of_name)]
+    return by_name
 
 
 def cues_of(file, subtitles, folder, found):
@@ -504,15 +508,15 @@ def is_current(row, file, spans, S):
 
 
 def how_checked(S):
-    """What a row of files.jsonl depends on: constants, and the PyAV that looked, because a newer one reads more."""
+    """What a row of files.jsonl depends on: constants, and PyAV, of which a newer version may read more."""
     return [S.SOURCE, S.CLIP_SECONDS, S.SHORTEST, S.CHECK, importlib.metadata.version("av")]
 
 
 def check_video(file, spans, S):
     """A row of files.jsonl: {file, stamp, spans, clips: [[clip ..] per span], skipped: [reasons], how}.
 
-    Times are the file's own, by its time stamps, in which subtitles count too; the first frame is at 0 s even where
-    the sound starts earlier. Raises nothing: a file that cannot be used has no clips.
+    Times are the file's own, by its time stamps, in which subtitles count too; the first frame is at 0 s even
+    where the sound starts earlier. Raises nothing: a file that cannot be used has no clips.
     """
     clips = [[] for _ in spans]
     skipped = []

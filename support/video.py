@@ -1,9 +1,9 @@
-"""Frames that can be trusted: read from any video file by their real times, and as patches for the vision tower.
+"""Frames that can be trusted: read from any video file by their real times; and patches for the vision tower.
 
-There is one rule for all formats, after which PyAV (FFmpeg) reads them: begin at the last key frame before the wanted
-frame, and decode until a frame bears the wanted time stamp. Neither the frame rate nor the seek of a container is
-trusted. Each call runs under a time limit, and whatever cannot be read ends in a VideoError that names the file, the
-reason and the cure.
+There is one rule for all formats, after which PyAV (FFmpeg) reads them: begin at the last key frame before the
+wanted frame, and decode until a frame bears the wanted time stamp. Neither the frame rate nor the seek of a
+container is trusted. Each call runs under a time limit, and whatever cannot be read ends in a VideoError that
+names the file, the reason and the cure.
 """
 import contextlib
 import math
@@ -64,7 +64,7 @@ class OpenVideo:
         self.height = self.stream.codec_context.height
 
     def frames_from(self, key, stamp):
-        """(stamp, frame) from key frame number `key` on, or from the last frame on where that lies in between.
+        """(stamp, frame) from key frame number `key` on, or from the last frame on where it lies in between.
 
         stamp: of the frame that is looked for.
         """
@@ -86,8 +86,8 @@ def open_video(file):
         raise LostVideo(file, "holds no video")
     # With more threads damage costs more good frames, and short reads gain little.
     stream.codec_context.thread_count = 1
-    # AVI has no time stamps. What FFmpeg makes up for these codecs is the order in which frames are stored, which is
-    # not the one in which they are shown.
+    # AVI has no time stamps. What FFmpeg makes up for these codecs is the order in which frames are stored,
+    # which is not the one in which they are shown.
     is_avi = container.format.name == "avi"
     is_counted = is_avi and stream.codec.canonical_name in ("h264", "hevc")
     shown, keys, length = scan(container, stream, is_counted)
@@ -111,7 +111,7 @@ def stamp_of(packet, is_counted):
 
 
 def scan(container, stream, is_counted):
-    """Stamps of the frames that are shown and of the key frames, as they are stored, and how long the last one lasts.
+    """Stamps of the frames that are shown and of the key frames, as they are stored; how long the last one lasts.
 
     Nothing is decoded. Of a file that is cut off, these are the frames before that.
     """
@@ -137,28 +137,25 @@ def decoded(video, key):
     import av
     count = np.searchsorted(video.stamps, key)           # of the frames before it
     has_begun = False
-    for packet in packets_near(video, key):
-        if packet.is_keyframe and stamp_of(packet, video.is_counted) == key:
-            has_begun = True
-        if not has_begun:
-            continue
-        # What comes after damage builds on it, up to the next key frame. Nothing of that is good.
-        if packet.is_corrupt:
-            return
-        try:
-            frames = packet.decode()
-        except av.FFmpegError:
-            return
-        for frame in frames:
-            if frame.is_corrupt:
+    # What comes after damage builds on it, up to the next key frame, so an error is the end.
+    with contextlib.suppress(av.FFmpegError):
+        for packet in packets_near(video, key):
+            if packet.is_keyframe and stamp_of(packet, video.is_counted) == key:
+                has_begun = True
+            if not has_begun:
+                continue
+            if packet.is_corrupt:
                 return
-            stamp = frame.pts
-            if video.is_counted:
-                stamp = video.stamps[min(count, len(video.stamps) - 1)]
-                count += 1
-            # What leads up to the key frame of an open group needs frames before that one.
-            if stamp is not None and stamp >= key:
-                yield stamp, frame
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    return
+                stamp = frame.pts
+                if video.is_counted:
+                    stamp = video.stamps[min(count, len(video.stamps) - 1)]
+                    count += 1
+                # What leads up to the key frame of an open group needs frames before that one.
+                if stamp is not None and stamp >= key:
+                    yield stamp, frame
 
 
 def packets_near(video, key):
@@ -167,7 +164,7 @@ def packets_near(video, key):
     early = int(key - SEEK_EARLY / video.stream.time_base)
     try:
         video.container.seek(early, stream=video.stream)
-    except av.FFmpegError:                               # before the beginning, which some containers refuse
+    except av.FFmpegError:                               # before the beginning, which some refuse
         video.container.seek(int(key), stream=video.stream)
     return video.container.demux(video.stream)
 
@@ -175,7 +172,8 @@ def packets_near(video, key):
 def in_time(file, work):
     """work(OpenVideo), under a time limit. Raises VideoError, and LostVideo where the file cannot be opened.
 
-    The work runs in a thread, because nothing else ends a call that hangs: where it does, a sleeping thread is left.
+    The work runs in a thread, because nothing else ends a call that hangs: where it does, a sleeping thread is
+    left.
     """
     file = os.fspath(file)
     if not os.path.isfile(file):
@@ -190,14 +188,17 @@ def in_time(file, work):
     errors = []
 
     def body():
+        video = already_open
         try:
-            video = already_open or open_video(file)
+            if video is None:
+                video = open_video(file)
             results.append((video, work(video)))
         except VideoError as error:
             errors.append(error)
         except Exception as error:       # PyAV's are of many kinds
             message = " ".join(str(error).split())[:90]
-            errors.append(LostVideo(file, f"not decodable, or no video ({message})"))
+            kind = LostVideo if video is None else VideoError
+            errors.append(kind(file, f"not decodable, or no video ({message})"))
 
     thread = threading.Thread(target=body, daemon=True)
     thread.start()
@@ -232,9 +233,9 @@ def probe_video(file):
 def read_frames(file, times):
     """The frames nearest to `times` by their real time stamps -> uint8 (n, H, W, 3).
 
-    times: s on the file's own clock, which begins at probe_video's start; in any order. Where the file is damaged,
-    the nearest other wanted frame stands in, with a warning. Raises VideoError where less than half of the frames
-    decode, or a time lies more than 1 s outside of the video.
+    times: s on the file's own clock, which begins at probe_video's start; in any order. Where the file is
+    damaged, the nearest other wanted frame stands in, with a warning. Raises VideoError where less than half of
+    the frames decode, or a time lies more than 1 s outside of the video.
     """
     times = np.asarray(times, dtype=float)
     return in_time(file, lambda video: nearest_frames(video, times))
@@ -262,7 +263,7 @@ def nearest_frames(video, times):
 
 
 def nearest(video, times):
-    """(indices of the frames nearest to `times`, ascending, each once; for each time the place among them)."""
+    """(indices of the frames nearest to `times`, ascending, each once; for each time its place among them)."""
     first, last = times.min(), times.max()
     start = video.times[0]
     if first < start - 1 or last > video.end + 1:
@@ -275,8 +276,8 @@ def nearest(video, times):
 def frame_at(video, i, keys_back=0):
     """Frame i (H, W, 3), or None where it cannot be decoded.
 
-    keys_back: how many key frames before the last one decoding begins. Where that one gives nothing, because its group
-    is damaged or is open, those before it are tried.
+    keys_back: how many key frames before the last one decoding begins. Where that one gives nothing, because its
+    group is damaged or is open, those before it are tried.
     """
     stamp = video.stamps[i]
     last_key = np.searchsorted(video.keys, stamp, "right") - 1 - keys_back
@@ -293,7 +294,8 @@ def frame_at(video, i, keys_back=0):
 
 def picture(video, frame):
     """A frame as an array (H, W, 3), uint8, upright."""
-    shape = {"width": video.width, "height": video.height}     # of all frames, though it may change within a file
+    # All have the size of the first, though it may change within a file.
+    shape = {"width": video.width, "height": video.height}
     array = video.colours.reformat(frame, format="rgb24", **shape).to_ndarray()
     quarters = round(frame.rotation / 90) % 4                  # as a phone notes them
     return np.ascontiguousarray(np.rot90(array, quarters)) if quarters else array
