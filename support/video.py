@@ -153,8 +153,7 @@ def decoded(video, key):
                 if video.is_counted:
                     stamp = video.stamps[min(count, len(video.stamps) - 1)]
                     count += 1
-                # What leads up to the key frame of an open group needs frames before that one.
-                if stamp is not None and stamp >= key:
+                if stamp is not None:
                     yield stamp, frame
 
 

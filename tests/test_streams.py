@@ -187,10 +187,11 @@ def test_a_broadcast_that_begins_within_a_group(tmp_path):
     assert first > 0 and numbers(frames) == list(range(first, 120))
 
 
-@pytest.mark.parametrize("name", ["a.ts", "a.mov", "a.avi"])
-def test_frames_after_damage_are_lost_and_not_wrong(tmp_path, name):
-    data = bytearray(make_video(tmp_path / name, frames=120).read_bytes())
-    data[len(data) // 2:len(data) // 2 + 200] = np.random.default_rng(1).bytes(200)
+@pytest.mark.parametrize("name, options", [("a.ts", {}), ("a.mov", {}), ("open.mkv", OPEN)])
+def test_frames_after_damage_are_lost_and_not_wrong(tmp_path, name, options):
+    data = bytearray(make_video(tmp_path / name, frames=120, **options).read_bytes())
+    at = int(0.6 * len(data))
+    data[at:at + 200] = np.random.default_rng(1).bytes(200)
     (tmp_path / name).write_bytes(data)
     wrong = lost = 0
     for i in range(120):
