@@ -229,7 +229,9 @@ def fill_cache(S, out, policy, judge, streams, memories, limits):
     done = {(row["stream"], row["clip"]): row for row in before}
     places = chosen_clips(streams, S.CACHE_CONTEXTS)
     names = [(stream["stream"], t) for stream, t in places]
-    written = {stream: [row["memory"] for row in rows] for stream, rows in memories.items()}
+    written = {}
+    for stream, rows in memories.items():
+        written[stream] = [row["memory"] for row in rows]
     for first in progress(range(0, len(places), S.CHUNK), "rollout cache"):
         chunk = range(first, min(first + S.CHUNK, len(places)))
         indices = my_share([i for i in chunk if names[i] not in done])
@@ -241,7 +243,7 @@ def fill_cache(S, out, policy, judge, streams, memories, limits):
             environments.append(learners(stream, stream["clips"][t], limits))
         samples = rollout(policy, contexts, S.GROUP, [(S.SEED, 8, i) for i in indices])
         groups = [Group(context, row) for context, row in zip(contexts, samples)]
-        phase1.quality(groups, judge, memory_tokens=S.MEMORY_TOKENS)
+        phase1.quality(groups, judge, S.MEMORY_TOKENS)
         rows = gather(list(map(cache_row, groups, environments)))
         if rows:
             append_jsonl(part, rows)

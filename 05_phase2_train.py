@@ -20,8 +20,7 @@ import time
 from dataclasses import dataclass
 
 from common import (Context, F, build_prompt, group_advantages, grpo, kl_to, load_judge, load_policy,
-                    logprobs, make_context, parse_response, per_model, policy_loss, settings, stage,
-                    torch)
+                    logprobs, parse_response, per_model, policy_loss, settings, stage, torch)
 from support.checkpoint import Training
 from support.plan import announce
 from support.ranks import gather, my_share
@@ -30,6 +29,7 @@ from support.runs import (hold, load_streams, need, next_command, read_json, rea
 from support.weights import load_adapter, save_adapter
 
 phase1 = stage("02_phase1_train")
+collect = stage("03_collect_tasks")
 reward_stage = stage("04_train_reward")
 
 # ---------------------------------------------------------------- per_model(toy world, Qwen3-VL-30B-A3B)
@@ -75,7 +75,7 @@ PRINT_EVERY = phase1.PRINT_EVERY
 
 # ================================================================ DPO, on cached pairs
 @dataclass
-class Pair:
+class TokenPair:
     """A context with the memory that serves the questions better, and one that serves them less: token ids."""
     context: Context
     winner: list
@@ -127,7 +127,7 @@ def train_dpo(policy, run, pairs, *, seed, batch_size, beta):
             (loss / len(batch)).backward()
             losses.append(loss.item())
             margins.append(margin.item())
-        grad_norm = run.update()
+        grad_norm = run.optimizer_step()
         losses = gather(losses)
         margins = gather(margins)
         # ---------------- log and save
@@ -154,18 +154,12 @@ def cached_pairs(S, environment, streams):
         if chosen["environment"] != environment:
             continue
         row = rows[chosen["stream"], chosen["clip"]]
-        context = cached_context(streams[row["stream"]], row, S.K)
+        context = collect.cached_context(streams[row["stream"]], row, S.K)
         samples = row["samples"]
         winner = samples[chosen["winner"]]
         loser = samples[chosen["loser"]]
-        pairs.append(Pair(context, winner["ids"], loser["ids"]))
+        pairs.append(TokenPair(context, winner["ids"], loser["ids"]))
     return pairs
-
-
-def cached_context(stream, row, window):
-    """The context of a row of cache.jsonl, with the history that it was sampled with."""
-    first = row["clip"] - len(row["history"])
-    return make_context(stream, row["clip"], dict(enumerate(row["history"], first)), k=window)
 
 
 def show_pair(policy, pair, environment, beta):
@@ -190,11 +184,10 @@ def rewards(groups, judge, reward_model, questions, *, relevance_weight, **const
     phase1.rewards(groups, judge, richness_weight=0.0, **constants_of_02)
     for group in groups:
         for sample in group.samples:
-            sample.gate = sample.reward
             sample.terms |= {"relevance": 0.0, "R": None}
         comparable = [sample for sample in group.judged if sample.memory]
         memories = [sample.memory for sample in comparable]
-        values = reward_model.score(questions, group.context.history, memories) if memories else []
+        values = reward_model.score(questions, group.context.history, memories)
         for sample, R in zip(comparable, values):
             sample.terms["R"] = R
             sample.terms["relevance"] = relevance_weight * (R - sum(values) / len(values))
@@ -228,6 +221,7 @@ def main(argv=None):
     # ---------------- what is to be done
     recent = read_json(need(S, "tasks/recent.json"))
     streams = load_streams(S, "deploy")
+    collect.check_recent(S, streams)
     if S.ENVIRONMENT and S.ENVIRONMENT not in recent:
         raise SystemExit(f"ENVIRONMENT={S.ENVIRONMENT}: recent.json holds {', '.join(recent)}")
     environments = [S.ENVIRONMENT] if S.ENVIRONMENT else list(recent)
@@ -324,8 +318,8 @@ def learn_on_policy(policy, S, environment, questions, streams, judge, reward_mo
         off_policy_steps=0, n_min=S.N_MIN, n_max=S.N_MAX, resample=S.RESAMPLE)
     reward = functools.partial(
         rewards, judge=judge, reward_model=reward_model, questions=questions,
-        relevance_weight=S.RELEVANCE, memory_tokens=S.MEMORY_TOKENS, think_tokens=S.THINK_TOKENS,
-        format_penalty=S.FORMAT)
+        relevance_weight=S.RELEVANCE, max_memory_tokens=S.MEMORY_TOKENS,
+        max_think_tokens=S.THINK_TOKENS, format_penalty=S.FORMAT)
     if S.SHOW:
         phase1.show_group(policy, phase1.first_group(policy, S, batch, reward))
         return False

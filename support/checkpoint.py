@@ -15,19 +15,18 @@ class Training:
         run = Training(out, params, steps=80, lr=1e-4, save_every=10, grad_clip=1.0)
         for step in run:
             loss.backward()
-            norm = run.update()
+            norm = run.optimizer_step()
             run.log({"step": step, "loss": loss.item(), "norm": norm}, "loss")     # "loss": beside the bar
 
     It resumes from out/checkpoint.pt, which is written every `save_every` steps, after the last one and, on
     Ctrl-C or SIGTERM, after the step in hand. A step's noise must derive from its number alone, so no state
     of a random generator is kept. What else a step depends on is `batch.state` (any JSON), which is kept. log.csv
     is written and never read: the checkpoint holds its rows too.
-    fresh: begins at step 0, whatever the folder holds. Raises SystemExit where the checkpoint is damaged, or holds
-    other parameters than `params`.
+    Raises SystemExit where the checkpoint is damaged, or holds other parameters than `params`.
     """
 
     def __init__(self, out, params, *, steps, lr, save_every, grad_clip, batch=None,
-                 description=None, fresh=False):
+                 description=None):
         self.params = params
         self.steps = steps
         self.lr = lr
@@ -42,7 +41,7 @@ class Training:
         self.rows = []                           # of log.csv: {column: text}
         self.bar = None                          # shown while the steps run
         self.signals = []                        # those received since the steps began
-        if self.checkpoint.exists() and not fresh:
+        if self.checkpoint.exists():
             self.resume()
 
     # ---- the steps
@@ -72,7 +71,7 @@ class Training:
     def note_signal(self, number, frame):
         self.signals.append(number)
 
-    def update(self, lr=None):
+    def optimizer_step(self, lr=None):
         """One optimizer step with the clipped sum of all ranks' gradients -> the norm before it was clipped.
 
         Raises SystemExit, before anything is changed, where that norm is not finite.
