@@ -21,9 +21,9 @@ from support.judges import INSUFFICIENT, Answer, Verdict
 from support.plan import announce
 from support.ranks import gather, is_first_rank, my_share, once, progress
 from support.reader import Retriever
-from support.runs import (append_jsonl, clock, fingerprint, load_streams, need, next_command,
-                          read_json, read_jsonl, read_progress, say_what_differs, start,
-                          write_json, write_jsonl, write_text)
+from support.runs import (append_jsonl, as_written, clock, fingerprint, load_streams, need,
+                          next_command, read_json, read_jsonl, read_progress, say_what_differs,
+                          slug, start, write_json, write_jsonl, write_text)
 from support.weights import load_adapter, load_tokenizer
 
 phase1 = stage("02_phase1_train")
@@ -225,27 +225,32 @@ def check_recent(S, streams):
 def fill_cache(S, out, policy, judge, streams, memories, limits):
     """GROUP samples of every context, with their format and quality rewards, appended chunk by chunk."""
     part = out / "cache.part"
-    done = read_progress(part)
+    before = read_progress(part) or read_progress(out / "cache.jsonl")
+    done = {(row["stream"], row["clip"]): row for row in before}
     places = chosen_clips(streams, S.CACHE_CONTEXTS)
-    contexts = []
-    environments = []                            # that may learn from the context
-    for stream, t in places:
-        written = [row["memory"] for row in memories[stream["stream"]]]
-        contexts.append(make_context(stream, t, written, k=S.K))
-        environments.append(learners(stream, stream["clips"][t], limits))
-    firsts = range(len(done), len(places), S.CHUNK)
-    for first in progress(firsts, "rollout cache"):
-        indices = my_share(range(first, min(first + S.CHUNK, len(places))))
-        keys = [(S.SEED, 8, i) for i in indices]
-        samples = rollout(policy, [contexts[i] for i in indices], S.GROUP, keys)
-        groups = [Group(contexts[i], row) for i, row in zip(indices, samples)]
+    names = [(stream["stream"], t) for stream, t in places]
+    written = {}
+    for stream, rows in memories.items():
+        written[stream] = [row["memory"] for row in rows]
+    for first in progress(range(0, len(places), S.CHUNK), "rollout cache"):
+        chunk = range(first, min(first + S.CHUNK, len(places)))
+        indices = my_share([i for i in chunk if names[i] not in done])
+        contexts = []
+        environments = []                        # that may learn from a context
+        for i in indices:
+            stream, t = places[i]
+            contexts.append(make_context(stream, t, written[stream["stream"]], k=S.K))
+            environments.append(learners(stream, stream["clips"][t], limits))
+        samples = rollout(policy, contexts, S.GROUP, [(S.SEED, 8, i) for i in indices])
+        groups = [Group(context, row) for context, row in zip(contexts, samples)]
         phase1.quality(groups, judge, S.MEMORY_TOKENS)
-        rows = gather([cache_row(group, environments[i]) for i, group in zip(indices, groups)])
-        append_jsonl(part, rows)
-        done += rows
-    write_jsonl(out / "cache.jsonl", done)
+        rows = gather(list(map(cache_row, groups, environments)))
+        if rows:
+            append_jsonl(part, rows)
+        done |= {(row["stream"], row["clip"]): row for row in rows}
+    write_jsonl(out / "cache.jsonl", [done[name] for name in names])
     if is_first_rank():
-        part.unlink()
+        part.unlink(missing_ok=True)
 
 
 def chosen_clips(streams, limit):
@@ -323,11 +328,12 @@ def main(argv=None):
 
 def finished_before(S, out, streams, tasks):
     """Whether this folder is complete; if not, remembers of which streams and tasks it will be made."""
-    made_of = fingerprint(streams, tasks)
-    if not (out / "cache.jsonl").exists():
+    made_of = fingerprint(as_written(S, streams), tasks)
+    if not (out / "cache.jsonl").exists() or not (out / "recent.json").exists():
         write_json(out / "made_of.json", made_of)
         return False
-    if made_of != read_json(out / "made_of.json"):
+    file = out / "made_of.json"
+    if file.exists() and made_of != read_json(file):
         print(f"*** streams or tasks have changed since {out} was made, and are not in it. To take "
               "them up: --RUN=NEWNAME, from 01 on ***")
     print(f"finished before: {out}; next: {next_command(S, '04_train_reward.py')}")
@@ -357,12 +363,13 @@ def write_readable(folder, memories):
     """A text for each stream, with the times of its clips."""
     written = 0
     for stream, rows in memories.items():
-        text = ""
+        entries = [stream + "\n"] if slug(stream) != stream else []
         for row in rows:
             nothing = "(the video is damaged here)" if row.get("grey") else "(nothing)"
-            text += f"{clock(row['start'])}-{clock(row['end'])}\n{row['memory'] or nothing}\n\n"
+            memory = row["memory"] or nothing
+            entries.append(f"{clock(row['start'])}-{clock(row['end'])}\n{memory}\n")
             written += bool(row["memory"])
-        write_text(folder / f"{stream}.txt", text)
+        write_text(folder / f"{slug(stream)}.txt", "\n".join([*entries, ""]))
     clips = sum(len(rows) for rows in memories.values())
     print(f"memories of {written} of {clips} clips: {folder}")
 

@@ -26,8 +26,9 @@ from support.checkpoint import Training
 from support.judges import Preference
 from support.ranks import gather_sum, my_share, once, progress
 from support.runs import (append_jsonl, load_streams, need, next_command, read_json, read_jsonl,
-                          read_progress, slug, start, write_json, write_jsonl, written_aside)
-from support.weights import save_adapter
+                          read_progress, slug, start, write_json, write_jsonl)
+from support.text import as_text
+from support.weights import check_tensors, read_tensors, save_adapter, write_tensors
 
 collect = stage("03_collect_tasks")
 
@@ -176,10 +177,10 @@ def compare(judge, cache, questions, path, chunk):
     What the file `path` holds is not asked again. Raises SystemExit when the judge fails on most of a call;
     the calls before it are kept.
     """
-    done = read_progress(path)                             # in the order of the cache
-    firsts = range(len(done), len(cache), chunk)
-    for first in progress(firsts, f"judge {path.stem}", leave=False):
-        rows = cache[first:first + chunk]
+    done = {(row["stream"], row["clip"]): row["verdicts"] for row in read_progress(path)}
+    missing = [row for row in cache if (row["stream"], row["clip"]) not in done]
+    for first in progress(range(0, len(missing), chunk), f"judge {path.stem}", leave=False):
+        rows = missing[first:first + chunk]
         pairs = [comparable(row["samples"]) for row in rows]
         items = []
         for row, pairs_of_row in zip(rows, pairs):
@@ -197,8 +198,8 @@ def compare(judge, cache, questions, path, chunk):
             verdicts = [[i, j, next(said)] for i, j in pairs_of_row]
             judged.append({"stream": row["stream"], "clip": row["clip"], "verdicts": verdicts})
         append_jsonl(path, judged)
-        done += judged
-    return [row["verdicts"] for row in done]
+        done |= {(row["stream"], row["clip"]): row["verdicts"] for row in judged}
+    return [done[row["stream"], row["clip"]] for row in cache]
 
 
 def comparison(questions, samples, i, j):
@@ -342,7 +343,6 @@ class RewardModel:
 
     def __init__(self, policy, *, history, rows, folder=None):
         """history: earlier memories that R reads; rows: readings per pass; folder: what `save` wrote."""
-        from safetensors.torch import load_file
         self.policy = policy
         self.history = history
         self.rows = rows
@@ -351,7 +351,9 @@ class RewardModel:
         with policy.using("reward"):                       # afterwards the writer is who it was
             self.params = policy.add("reward", "lora", folder)
         if folder:
-            saved = load_file(str(folder / "head.safetensors"))
+            file = folder / "head.safetensors"
+            saved = read_tensors(file)
+            check_tensors(file, saved, {"weight": weight, "spread": torch.tensor(self.spread)})
             weight = saved["weight"]
             self.spread = float(saved["spread"])
         self.head = torch.nn.Parameter(weight.to(policy.device))                      # (d,)
@@ -366,11 +368,12 @@ class RewardModel:
         first = max(0, len(reading.history) - self.history)
         earlier = [memory or "(nothing)" for memory in reading.history[first:]]
         content = "\n".join([TASK_PROMPT.strip("\n"), *reading.questions, "", *earlier])
-        turn = {"role": "user", "content": content}
+        turn = {"role": "user", "content": as_text(content, self.policy.tokenizer)}
         text = self.policy.tokenizer.apply_chat_template(
             [turn], tokenize=False, add_generation_prompt=True)
         shared = self.ids(text + "\n</think>\n\n")
-        return shared, [self.ids(memory) + [self.policy.end] for memory in reading.memories]
+        memories = [as_text(memory, self.policy.tokenizer) for memory in reading.memories]
+        return shared, [self.ids(memory) + [self.policy.end] for memory in memories]
 
     def ids(self, text):
         return self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -423,17 +426,15 @@ class RewardModel:
         return [R / self.spread for R in values.tolist()]
 
     def save(self, folder):
-        from safetensors.torch import save_file
         save_adapter(self.policy, "reward", folder)
-        head = {"weight": self.head.detach().cpu(), "spread": torch.tensor(self.spread)}
-        with written_aside(folder / "head.safetensors") as aside:
-            save_file(head, str(aside))
+        head = {"weight": self.head, "spread": torch.tensor(self.spread)}
+        write_tensors(folder / "head.safetensors", head)
 
 
 def load_reward_model(S, policy):
     """The reward model of runs/RUN (or FROM) as one more adapter on `policy`, whose writer stays on."""
     folder = need(S, "reward/model/head.safetensors").parent
-    saved = read_json(folder.parent / "settings.json")
+    saved = read_json(need(S, "reward/settings.json"))
     return RewardModel(policy, history=saved["HISTORY"], rows=saved["ROWS"], folder=folder)
 
 
@@ -591,7 +592,7 @@ def main(argv=None):
     policy = load_policy(S)
     judge = load_judge(S, lambda: policy)
     contexts, pairs, yields = find_preferences(judge, cache, asked, out / "verdicts", S.CHUNK)
-    tests, _, _ = find_preferences(judge, test_cache, later, out / "verdicts", S.CHUNK, "-later")
+    tests, _, _ = find_preferences(judge, test_cache, later, out / "verdicts", S.CHUNK, ".later")
     yields["all"] = summed(yields)
     print_yields(yields)
     write_jsonl(out / "preferences.jsonl", preference_rows(contexts))

@@ -37,6 +37,7 @@ from support.overlay import clip_frames
 from support.ranks import torch
 from support.reader import printed
 from support.runs import ROOT, Prompt, need, read_json, read_jsonl, write_json
+from support.text import as_text
 
 FRAMES = 8               # of the newest clip, that an endpoint sees; "local" sees FRAMES_PER_CLIP
 TRIES = 3                # a reply that can't be parsed is asked for again, then its verdict is None
@@ -237,7 +238,7 @@ class Question:
             for seconds, tokens in pairs:
                 pads = "<|video_pad|>" * tokens
                 frames += f"<{seconds:.1f} seconds><|vision_start|>{pads}<|vision_end|>"
-        turn = {"role": "user", "content": f"{frames}\n{self.text}"}
+        turn = {"role": "user", "content": f"{frames}\n{as_text(self.text, tokenizer)}"}
         text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         return text + self.reasoning
 
@@ -284,7 +285,7 @@ class Local:
             return text
         tokenizer = self.model.policy.tokenizer
         ids = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
-        reasoning = text.partition("</think>")[0] + "\n</think>\n\n"
+        reasoning = as_text(text.partition("</think>")[0], tokenizer) + "\n</think>\n\n"
         reasoned = Question(question.judge_prompt, question.item, reasoning)
         values = [logp.sum().item() for logp in self.model.logprobs(reasoned, ids)]
         return question.judge_prompt.likeliest(replies, values)
