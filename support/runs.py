@@ -277,13 +277,14 @@ def load_streams(S, split):
 
 # ---------------------------------------------------------------- files
 @contextlib.contextmanager
-def written_aside(path):
-    """Yields a temporary path that takes the place of `path` when the block ends well. Rank 0 alone writes."""
+def written_aside(path, every_rank=False):
+    """Yields a temporary path that takes the place of `path` when the block ends well. Rank 0 alone writes, unless
+    every rank has something of its own to write."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.aside{RANK or ''}")
     yield aside
-    if not is_first_rank():
+    if not is_first_rank() and not every_rank:
         aside.unlink()
         return
     with open(aside, "rb+") as file:
