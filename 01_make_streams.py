@@ -1,34 +1,34 @@
 """Stage 1: turn a source of video into streams of 10-second clips, and questions into tasks about them.
 
-SOURCE="tiny" renders the toy world: real mp4 files whose facts are known, so all can be judged exactly. Every other
-source indexes video files in the folder DATA (support/sources.py). It copies nothing and tries a few frames of each;
-what cannot be used is skipped by name, and nothing hangs.
+SOURCE="tiny" renders the toy world: real mp4 files whose facts are known, so all can be judged exactly. Every
+other source indexes video files in the folder DATA (support/sources.py). It copies nothing and tries a few
+frames of each; what cannot be used is skipped by name, and nothing hangs.
   "videos"     any video file, or every video in a folder and below, a stream each. Beside it, if wanted:
                NAME.srt, its speech. In the folder: tasks.jsonl, a question per line,
-               {"video": "trip/day1.mp4", "question": "Who drove?", "options": ["A. Ann", "B. Bob"], "answer": "B"}
-               with, if wanted, "time" (s of the stream, when it is asked; else at its end), "environment" (questions
-               of one kind share an adapter; else all are "questions") and "task" (a unique name). Without options
-               it is an open question.
-  "videomme"   Video-MME as published: videomme/*.parquet (by the optional pyarrow; or videomme.jsonl, the same
-               rows), data/ID.mp4, subtitle/ID.srt
-  "egolife"    EgoLifeQA/EgoLifeQA_A1_JAKE.json, A1_JAKE/DAY1/*.mp4 .., EgoLifeCap/Transcript/..: one stream of all
-               days, in s since DAY1 00:00; a task sees what lies before its query time
+               {"video": "trip/day1.mp4", "question": "Who drove?", "options": ["A. Ann", "B. Bob"],
+               "answer": "B"} with, if wanted, "time" (s of the stream, when it is asked; else at its end),
+               "environment" (questions of one kind share an adapter; else all are "questions") and "task" (a
+               unique name). Without options it is an open question.
+  "videomme"   Video-MME as published: videomme/*.parquet (by the optional pyarrow; or videomme.jsonl, the
+               same rows), data/ID.mp4, subtitle/ID.srt
+  "egolife"    EgoLifeQA/EgoLifeQA_A1_JAKE.json, A1_JAKE/DAY1/*.mp4 .., EgoLifeCap/Transcript/..: one stream
+               of all days, in s since DAY1 00:00; a task sees what lies before its query time
   "egotempo"   egotempo_openQA.json, and Ego4D's video_540ss/UID.mp4, or else trimmed_clips/CLIP.mp4
 
-Identity and speech are drawn into the frames, as the paper does (support/overlay.py). Speech comes from .srt, or by
-ASR where there is none. Faces come from NAME.faces.jsonl beside a video, a line per box,
+Identity and speech are drawn into the frames, as the paper does (support/overlay.py). Speech comes from .srt,
+or by ASR where there is none. Faces come from NAME.faces.jsonl beside a video, a line per box,
     {"time": 12.5, "face": 3, "box": [left, top, right, bottom], "name": "Ann"}
-(s of the file's clock, held half a second either side; pixels of the video; "name" only if cues name their speaker:
-"Ann: hello" is then drawn as "<face_3>: hello"), or are found and told apart with FACES=1. A face keeps its number
-over a stream. Without any of this the frames stay as they are.
+(s of the file's clock, held half a second either side; pixels of the video; "name" only if cues name their
+speaker: "Ann: hello" is then drawn as "<face_3>: hello"), or are found and told apart with FACES=1. A face
+keeps its number over a stream. Without any of this the frames stay as they are.
 
-Each later stage reads one split: 02 "train", 03 to 05 "deploy", 06 "test". "online" serves 03 to 06: the first
-questions of each kind go to Phase One, those after them to the adapter. "videos" in DATA/train, DATA/deploy or
-DATA/test are of that split, all else is of SPLIT.
+Each later stage reads one split: 02 "train", 03 to 05 "deploy", 06 "test". "online" serves 03 to 06: the
+first questions of each kind go to Phase One, those after them to the adapter. "videos" in DATA/train,
+DATA/deploy or DATA/test are of that split, all else is of SPLIT.
 
-Run: python 01_make_streams.py [--NAME=value ...]       for example --SOURCE=videos --DATA=~/Videos --RUN=mine
+Run: python 01_make_streams.py [--NAME=value ...]       e.g. --SOURCE=videos --DATA=~/Videos --RUN=mine
 In:  nothing for "tiny", else the folder DATA
-Out: streams/streams.jsonl, tasks.jsonl; of "tiny" also videos/*.mp4, captions.jsonl, truth.jsonl; else files.jsonl
+Out: streams/streams.jsonl, tasks.jsonl; "tiny": videos/*.mp4, captions.jsonl, truth.jsonl; else files.jsonl
 Takes 10 s for the toy world; for videos 0.4 s per clip of 720p on one core, far less with --CHECK=0.
 """
 import pathlib
@@ -130,8 +130,8 @@ def checked_data(S):
 def as_tasks(questions, streams):
     """(rows of tasks.jsonl in the order of streams and times, what was left out as (stream, reason)).
 
-    A mistake in a user's own tasks.jsonl ends in SystemExit. In a data set, a question with a wrong answer is left
-    out, and one whose name another has gets a name of its own.
+    A mistake in a user's own tasks.jsonl ends in SystemExit. In a data set, a question with a wrong answer is
+    left out, and one whose name another has gets a name of its own.
     """
     ends = {stream["stream"]: stream["clips"][-1]["end"] for stream in streams}
     tasks = []

@@ -20,8 +20,7 @@ import time
 from dataclasses import dataclass
 
 from common import (Context, F, build_prompt, group_advantages, grpo, kl_to, load_judge, load_policy,
-                    logprobs, make_context, parse_response, per_model, policy_loss, settings, stage,
-                    torch)
+                    logprobs, parse_response, per_model, policy_loss, settings, stage, torch)
 from support.checkpoint import Training
 from support.plan import announce
 from support.ranks import gather, my_share
@@ -30,6 +29,7 @@ from support.runs import (load_streams, need, next_command, read_json, read_json
 from support.weights import load_adapter, save_adapter
 
 phase1 = stage("02_phase1_train")
+collect = stage("03_collect_tasks")
 reward_stage = stage("04_train_reward")
 
 # ---------------------------------------------------------------- per_model(toy world, Qwen3-VL-30B-A3B)
@@ -154,18 +154,12 @@ def cached_pairs(S, environment, streams):
         if chosen["environment"] != environment:
             continue
         row = rows[chosen["stream"], chosen["clip"]]
-        context = cached_context(streams[row["stream"]], row, S.K)
+        context = collect.cached_context(streams[row["stream"]], row, S.K)
         samples = row["samples"]
         winner = samples[chosen["winner"]]
         loser = samples[chosen["loser"]]
         pairs.append(Pair(context, winner["ids"], loser["ids"]))
     return pairs
-
-
-def cached_context(stream, row, window):
-    """The context of a row of cache.jsonl, with the history that it was sampled with."""
-    first = row["clip"] - len(row["history"])
-    return make_context(stream, row["clip"], dict(enumerate(row["history"], first)), k=window)
 
 
 def show_pair(policy, pair, environment, beta):
@@ -224,6 +218,7 @@ def main(argv=None):
     # ---------------- what is to be done
     recent = read_json(need(S, "tasks/recent.json"))
     streams = load_streams(S, "deploy")
+    collect.check_recent(S, streams)
     if S.ENVIRONMENT and S.ENVIRONMENT not in recent:
         raise SystemExit(f"ENVIRONMENT={S.ENVIRONMENT}: recent.json holds {', '.join(recent)}")
     environments = [S.ENVIRONMENT] if S.ENVIRONMENT else list(recent)

@@ -157,6 +157,7 @@ class Exam:
 
 def load_exam(S, out, phase1_adapter):
     streams = load_streams(S, "test")
+    tasks_stage.check_recent(S, streams)
     recent = {}
     questions = {}
     for environment, tasks in read_json(need(S, "tasks/recent.json")).items():
@@ -461,6 +462,7 @@ FUNCTIONS_THAT_MATTER = (build_prompt, phase1.quality, tasks_stage.answer, tasks
 def main(argv=None):
     S = settings(globals(), argv)
     out = start(S, "eval", *FUNCTIONS_THAT_MATTER)
+    need(S, "streams/streams.jsonl")
     phase1_adapter = need(S, "phase1/adapter")
     say_what_differs(phase1_adapter.parent, "02_phase1_train.py", build_prompt, phase1.quality)
     exam = load_exam(S, out, phase1_adapter)

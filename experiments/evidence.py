@@ -33,6 +33,8 @@ RESULTS = ROOT / "results"
 RUNS = ROOT / "runs"
 
 # ---------------------------------------------------------------- what is run
+STAGES = ("01_make_streams", "02_phase1_train", "03_collect_tasks", "04_train_reward",
+          "05_phase2_train", "06_eval")
 SEEDS = range(5)                               # of the main run ...
 FEW = range(3)                                 # ... of variants and ablations
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}      # t quantile 0.975 for n seeds
@@ -105,7 +107,7 @@ class Run:
 
 
 def script_of(number):
-    return next(ROOT.glob(f"{number}_*.py")).name
+    return next(f"{stage}.py" for stage in STAGES if stage.startswith(number))
 
 
 def say(text):
@@ -130,7 +132,7 @@ def source_hash():
 
 def sources():
     """The files whose code the figures depend on."""
-    stages = sorted(ROOT.glob("0?_*.py"))
+    stages = [ROOT / f"{stage}.py" for stage in STAGES]
     support = sorted((ROOT / "support").glob("*.py"))
     return [*stages, ROOT / "common.py", *support, ROOT / "tiny" / "world.py"]
 

@@ -20,12 +20,11 @@ class Training:
     It resumes from out/checkpoint.pt, which is written every `save_every` steps, after the last one and, on
     Ctrl-C or SIGTERM, after the step in hand. A step's noise must derive from its number alone, so no state
     of a random generator is kept. What else a step depends on is `batch.state` (any JSON), which is kept.
-    fresh: begins at step 0, whatever the folder holds. Raises SystemExit where the checkpoint holds other
-    parameters than `params`.
+    Raises SystemExit where the checkpoint holds other parameters than `params`.
     """
 
     def __init__(self, out, params, *, steps, lr, save_every, grad_clip, batch=None,
-                 description=None, fresh=False):
+                 description=None):
         self.params = params
         self.steps = steps
         self.lr = lr
@@ -40,7 +39,7 @@ class Training:
         self.rows = []                           # of log.csv: {column: text}
         self.bar = None                          # shown while the steps run
         self.signals = []                        # those received since the steps began
-        if self.checkpoint.exists() and not fresh:
+        if self.checkpoint.exists():
             self.resume()
 
     # ---- the steps

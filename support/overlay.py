@@ -1,8 +1,8 @@
-"""Speech and faces, drawn on the frames as in the paper: so a memory can say who spoke, and the policy reads it.
+"""Speech and faces, drawn on the frames as in the paper, so that a memory can say who spoke.
 
-Speech comes from NAME.srt beside a video, or by a Whisper model (ASR). Faces come from NAME.faces.jsonl beside it, or
-are found and told apart by the optional package insightface (FACES). In rows, a cue is [start, end, text] and a
-box is [time, face, left, top, right, bottom], in s and in pixels of the video.
+Speech comes from NAME.srt beside a video, or by a Whisper model (ASR). Faces come from NAME.faces.jsonl
+beside it, or are found and told apart by the optional package insightface (FACES). In rows, a cue is [start,
+end, text] and a box is [time, face, left, top, right, bottom], in s and in pixels of the video.
 """
 import bisect
 import contextlib
@@ -26,9 +26,10 @@ SOUND_RATE = 16000           # samples a second, as Whisper hears
 
 # ---------------------------------------------------------------- a clip's frames
 def clip_frames(clip, n):
-    """Frames (n, H, W, 3) uint8 of a clip with its speech and faces on them, and their times in s from its start.
+    """Frames (n, H, W, 3) uint8 of a clip, its speech and faces on them, and their times, s from its start.
 
-    A clip that cannot be read gives grey frames, and says so: 01 tried some of its frames, and others are broken.
+    A clip that cannot be read gives grey frames, and says so: 01 tried some of its frames, and others are
+    broken.
     """
     times = frame_times(clip, n)
     try:
@@ -61,7 +62,8 @@ class Canvas:
 def draw(frames, seconds, clip):
     """A copy of frames (n, H, W, 3) uint8 with the speech and faces of the clip on them.
 
-    seconds: (n,) when the frames are shown, on the stream's clock. A cue between two frames stands on the nearer.
+    seconds: (n,) when the frames are shown, on the stream's clock. A cue between two frames stands on the
+    nearer.
     """
     from PIL import Image, ImageDraw
     frames = frames.copy()
@@ -135,7 +137,10 @@ def draw_speech(canvas, at, cues):
 
 @functools.lru_cache(1000)
 def wrapped(text, size, width):
-    """(font of `size` px, lines of text at most `width` px wide). What no font here has is left out, with a warning."""
+    """(font of `size` px, lines of text at most `width` px wide).
+
+    What no font here has is left out, with a warning.
+    """
     font = font_for(text, size)
     lost = lacking(font, text)
     if lost:
@@ -152,7 +157,7 @@ def wrapped(text, size, width):
 
 
 def font_for(text, size):
-    """Pillow's own font, the same everywhere; where it lacks a character, the system's font that has the most."""
+    """Pillow's own font, the same everywhere; where it lacks a character, the system's that has the most."""
     from PIL import ImageFont
     font = ImageFont.load_default(size)                  # it has hardly more than ASCII
     if lacking(font, text):
@@ -303,8 +308,8 @@ def find_faces(app, file, start, end):
 def tell_apart(found, match):
     """Boxes by time of found faces (n, 517; see `find_faces`), numbered from 1 on.
 
-    Each face is the known one whose mean embedding so far has the highest cosine, at least `match`, or else new. Two
-    faces of one frame never are the same.
+    Each face is the known one whose mean embedding so far has the highest cosine, at least `match`, or else
+    new. Two faces of one frame never are the same.
     """
     boxes = []
     sums = {}                                            # {face: sum of its embeddings so far}
@@ -370,8 +375,8 @@ def transcribe(file, recognise):
 def read_sound(file):
     """Samples (n,) float32 in [-1, 1] at SOUND_RATE, from 0 s of the file's clock on; none without sound.
 
-    Where the file has a gap or damage there is silence. It is read by PyAV, because decord's AudioReader closes gaps,
-    so that what follows comes too early.
+    Where the file has a gap or damage there is silence. It is read by PyAV, because decord's AudioReader
+    closes gaps, so that what follows comes too early.
     """
     import av
     pieces = []                                          # (s, samples)
@@ -409,9 +414,9 @@ def sound_of(packet, resampler, first):
 def speech_and_faces(S, out, stream, pieces, recognise, finder):
     """(cues, boxes, what was skipped as (file name, reason)) of a stream, on its clock.
 
-    What was written down counts; where there is none, speech is recognised and faces are found, which `out` keeps by
-    file. stream: of support/sources.py, as the pieces of files that it is made of. recognise, finder: None: not asked
-    for.
+    What was written down counts; where there is none, speech is recognised and faces are found, which `out`
+    keeps by file. stream: of support/sources.py, as the pieces of files that it is made of. recognise,
+    finder: None: not asked for.
     """
     cues = stream.cues
     skipped = []
@@ -442,7 +447,7 @@ def recognised_speech(name, pieces, folder, recognise):
 
 
 def written_faces(name, pieces):
-    """(boxes, {name: face}) of a stream from NAME.faces.jsonl. SystemExit where two files contradict each other."""
+    """(boxes, {name: face}) of a stream from NAME.faces.jsonl. SystemExit where two files contradict."""
     boxes = []
     names = {}
     for piece in pieces:
@@ -451,13 +456,13 @@ def written_faces(name, pieces):
         for person, face in called.items():
             before = names.setdefault(person, face)
             if before != face:
-                raise SystemExit(f"{piece.file}: {person} is face {face} here, but {before} in an earlier file "
-                                 f"of the stream {name}: a face keeps its number over a stream")
+                raise SystemExit(f"{piece.file}: {person} is face {face} here, but {before} in an earlier "
+                                 f"file of the stream {name}: a face keeps its number over a stream")
     return boxes, names
 
 
 def found_faces(name, pieces, folder, finder, match):
-    """Boxes of a stream by `finder`, told apart over all of it. What is found in each piece is kept in `folder`."""
+    """Boxes of a stream by `finder`, told apart over all of it. Each piece's faces are kept in `folder`."""
     found = []
     for piece in progress(pieces, f"faces of {name}", leave=False):
         path = folder / f"{file_key(piece.file, piece.start, piece.end)}.npy"

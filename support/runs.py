@@ -210,8 +210,11 @@ def start(S, stage, *functions):
 
 
 def has_results(out):
-    """Whether anything in a stage's folder binds it to its settings. What 01 has looked up in videos does not."""
-    harmless = ("settings.json", "files.jsonl", "speech", "faces")
+    """Whether anything in a stage's folder binds it to its settings.
+
+    What 01 has looked up in videos does not, nor does 03's list of what it is about to read.
+    """
+    harmless = ("settings.json", "made_of.json", "files.jsonl", "speech", "faces")
     return any(path.name not in harmless for path in out.iterdir())
 
 

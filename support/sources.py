@@ -1,8 +1,8 @@
 """Where videos come from: what a source holds, which of its files can be read, and how they become clips.
 
-A source is a function of (S, folder, data) that gives the streams that it found, as parts of files, and the questions
-about them. S.DATA is `data`, and `folder` is it, or the folder around it where it is one file. To add a source, write
-such a function and put it into SOURCES.
+A source is a function of (S, folder, data) that gives the streams that it found, as parts of files, and the
+questions about them. S.DATA is `data`, and `folder` is it, or the folder around it where it is one file. To
+add a source, write such a function and put it into SOURCES.
 """
 import importlib.util
 import math
@@ -311,8 +311,8 @@ def videos_by_stem(folder, *places):
 
 
 def limited(names, there, limit):
-    """Each name once, in order. With a limit, the first of those that are there; else all, so that the summary can
-    name those that are not.
+    """Each name once, in order. With a limit, the first of those that are there; else all, so that the
+    summary can name those that are not.
 
     >>> limited(["b", "a", "b", "c"], {"a", "c"}, 1), limited(["b", "a", "b"], {"a"}, 0)
     (['a'], ['b', 'a'])
@@ -394,8 +394,8 @@ def how_checked(S):
 def check_video(file, spans, S):
     """A row of files.jsonl: {file, stamp, spans, clips: [[clip ..] per span], skipped: [reasons], how}.
 
-    Times are the file's own, by its time stamps, in which subtitles count too; decord calls the first frame 0 s even
-    where the sound starts earlier. Raises nothing: a file that cannot be used has no clips.
+    Times are the file's own, by its time stamps, in which subtitles count too; decord calls the first frame 0
+    s even where the sound starts earlier. Raises nothing: a file that cannot be used has no clips.
     """
     clips = [[] for _ in spans]
     skipped = []
@@ -439,7 +439,8 @@ def cut_clips(file, first, end, S):
 def decodable(file, clips, S):
     """(the clips that can be read, the reasons why others cannot).
 
-    A data set has thousands of files, so they are tried as a whole; where that fails, clip by clip as any other video.
+    A data set has thousands of files, so they are tried as a whole; where that fails, clip by clip as any
+    other video.
     """
     if not S.CHECK:
         return clips, []
@@ -475,10 +476,10 @@ def reads_as_a_whole(file, clips, S):
     return True
 
 
-# ---------------------------------------------------------------- from the clips of files to those of a stream
+# ---------------------------------------------------------------- from files to streams
 @dataclass
 class Piece:
-    """What a stream uses of a file. start, end: s of the file's clock; shift: to be added for the stream's."""
+    """What a stream uses of a file. start, end: s of its clock; shift: to be added for the stream's."""
     file: pathlib.Path
     start: float
     end: float

@@ -1,8 +1,9 @@
-"""Frames that can be trusted: read from any video file by their real times, and as patches for the vision tower.
+"""Frames that can be trusted: of any video file, by their real times, and as patches for the vision tower.
 
-decord decodes fast, but on damaged or oddly cut files it hangs for ever, gives wrong frames, or fails a whole batch
-for one of them. So each call runs under a time limit, frames are found by their own time stamps and not by the frame
-rate, and whatever cannot be read ends in a VideoError that names the file, the reason and the cure.
+decord decodes fast, but on damaged or oddly cut files it hangs for ever, gives wrong frames, or fails a whole
+batch for one of them. So each call runs under a time limit, frames are found by their own time stamps and not
+by the frame rate, and whatever cannot be read ends in a VideoError that names the file, the reason and the
+cure.
 """
 import math
 import os
@@ -70,8 +71,8 @@ def open_video(file, size):
         what = "is MPEG-TS or lacks time stamps (H.264 in AVI)"
         raise VideoError(file, f"{what}: decord gives wrong frames")
     key_frames = np.array(reader.get_key_indices())
-    # Of a file cut without re-encoding, decord counts the frames before 0 and never delivers them. Its index i is
-    # then the i-th frame from 0 on, as it is in PyAV; asked for a higher one, it hangs.
+    # Of a file cut without re-encoding, decord counts the frames before 0 and never delivers them. Its index
+    # i is then the i-th frame from 0 on, as it is in PyAV; asked for a higher one, it hangs.
     if spans[0, 0] < -1e-3:
         spans = spans[spans[:, 0] >= -1e-3]
         key_frames = key_frames[:0]
@@ -81,7 +82,8 @@ def open_video(file, size):
 def in_time(file, size, work):
     """work(OpenVideo), under a time limit. Raises VideoError.
 
-    The work runs in a thread, because no signal ends a hang of decord: where it hangs, a sleeping thread is left.
+    The work runs in a thread, because no signal ends a hang of decord: where it hangs, a sleeping thread is
+    left.
     """
     file = os.fspath(file)
     if not os.path.isfile(file):
@@ -141,9 +143,9 @@ def probe_video(file):
 def read_frames(file, times, size=None):
     """The frames nearest to `times` by their real time stamps -> uint8 (n, H, W, 3).
 
-    times: s on the file's own clock, which begins at probe_video's start; in any order. size: (H, W) to resize to.
-    Where the file is damaged, the nearest other wanted frame stands in, with a warning. Raises VideoError where less
-    than half of the frames decode, or a time lies more than 1 s outside of the video.
+    times: s on the file's own clock, which begins at probe_video's start; in any order. size: (H, W) to
+    resize to. Where the file is damaged, the nearest other wanted frame stands in, with a warning. Raises
+    VideoError where less than half of the frames decode, or a time lies more than 1 s outside of the video.
     """
     times = np.asarray(times, dtype=float)
     return in_time(file, size, lambda video: nearest_frames(video, times))
@@ -185,8 +187,9 @@ def nearest_frames(video, times):
 def with_lead(key_frames, wanted):
     """The wanted indices, and before some of them those that must be read with them; sorted, each once.
 
-    A seek to the key frame of an open group, as HEVC has them, drops the frames that lead up to it, and decord
-    miscounts from there. So what follows a key frame at once is read on from the last frame of the group before.
+    A seek to the key frame of an open group, as HEVC has them, drops the frames that lead up to it, and
+    decord miscounts from there. So what follows a key frame at once is read on from the last frame of the
+    group before.
     """
     groups = np.searchsorted(key_frames, wanted, "right") - 1
     runs = [wanted]
@@ -203,8 +206,8 @@ def with_lead(key_frames, wanted):
 def one_frame(video, i):
     """Frame i (H, W, 3), or None where it cannot be read.
 
-    It is tried several times, because decord's worker runs ahead: whether it meets the damage behind a frame before
-    it hands out that frame is a matter of luck.
+    It is tried several times, because decord's worker runs ahead: whether it meets the damage behind a frame
+    before it hands out that frame is a matter of luck.
     """
     for _ in range(TRIES):
         try:
@@ -215,7 +218,7 @@ def one_frame(video, i):
 
 
 def frame_times(clip, n):
-    """Where the n frames of a clip lie, in s of its file. A shorter last clip gets fewer of them, but at least two.
+    """Where the n frames of a clip lie, in s of its file. A shorter last clip gets fewer, but at least two.
 
     >>> frame_times({"start": 20, "end": 30, "offset": 0}, 4)
     [1.25, 3.75, 6.25, 8.75]
@@ -245,9 +248,9 @@ def frame_size(height, width, pixels):
 def frames_to_patches(frames, pixels):
     """What the vision tower reads of frames (n, H, W, 3) uint8, each resized to at most `pixels`.
 
-    It gives the values of Qwen3VLVideoProcessor, which needs torchvision. Two frames make a pair, so an odd n repeats
-    the last. Returns patches (n/2 * h * w, 3 * 2 * 16 * 16) in [-1, 1] and the grid (n/2, h, w), in patches of
-    16 pixels. The 2 x 2 patches of one token are neighbours.
+    It gives the values of Qwen3VLVideoProcessor, which needs torchvision. Two frames make a pair, so an odd n
+    repeats the last. Returns patches (n/2 * h * w, 3 * 2 * 16 * 16) in [-1, 1] and the grid (n/2, h, w), in
+    patches of 16 pixels. The 2 x 2 patches of one token are neighbours.
     """
     x = torch.as_tensor(frames).permute(0, 3, 1, 2)             # (n, 3, H, W) uint8
     size = frame_size(*x.shape[2:], pixels)

@@ -26,6 +26,7 @@ import functools
 import logging
 import os
 import re
+import warnings
 from collections import namedtuple
 
 from support.plan import BLOCK, check_plan, is_expert
@@ -282,6 +283,8 @@ def silence_libraries(S):
     transformers.logging.set_verbosity_error()
     # It misses a CPU kernel that is not used.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # PEFT asks whether several adapters are meant. They are.
+    warnings.filterwarnings("ignore", "Already found a `peft_config`")
     if S.MODEL == "tiny" or not is_first_rank():
         transformers.logging.disable_progress_bar()
 

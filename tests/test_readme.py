@@ -19,7 +19,6 @@ PROVENANCE = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README, "results/README.md": PROVENANCE}
 F = read_json(ROOT / "results" / "evidence.json")
 RETRIEVAL = read_json(ROOT / "results" / "retrieval.json")
-STAGES = sorted(path.stem for path in ROOT.glob("0?_*.py"))
 
 # Head of a column -> (metric, decimals, factor).
 COLUMNS = {
@@ -118,7 +117,7 @@ def test_functions_exist():
     for place, name in places:
         module = common
         if place != "common":
-            module = common.stage(next(stage for stage in STAGES if stage.startswith(place)))
+            module = common.stage(evidence.script_of(place).removesuffix(".py"))
         assert hasattr(module, name), f"{place}.{name}"
 
 
@@ -228,12 +227,14 @@ def full_size(text):
 
 
 def test_planned_bytes(sketch, capsys):                                     # noqa: F811
-    weights = rows_below("| weights | planned, GiB |")
+    weights = rows_below("| weights | planned, GiB | measured, GiB |")
     cards = rows_below("| card, GiB | constants |")
     assert len(weights) == 4 and len(cards) == 3
-    for text, size in weights:
+    measured = read_json(ROOT / "results" / "full_size.json")["5 model"]["build"]["weights_gib"]
+    for text, size, on_a_card in weights:
         kinds = plan.weight_bytes(sketch, full_size(text)).values()
-        assert f"{sum(kind.bytes for kind in kinds) / 2**30:.1f}" == size, text
+        assert f"{sum(kind.bytes for kind in kinds) / 2**30:.2f}" == size, text
+        assert on_a_card == (f"{measured:.2f}" if "default" in text else "not measured")
     for card, text, prompt, step, contexts in cards:
         S = full_size(text)
         found = plan.plan(sketch, S)

@@ -328,7 +328,8 @@ def test_the_order_of_the_questions_hardly_matters(trained):
             memories = [s["memory"] for s in row["samples"] if s["memory"]]
             asked.append(stage.Reading(questions, row["history"], memories))
             mixed.append(stage.Reading(draw.sample(questions, 5), row["history"], memories))
-    one, two = (torch.tensor(model.measure(readings)) for readings in (asked, mixed))           # (24, 6)
+    one, two = (torch.stack([torch.tensor(R) for R in model.measure(readings)])                # (24, 6)
+                for readings in (asked, mixed))
     same = [(a[i] > a[j]) == (b[i] > b[j]) for a, b in zip(one, two) for i, j in itertools.combinations(range(5), 2)]
     assert sum(same) / len(same) > 0.75 and (one - two).abs().mean() < model.spread
 

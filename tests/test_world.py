@@ -1,4 +1,4 @@
-"""The embedded world: judge and reader against adversaries, tasks, videos, and what the base model sees."""
+"""The toy world: judge and reader against adversaries, tasks, videos, and what the base model sees."""
 import pathlib
 import random
 import sys
@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import loading
 from tiny import world
 
 CLIPS = 12
@@ -19,6 +18,11 @@ def stream(i=0):
 
 def judge(truth, name="s"):
     return world.Judge([{"stream": name, "clip": t, "facts": clip} for t, clip in enumerate(truth)])
+
+
+def named(name):
+    """A judge's prompt. The toy world's judge reads its name alone."""
+    return SimpleNamespace(name=name)
 
 
 def context(t, previous=None, name="s"):
@@ -94,8 +98,8 @@ def test_one_mutated_fact_flips_the_verdict_in_1000_memories():
             changed = [mutated(f, rng) if n == spot else f for n, f in enumerate(chosen)]
             items = [{"context": context(t, previous), "memory": m}
                      for m in (memory, world.sentence(world.parse(memory)[0], changed))]
-            assert ask.ask("faithful", items) == [True, False]
-            assert ask.ask("clean", [{"previous": previous or "", "memory": memory}]) == [True]
+            assert ask.ask(named("faithful"), items) == [True, False]
+            assert ask.ask(named("clean"), [{"previous": previous or "", "memory": memory}]) == [True]
             previous, checked = memory, checked + 1
     assert checked == 1000
 
@@ -145,7 +149,7 @@ def test_rank_counts_true_new_distinct_facts():
     previous = world.sentence("now", told[:1])
     wrong = [mutated(f, random.Random(0)) for f in told]
     memories = [world.sentence("now", f) for f in (told[1:4], told[1:3], told[:3], [told[1]] * 3, wrong)]
-    ranks = judge(truth).ask("rank", [{"context": context(5, previous), "memories": memories}])[0]
+    ranks = judge(truth).ask(named("rank"), [{"context": context(5, previous), "memories": memories}])[0]
     assert ranks == [1.0, 2.5, 2.5, 4.0, 5.0]
 
 
@@ -159,7 +163,7 @@ def test_relevance_reads_questions_not_environments():
         first, second = (world.caption(truth, 5, None, rng) for _ in range(2))
         mine = [n for n, t in enumerate(tasks) if t["environment"] == environment]
         rows = [[group[n]["question"] for n in mine] for group in (tasks, renamed)]
-        said = ask.ask("prefer", [{"questions": q, "first": first, "second": second} for q in rows])
+        said = ask.ask(named("prefer"), [{"questions": q, "first": first, "second": second} for q in rows])
         back = ask.prefer(rows[0], second, first)
         assert said[0] == said[1] == {"first": "second", "second": "first", "tie": "tie"}[back]
         counts = [sum(f.category == environment for f in world.facts(m)) for m in (first, second)]
@@ -172,7 +176,7 @@ def test_relevance_reads_questions_not_environments():
 
 def test_an_unknown_judge_question_is_an_error():
     with pytest.raises(ValueError, match="faithful"):
-        world.Judge().ask("truth", [])
+        world.Judge().ask(named("truth"), [])
 
 
 # ---- tasks and reader ------------------------------------------------------------------------------------
