@@ -67,7 +67,10 @@ class Training:
                 signal.signal(number, handler)
 
     def note_signal(self, number, frame):
+        """The first is noted, the second of its kind ends the process at once, whatever that is waiting for."""
         self.signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("stopping after this step, to be saved; once more stops at once, without the step")
 
     def update(self, lr=None):
         """One optimizer step with the clipped sum of all ranks' gradients -> the norm before it was clipped.

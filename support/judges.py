@@ -26,6 +26,7 @@ A judge question of your own:
 """
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from support.endpoint import Endpoint
@@ -34,7 +35,6 @@ from support.reader import printed
 from support.runs import ROOT, Prompt, need, read_jsonl
 
 TRIES = 3                # a reply that can't be parsed is asked for again, then its verdict is None
-MANY = 8                 # failures in one call that stop a run, if they are most of it
 INSUFFICIENT = "insufficient"
 
 
@@ -253,7 +253,8 @@ class TextJudge:
 
     def __init__(self, send):
         self.send = send
-        self.answered = set()                    # names of the prompts that have got a verdict
+        self.asked = Counter()                   # {name of a prompt: questions so far}
+        self.failed = Counter()                  # of these, without a verdict
 
     def ask(self, prompt, items):
         """A verdict for each item, None where it failed. SystemExit where most did."""
@@ -267,18 +268,18 @@ class TextJudge:
             for i, reply in zip(missing, replies):
                 if reply is not None:
                     verdicts[i] = questions[i].parse(reply)
-        self.stop_where_most_failed(prompt.name, verdicts)
+        self.asked[prompt.name] += len(items)
+        self.failed[prompt.name] += verdicts.count(None)
+        self.stop_where_most_failed(prompt.name)
         return verdicts
 
-    def stop_where_most_failed(self, name, verdicts):
-        """A few failures among few questions are no reason, once the judge has answered any such question."""
-        failed = verdicts.count(None)
-        is_many = failed >= MANY or name not in self.answered
-        if failed * 2 > len(verdicts) and is_many:
-            raise SystemExit(f"the judge failed on {failed} of {len(verdicts)} questions {name!r}; mend it "
-                             "and run the same command again: what was answered is kept")
-        if failed < len(verdicts):
-            self.answered.add(name)
+    def stop_where_most_failed(self, name):
+        """By all questions so far: a clip or two that an endpoint refuses to see shall not end a run."""
+        failed = self.failed[name]
+        asked = self.asked[name]
+        if failed * 2 > asked:
+            raise SystemExit(f"the judge failed on {failed} of {asked} questions {name!r}; mend it and "
+                             "run the same command again: what was answered is kept")
 
 
 # ---------------------------------------------------------------- the model itself
