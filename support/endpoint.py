@@ -92,19 +92,21 @@ class Endpoint:
         pictures = [grey_picture()] * FRAMES if shows_frames else []
         messages = as_messages(pictures, question.text)
 
+        problems = []
+
         def ask():
             for attempt in range(tries):
                 outcome = self.request(client, messages, attempt)
-                problem = self.problem_of(question, outcome)
-                if not problem:
+                problems.append(self.problem_of(question, outcome))
+                if not problems[-1]:
                     break
-            return problem
+            return problems[-1]
 
         with ThreadPool(1) as pool:
             try:
                 return pool.apply_async(ask).get(FIRST_ANSWER)
             except multiprocessing.TimeoutError:
-                return f"no answer within {FIRST_ANSWER} s"
+                return "; ".join([*problems[-1:], f"no answer within {FIRST_ANSWER} s"])
 
     # ---------------------------------------------------------------- questions and replies
     def __call__(self, questions, attempt):

@@ -15,6 +15,7 @@ JUDGE = "tiny"           the toy world's exact one, which knows a clip's facts a
                          reasons greedily, then the likeliest of the allowed replies is its verdict
         "openai:MODEL"   an OpenAI-compatible endpoint (vLLM, Gemini, GPT) by the optional package `openai`;
                          address and key from OPENAI_BASE_URL and OPENAI_API_KEY alone, never printed or saved
+                         (support/endpoint.py)
 
 A judge question of your own:
   1. In the stage: SHORT = Verdict("short", 'Is "{memory}" short? Answer with {{"verdict": true}} or ...').

@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import sys
 import textwrap
 from collections import namedtuple
@@ -33,6 +34,7 @@ NOT_COMPARED = ("RUN", "SCRIPT", "COMMAND", "SHOW", "ENVIRONMENT", "READERS", "P
 def explain_interruption(kind, error, trace):
     """Ctrl-C outside of a training loop ends in a sentence and not in a traceback, and so does another rank's end."""
     if kind is KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)     # a second one does not wait for what is cleaned up
         if is_first_rank():
             print("\nstopped; the same command goes on", file=sys.stderr)
     elif issubclass(kind, RuntimeError) and "Connection closed by peer" in str(error):
