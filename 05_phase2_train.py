@@ -234,12 +234,12 @@ def main(argv=None):
     phase1_adapter = need(S, "phase1/adapter")
     need(S, "reward/pairs.jsonl" if S.ALGORITHM == "dpo" else "reward/model")
     say_what_differs(phase1_adapter.parent, "02_phase1_train.py", build_prompt, phase1.rewards)
+    is_judged = S.ALGORITHM == "dpo"                          # its pairs are, by 04
+    judge = None if is_judged else load_judge(S, lambda: policy)
     policy = load_policy(S)
     load_adapter(policy, "phase1", phase1_adapter)
-    judge = None                                              # pairs are judged already
     reward_model = None
     if S.ALGORITHM == "grpo":
-        judge = load_judge(S, lambda: policy)
         reward_model = reward_stage.load_reward_model(S, policy)
     print(f"learning rate of {S.ADAPTER}: {rates[S.ADAPTER]:g}")
     say_cost(S, len(environments) * steps[S.ALGORITHM])

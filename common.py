@@ -829,6 +829,6 @@ class LocalModel:
         return logprobs(self.policy, question, answers)
 
 
-def load_judge(S, get_policy):
+def load_judge(S, get_policy, shows_frames=True):
     """Who judges memories and answers questions, by S.JUDGE (support/judges.py)."""
-    return judges.load_judge(S, LocalModel(get_policy))
+    return judges.load_judge(S, LocalModel(get_policy), shows_frames)
