@@ -21,6 +21,7 @@ Out: FILE, if one is named; results/bench.json is such a file
 """
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -169,17 +170,13 @@ def new_lora(policy):
 def text_prompt(policy, length, seed=0):
     """The EncodedPrompt of `length` random text tokens, without pictures."""
     import torch
-    from common import EncodedPrompt
+    from common import encoded_text
     vocabulary = min(len(policy.tokenizer), policy.head.weight.shape[0])
     unwanted = {*policy.banned.tolist(), policy.end}
     allowed = torch.tensor([token for token in range(vocabulary) if token not in unwanted])
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(allowed), (length,), generator=generator)
-    ids = allowed[drawn].to(policy.device)                                            # (P,)
-    positions = torch.arange(length, device=policy.device).expand(3, -1)              # (3, P)
-    embeds = policy.lm.embed_tokens(ids).detach()                                     # (P, d)
-    visual = torch.zeros_like(ids, dtype=torch.bool)
-    return EncodedPrompt(ids, embeds, positions, visual, deep=[])
+    return encoded_text(allowed[drawn].tolist(), policy.device)
 
 
 # ================================================================ rollout
@@ -229,11 +226,12 @@ def pixels_of(policy, context):
 def generate(policy, prompts, pixels):
     """Samples GROUP answers to each prompt by the library, the prompts as one left-padded batch -> new tokens."""
     import torch
-    from support.decode import pad_left
+    pad_left = functools.partial(
+        torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
     clips = []
     for clips_of_context in pixels:
         clips += clips_of_context
-    ids = pad_left([prompt.ids for prompt in prompts], policy.end)                    # (B, P)
+    ids = pad_left([prompt.ids for prompt in prompts], padding_value=policy.end)                    # (B, P)
     mask = pad_left([torch.ones_like(prompt.ids) for prompt in prompts])
     token_types = pad_left([prompt.visual.int() * 2 for prompt in prompts])           # 2: video
     unwanted = [policy.end, *policy.banned.tolist()]

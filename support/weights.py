@@ -29,15 +29,15 @@ import re
 import warnings
 from collections import namedtuple
 
-from support.plan import BLOCK, check_plan, is_expert
-from support.ranks import is_first_rank, join, torch
+from support.attention import use_packed_attention
+from support.plan import BLOCK, Room, check_plan, is_expert
+from support.ranks import Function, is_first_rank, join, torch
 from support.runs import ROOT, read_json, written_aside
 
 # What an adapter's folder holds, by the kind of adapter.
 FILES = {"lora": "adapter_model.safetensors",
          "steer": "steer.safetensors",
          "all": "weights.safetensors"}
-UNLIMITED = 10**6                # samples beside one prompt, where a model is so small that all fit
 TINY_WIDTH = 512                 # a model wider than this is none of the toy world's
 
 # Scales that are packed themselves: 8-bit codes (E, S), an fp32 scale for 256 codes (E, S / 256), and the
@@ -114,10 +114,6 @@ def sort_by_expert(chosen):
     experts, order = chosen.flatten().sort(stable=True)
     hit, count = experts.unique_consecutive(return_counts=True)
     return order, hit, count.cumsum(0).to(torch.int32)
-
-
-# Without torch there is no class to build on, yet --help has to work.
-Function = torch.autograd.Function if torch else object
 
 
 class PackedLinear(Function):
@@ -239,9 +235,8 @@ def load_tokenizer(S):
 
 
 def load_model(S):
-    """(model, tokenizer, contexts, samples) of S.MODEL. Prints a byte plan first, and then what was loaded.
+    """(model, tokenizer, the Room for rollouts) of S.MODEL. Prints a byte plan first, and then what was loaded.
 
-    contexts: how many can be rolled out side by side; samples: how many answers to one of them at a time.
     Raises SystemExit where the model can't be had or doesn't fit.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -259,21 +254,22 @@ def load_model(S):
         tokenizer = load_tokenizer(S)
         options = loading_options(S, config, dtype)
         options |= {"dtype": dtype, "device_map": device}
-        contexts, samples = S.ROLLOUT_CONTEXTS or 1, UNLIMITED
+        room = Room(most=S.ROLLOUT_SEQUENCES)             # the toy world's model is small enough
         if S.MODEL != "tiny":
             with torch.device("meta"):       # shapes without bytes
                 sketch = AutoModelForImageTextToText.from_config(config)
-            contexts, samples = check_plan(sketch, S, memory_of(device), dtype.itemsize)
+            room = check_plan(sketch, S, memory_of(device), dtype.itemsize)
         model = AutoModelForImageTextToText.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"MODEL={S.MODEL} can't be loaded: {error}") from None
     model.eval()
     use_exact_kernels(model)
+    use_packed_attention(model.model.language_model)
     if S.MODEL != "tiny":
         model.model.language_model.activation_checkpointing_enable()
     add_steering(model, name)
     print_model(model, name, S)
-    return model, tokenizer, contexts, samples
+    return model, tokenizer, room
 
 
 def silence_libraries(S):
@@ -325,11 +321,31 @@ def use_exact_kernels(model):
             module.support_avx512bf16_for_cpu = False
 
 
-def flash(model):
-    """Whether flash-attn can take passes without a mask: it needs a GPU and a model in 16 bits."""
-    from transformers.utils import is_flash_attn_2_available
-    suits = model.device.type == "cuda" and model.dtype != torch.float32
-    return suits and is_flash_attn_2_available()
+def head_in_fp32(head, hidden):
+    """Logits (..., V) in fp32 of outputs (..., d), whatever the head's type.
+
+    A 16-bit head sums in fp32 and rounds the sums to three digits, which would move log-probs by a hundredth.
+    """
+    if hidden.dtype == torch.float32:
+        return head(hidden)
+    if hidden.device.type == "cpu":
+        return torch.nn.functional.linear(hidden.float(), head.weight.float())
+    rows = hidden.reshape(-1, hidden.shape[-1])                               # (N, d)
+    return UnroundedLinear.apply(rows, head.weight).view(*hidden.shape[:-1], -1)
+
+
+class UnroundedLinear(Function):
+    """Rows x (N, in) in 16 bits times a frozen weight (out, in) of that type -> (N, out) in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, = ctx.saved_tensors
+        return grad.to(weight.dtype) @ weight, None
 
 
 def print_model(model, name, S):
@@ -346,8 +362,6 @@ def print_model(model, name, S):
     if model.device.type == "cpu":
         print("*** no GPU: fp32 on the CPU. "
               "Fine for the toy world; a 30B model is out of reach ***")
-    elif not flash(model):
-        print("*** flash-attn is missing (requirements-gpu.txt): torch's own attention is used ***")
 
 
 # ---------------------------------------------------------------- a steering vector in a checkpoint
