@@ -15,7 +15,8 @@ the scale of a block is the largest magnitude among its 64 values. Code 12 is th
 first block it stands for 0.44 * 0.31 = 0.14. So a value takes 4.5 bits: 4, and 32 / 64 for its scale.
 
 - Loading (`quantization`): a tensor is packed as soon as it is read. Only one at a time is ever whole.
-- Forward (`packed_experts`): the experts that were chosen are unpacked, multiplied and forgotten.
+- Forward (`packed_experts`): experts are unpacked, multiplied and forgotten: all of them for many tokens, for
+  few those that were chosen.
 - Backward (`PackedLinear`): they are unpacked once more. Frozen weights need no gradient themselves.
 
 The arithmetic is the library's own (`dequantize_4bit`, `grouped_mm`), so outputs and LoRA gradients are
@@ -71,25 +72,33 @@ def pack(weight, double=False):
 
 
 def unpack(codes, scales, hit, shape, dtype):
-    """Weights (H, out, in) in `dtype` of the experts `hit` (H,), from what `pack` made. shape: (out, in)."""
+    """Weights (H, out, in) in `dtype` of the experts `hit` (H,), from what `pack` made; of all where hit is None.
+
+    shape: (out, in).
+    """
     from bitsandbytes.functional import QuantState, dequantize_4bit
+    if hit is not None:
+        codes = codes[hit]
     if isinstance(scales, DoubleScales):
         scales = unpack_scales(scales, hit)                                   # (H, out * in / 64)
-    else:
+    elif hit is not None:
         scales = scales[hit]
-    whole = (len(hit), *shape)
+    whole = (len(codes), *shape)
     state = QuantState(scales.flatten(), whole, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
-    return dequantize_4bit(codes[hit].view(-1, 1), state)
+    return dequantize_4bit(codes.view(-1, 1), state)
 
 
 def unpack_scales(double, hit):
-    """fp32 scales (H, out * in / 64) of the experts `hit` (H,)."""
+    """fp32 scales (H, out * in / 64) of the experts `hit` (H,), or of all where it is None."""
     from bitsandbytes.functional import dequantize_blockwise
     block = double.codes.shape[1] // double.scales.shape[1]
     levels = levels_of_8_bits(double.codes.device)
-    absmax = double.scales[hit].flatten()
-    scales = dequantize_blockwise(double.codes[hit], absmax=absmax, code=levels, blocksize=block)
-    return scales + double.mean
+    codes, absmax, mean = double
+    if hit is not None:
+        codes = codes[hit]
+        absmax = absmax[hit]
+    scales = dequantize_blockwise(codes, absmax=absmax.flatten(), code=levels, blocksize=block)
+    return scales + mean
 
 
 @functools.cache
@@ -99,21 +108,33 @@ def levels_of_8_bits(device):
 
 
 # ---------------------------------------------------------------- 4-bit experts: forward and backward
-def sort_by_expert(chosen):
+def sort_by_expert(chosen, experts):
     """Sorts the (token, expert) pairs of chosen (N, k) by expert -> (order, hit, ends).
 
-    order (N k,): the pairs' places in chosen.flatten(); hit (H,): the experts that occur; ends (H,): where
-    the rows of each of them end. Three tokens, each sent to two experts:
+    order (N k,): the pairs' places in chosen.flatten(); hit (H,): the experts to unpack; ends (H,): where the
+    rows of each of them end. Shapes follow from N alone, never from which experts were chosen, so the processor
+    need not wait for the card. With at least as many pairs as experts, all are unpacked, where they lie: hit is
+    None. Three tokens, each sent to two of six experts:
 
-    >>> order, hit, ends = sort_by_expert(torch.tensor([[5, 2], [2, 7], [5, 2]]))
+    >>> order, hit, ends = sort_by_expert(torch.tensor([[5, 2], [2, 4], [5, 2]]), experts=6)
     >>> (order // 2).tolist()                # the token of each row
-    [0, 1, 2, 0, 2, 1]
-    >>> hit.tolist(), ends.tolist()          # rows 0, 1, 2 are expert 2's, 3 and 4 expert 5's, 5 expert 7's
-    ([2, 5, 7], [3, 5, 6])
+    [0, 1, 2, 1, 0, 2]
+    >>> hit, ends.tolist()                   # rows 0, 1, 2 are expert 2's, 3 is expert 4's, 4 and 5 expert 5's
+    (None, [0, 0, 3, 3, 4, 6])
+
+    With fewer, each pair unpacks its own, and an expert may come twice:
+
+    >>> _, hit, ends = sort_by_expert(torch.tensor([[5, 2], [2, 4]]), experts=6)
+    >>> hit.tolist(), ends.tolist()
+    ([2, 2, 4, 5], [1, 2, 3, 4])
     """
-    experts, order = chosen.flatten().sort(stable=True)
-    hit, count = experts.unique_consecutive(return_counts=True)
-    return order, hit, count.cumsum(0).to(torch.int32)
+    expert, order = chosen.flatten().sort(stable=True)
+    if len(expert) < experts:
+        ends = torch.arange(1, len(expert) + 1, device=chosen.device)
+        return order, expert, ends.to(torch.int32)
+    every = torch.arange(experts, device=chosen.device)
+    ends = torch.searchsorted(expert, every, right=True)
+    return order, None, ends.to(torch.int32)
 
 
 class PackedLinear(Function):
@@ -143,7 +164,7 @@ def packed_experts(module, hidden, chosen, weights):
     hidden (N, d); chosen (N, k): the experts that the router sends a token to; weights (N, k) -> (N, d).
     """
     experts_per_token = chosen.shape[1]
-    order, hit, ends = sort_by_expert(chosen)
+    order, hit, ends = sort_by_expert(chosen, module.num_experts)
 
     def linear(name, rows, shape):
         codes = getattr(module, name)
@@ -245,6 +266,8 @@ def load_model(S):
     torch.manual_seed(S.SEED)                # PEFT draws a new LoRA's A from the global generator
     join()
     on_gpu = torch.cuda.is_available()
+    # cuDNN's attention plans anew for each new length of a row, and in sampling every step has one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     name = model_name(S)
