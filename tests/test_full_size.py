@@ -567,11 +567,14 @@ def test_the_full_size_measurement_runs_at_small_shapes(tmp_path):
     if not script.exists():
         pytest.skip("experiments/full_size.py is not here yet")
     out = tmp_path / "full_size.json"
-    done = subprocess.run([sys.executable, str(script), "--PARTS=1,3,5", "--SMALL=1", f"--OUT={out}"],
+    done = subprocess.run([sys.executable, str(script), "--PARTS=1,2,3,4,5,7", "--SMALL=1", f"--OUT={out}"],
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     failed = [(part, name) for part, rows in found.items() for name, row in rows.items() if "error" in row]
-    assert not failed and {"1 card", "3 nf4", "5 model"} <= found.keys(), done.stdout
+    assert not failed and len(found) == 6, done.stdout
     model = found["5 model"]
-    assert model["build"]["weights_gib"] > 0 and model["rollout, 1 context x 8"]["tokens_per_s"] > 0
+    assert model["build"]["weights_gib"] > 0 and model["rollout, 1 context x 8"]["rollout_s"] > 0
+    assert model["training row, 8 long answers"]["gradient_distance"] < 1e-5
+    assert found["4 decoding"]["8 contexts x 8, 200 cached"]["rows_against_repeated"] == 0
+    assert found["7 what helps"]["a decode step, 8 x 8"]["fixed_against_usual"] < 1e-5
