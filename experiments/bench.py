@@ -7,8 +7,8 @@ rollout    common.rollout against transformers' generate(num_return_sequences=8)
 packing    log-probs of 8 answers and their gradient in a LoRA: one packed row against one row after the other (at
            the toy world's sizes), and against the usual batch of 8 rows at prompts of 256 to 8192 text tokens, there
            with the peak memory of each (in a process of its own, less what it held before).
-attention  log-probs and gradient of 8 answers beside prompts of 1024 to 8192 tokens, from the parts of a packed row
-           against one mask for all of it; and the attention of a decode step (8 answers, 32 query heads on 4 key
+attention  log-probs and gradient of 8 answers, together as long as their prompt of 1024 to 8192 tokens, from the
+           parts of a packed row against one mask for all of it; and the attention of a decode step (8 answers, 32 query heads on 4 key
            heads of 128, 8192 cached tokens) against keys repeated in a cache that is concatenated.
 experts    the 4-bit experts' forward pass, of 8 tokens (decoding a group) and of 512: unpacking the experts that
            were hit, against unpacking all, against the same weights unpacked beforehand.
@@ -277,11 +277,14 @@ def compare_rollouts(policy, contexts, prompts, pixels, result, repeats):
 
 
 # ================================================================ packing
-def ways_to_train(policy, prompt):
-    """{way: function}: forward and backward of GROUP answers, packed, one by one, and as a batch of rows."""
+def ways_to_train(policy, prompt, length=NEW_TOKENS):
+    """{way: function}: forward and backward of GROUP answers, packed, one by one, and as a batch of rows.
+
+    length: tokens of an answer.
+    """
     import torch
     from common import logprobs
-    answers = [text_prompt(policy, NEW_TOKENS, 1 + i).ids.tolist() for i in range(GROUP)]
+    answers = [text_prompt(policy, length, 1 + i).ids.tolist() for i in range(GROUP)]
 
     def learn(logp):                                            # (T_i,) per answer
         torch.stack([values.mean() for values in logp]).mean().backward()
@@ -369,9 +372,12 @@ def resident_bytes():
 def bench_attention(policy, result, repeats):
     with new_lora(policy), encoded_prompts(policy):
         for length in MASKED_LENGTHS:
-            packed = ways_to_train(policy, text_prompt(policy, length))["packed"]
+            # The proportions of the full-size model: 8 answers of 1350 tokens beside a prompt of 11,000.
+            answer = length // 8
+            packed = ways_to_train(policy, text_prompt(policy, length), answer)["packed"]
             ways = {"parts": packed, "one mask": functools.partial(with_one_mask, policy, packed)}
-            measure(result, f"attention, prompt of {length}", ways, min(repeats, 3), GROUP * NEW_TOKENS)
+            turns = min(repeats, 8192 // length)                # the longest takes a minute a turn
+            measure(result, f"attention, prompt of {length}", ways, turns, GROUP * answer)
     measure(result, f"attention of a decode step, {CACHED} cached", ways_to_decode(), repeats)
 
 
