@@ -19,9 +19,8 @@ import time
 from dataclasses import dataclass
 from itertools import combinations
 
-from common import (TASK_PROMPT, F, build_prompt, load_judge, load_policy, np, per_model, settings,
-                    stage, torch)
-from support.attention import packed_owners, packed_positions, visible
+from common import (TASK_PROMPT, F, build_prompt, encoded_text, load_judge, load_policy, np, per_model,
+                    settings, stage, torch)
 from support.checkpoint import Training
 from support.judges import Preference
 from support.ranks import gather_sum, my_share, once, progress, said_once
@@ -399,33 +398,21 @@ class RewardModel:
     def __call__(self, readings):
         """R (M,) in fp32 of each reading's memories.
 
-        A reading is one packed row [shared | m1 | ... | mM], as in the policy's log-probs
+        A reading is a group of a packed row, [shared | m1 | ... | mM], as in the policy's log-probs
         (support/attention.py): a memory sees the shared part and itself.
         """
-        ids = []
-        owners = []
-        positions = []
+        prompts = []
+        memories = []
         for reading in readings:
-            shared, memories = self.tokens(reading)
-            ids.append(torch.tensor(sum(memories, shared)))                           # (T_i,)
-            owners.append(packed_owners(len(shared), memories)[0])                    # (T_i,)
-            of_shared = torch.arange(len(shared)).expand(3, -1)                       # (3, P)
-            positions.append(packed_positions(of_shared, memories).T)                 # (T_i, 3)
-        ids = self.padded(ids, self.policy.end)                                       # (B, T)
-        owner = self.padded(owners, -1)                                               # (B, T)
-        positions = self.padded(positions, 0).permute(2, 0, 1)                        # (3, B, T)
-        self.policy.attend(owner)
-        hidden = self.policy.lm(
-            input_ids=ids, position_ids=positions, attention_mask=visible(owner, owner).tril(),
-            use_cache=False).last_hidden_state                                        # (B, T, d)
-        next_owner = F.pad(owner[:, 1:], (0, 1), value=-1)
-        last = (owner > 0) & (owner != next_owner)                                    # (B, T)
-        values = hidden[last].float() @ self.head                                     # (B * M,)
-        return values.split([len(reading.memories) for reading in readings])
-
-    def padded(self, rows, value):
-        rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-        return rows.to(self.policy.device)
+            shared, of_reading = self.tokens(reading)
+            prompts.append(encoded_text(shared, self.policy.device))
+            memories.append(of_reading)
+        hidden, segments = self.policy.read(prompts, memories)                        # (T, d)
+        values = []
+        for group in segments:
+            last = [memory.stop - 1 for memory in group.answers]
+            values.append(hidden[last].float() @ self.head)                           # (M,)
+        return values
 
     def measure(self, readings):
         """As a call, without gradient and in batches -> an array (M,) per reading."""
