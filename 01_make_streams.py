@@ -115,8 +115,6 @@ def main(argv=None):
 
 def checked_data(S):
     """The path of DATA. SystemExit where it, or another constant, cannot be."""
-    if min(S.CLIP_SECONDS, S.WORKERS, S.SAVE_EVERY) < 1:
-        raise SystemExit("CLIP_SECONDS, WORKERS and SAVE_EVERY must be 1 or more")
     for name, possible in (("SOURCE", ["tiny", *SOURCES]), ("SPLIT", SPLITS)):
         value = getattr(S, name)
         if value not in possible:
@@ -154,7 +152,9 @@ def as_tasks(questions, streams):
         options = with_letters(question.options)
         answer = in_one_line(question.answer)
         mistake = ""
-        if options and answer not in [option[0] for option in options]:
+        if len(question.options) > len(string.ascii_uppercase):
+            mistake = f"{len(question.options)} options, and there are letters for 26"
+        elif options and answer not in [option[0] for option in options]:
             mistake = f"the answer {answer!r} is no letter of {options}"
         if question.place and mistake:
             raise SystemExit(f"{question.place}: {mistake}")

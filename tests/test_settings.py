@@ -263,7 +263,7 @@ def test_the_stages_bind_their_prompts_and_rewards(name, monkeypatch, tmp_path):
     module = importlib.import_module(name)
     handed = []
 
-    def note(S, stage, *functions):
+    def note(S, stage, *functions, **options):
         handed.extend(functions)
         raise SystemExit("seen")
     monkeypatch.setattr(module, "start", note)
