@@ -282,7 +282,7 @@ def row(stream, clip, memory="m"):
 
 def test_a_watch_goes_on_by_stream_and_clip(tmp_path, monkeypatch, capsys):
     """Rows twice, out of order, after a gap, of a stream that has gone."""
-    clips = [{"clip": i, "start": i, "end": i + 1} for i in range(4)]
+    clips = [{"clip": i, "start": i, "end": i + 1, "file": "a.mp4", "offset": i} for i in range(4)]
     streams = [{"stream": name, "clips": clips} for name in "ab"]
     asked = []
 
@@ -454,6 +454,7 @@ def test_what_06_has_stored_is_found_after_a_move(tmp_path):
         streams = [{"stream": "s", "split": "test", "source": "tiny", "clips": clips}]
         task = {"task": "t", "stream": "s", "environment": "e", "time": 5.0, "question": "q", "options": [], "answer": "a"}
         runs.write_jsonl(run / "streams/streams.jsonl", streams)
+        runs.write_text(run / "streams/videos/a.mp4", "")
         runs.write_jsonl(run / "streams/tasks.jsonl", [task])
         runs.write_json(run / "tasks/recent.json", {"e": [task | {"correct": True}]})
         runs.write_text(run / "phase1/adapter/x", "x")
