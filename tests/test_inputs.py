@@ -393,7 +393,7 @@ def train(out, steps):
     run = Training(out, [p], steps=steps, lr=0.1, save_every=1, grad_clip=1.0)
     for step in run:
         p.sum().backward()
-        run.log({"step": step, "norm": run.update()}, "norm")
+        run.log({"step": step, "norm": run.optimizer_step()}, "norm")
     return run
 
 
