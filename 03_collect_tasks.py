@@ -365,7 +365,8 @@ def write_readable(folder, memories):
     for stream, rows in memories.items():
         entries = [stream + "\n"] if slug(stream) != stream else []
         for row in rows:
-            memory = row["memory"] or "(nothing)"
+            nothing = "(the video is damaged here)" if row.get("grey") else "(nothing)"
+            memory = row["memory"] or nothing
             entries.append(f"{clock(row['start'])}-{clock(row['end'])}\n{memory}\n")
             written += bool(row["memory"])
         write_text(folder / f"{slug(stream)}.txt", "\n".join([*entries, ""]))

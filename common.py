@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from support import judges, runs
 from support.attention import packed_mask, packed_owners, packed_positions
 from support.decode import HowToSample, decode
-from support.overlay import clip_frames
+from support.overlay import clip_frames, is_grey
 from support.ranks import gather, gather_sum, my_share, progress, said_once, torch
 from support.runs import Prompt, append_jsonl, clock, per_model, read_progress, write_jsonl
 from support.text import as_text
@@ -686,8 +686,11 @@ def rollout(policy, contexts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
         noise = torch.tensor(np.stack(noise), device=policy.device)  # (B, n, T)
         with torch.no_grad():
             answers = decode(policy, policy.prepare(some), noise, how, is_complete)
-        for group in answers:
+        for context, group in zip(some, answers):
             samples.append([as_sample(policy, ids) for ids in group])
+            if context.clips and is_grey(context.clips[-1]):
+                for sample in samples[-1]:
+                    sample.memory = None        # what was written on no frames is no memory
     return samples
 
 
@@ -752,9 +755,10 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch"):
     """The policy watches streams side by side, clip by clip, with its own memories as history
     -> {stream: [row per clip]}.
 
-    Rows are {stream, clip, start, end, memory, text}; a malformed answer leaves the memory "". path: a JSONL that
-    rows are appended to as they come; an interrupted watch goes on from it. begun: {stream: rows of its first
-    clips} that another policy wrote; this one goes on after them. Sampling as for inference (paper, section 1).
+    Rows are {stream, clip, start, end, memory, text}, and "grey" where the clip is damaged; that, and a
+    malformed answer, leaves the memory "". path: a JSONL that rows are appended to as they come; an interrupted
+    watch goes on from it. begun: {stream: rows of its first clips} that another policy wrote; this one goes on
+    after them. Sampling as for inference (paper, section 1).
     """
     memories = {stream["stream"]: [] for stream in streams}
     for name, rows in (begun or {}).items():
@@ -780,9 +784,10 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch"):
         rows = []
         for stream, (sample,) in zip(share, groups):
             clip = stream["clips"][t]
-            rows.append({
+            row = {
                 "stream": stream["stream"], "clip": t, "start": clip["start"], "end": clip["end"],
-                "memory": sample.memory or "", "text": sample.text})
+                "memory": sample.memory or "", "text": sample.text}
+            rows.append(row | {"grey": True} if is_grey(clip) else row)
         rows = gather(rows)
         for row in rows:
             memories[row["stream"]].append(row)

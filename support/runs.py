@@ -325,7 +325,7 @@ def need(S, name):
 def load_streams(S, split):
     """Rows of streams.jsonl of one split, "online" ones too unless it is "train"; clips get absolute files.
 
-    Raises SystemExit if there are none.
+    Raises SystemExit if there are none, or where a video has gone.
     """
     path = need(S, "streams/streams.jsonl")
     splits = {split} if split == "train" else {split, "online"}
@@ -333,9 +333,16 @@ def load_streams(S, split):
     if not rows:
         raise SystemExit(f"{path} holds no stream of the split {split!r}: "
                          "see SPLIT in 01_make_streams.py")
+    files = set()
     for row in rows:
         for clip in row["clips"]:
             clip["file"] = str(path.parent / clip["file"])         # an absolute path stays as it is
+            files.add(clip["file"])
+    lost = sorted(file for file in files if not os.path.isfile(file))
+    if lost:
+        raise SystemExit(f"{len(lost)} of the {len(files)} video files of {path} are not there, such as "
+                         f"{lost[0]}. Put them back (is their disk mounted?) and run the same command "
+                         "again, or make the streams anew: 01_make_streams.py under another --RUN")
     return rows
 
 
@@ -485,6 +492,11 @@ def read_jsonl(path, torn=False):
         text = data.decode()
     except ValueError as error:
         raise DamagedFile(f"{path}: {error}") from None
+    return parse_jsonl(text, path)
+
+
+def parse_jsonl(text, path):
+    """The rows of a text that stands in `path`. Raises DamagedFile naming the line that is no JSON."""
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
