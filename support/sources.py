@@ -232,8 +232,6 @@ def written_tasks(path):
     try:
         text, _ = decode_text(path.read_bytes())
         rows = parse_jsonl(text, path)
-        # Half a surrogate pair, which JSON can spell and no file can hold, becomes a question mark.
-        rows = json.loads(json.dumps(rows, ensure_ascii=False).encode(errors="replace"))
     except ValueError as error:
         raise SystemExit(f"not one JSON object per line: {error}") from None
     tasks = []
