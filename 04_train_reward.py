@@ -19,12 +19,11 @@ import time
 from dataclasses import dataclass
 from itertools import combinations
 
-from common import (TASK_PROMPT, F, build_prompt, load_judge, load_policy, np, per_model, settings,
-                    stage, torch)
-from support.attention import packed_owners, packed_positions, visible
+from common import (TASK_PROMPT, F, build_prompt, encoded_text, load_judge, load_policy, np, per_model,
+                    settings, stage, torch)
 from support.checkpoint import Training
 from support.judges import Preference
-from support.ranks import gather_sum, my_share, once, progress
+from support.ranks import gather_sum, my_share, once, progress, said_once
 from support.runs import (append_jsonl, load_streams, need, next_command, read_json, read_jsonl,
                           read_progress, slug, start, write_json, write_jsonl)
 from support.text import as_text
@@ -174,32 +173,50 @@ def comparable(samples):
 def compare(judge, cache, questions, path, chunk):
     """Per row of the cache its verdicts: [[i, j, what `agreed` says]].
 
-    What the file `path` holds is not asked again. Raises SystemExit when the judge fails on most of a call;
-    the calls before it are kept.
+    What the file `path` holds is not asked again, unless a verdict failed: then its chunk is, and a judge that
+    keeps its replies asks for what is missing alone. Without a judge a failed verdict stays one. Raises
+    SystemExit when the judge fails on most of a chunk; the chunks before it are kept.
     """
-    done = {(row["stream"], row["clip"]): row["verdicts"] for row in read_progress(path)}
-    missing = [row for row in cache if (row["stream"], row["clip"]) not in done]
-    for first in progress(range(0, len(missing), chunk), f"judge {path.stem}", leave=False):
-        rows = missing[first:first + chunk]
-        pairs = [comparable(row["samples"]) for row in rows]
-        items = []
-        for row, pairs_of_row in zip(rows, pairs):
-            for i, j in pairs_of_row:
-                items.append(comparison(questions, row["samples"], i, j))
-                items.append(comparison(questions, row["samples"], j, i))
-        answers = once(lambda: judge.ask(PREFER, items))
-        failed = answers.count(None)
-        if failed * 2 > len(answers):
-            raise SystemExit(f"the judge failed on {failed} of {len(answers)} comparisons; mend it and "
-                             f"run again: it goes on from {path}")
-        said = map(agreed, answers[::2], answers[1::2])
-        judged = []
-        for row, pairs_of_row in zip(rows, pairs):
-            verdicts = [[i, j, next(said)] for i, j in pairs_of_row]
-            judged.append({"stream": row["stream"], "clip": row["clip"], "verdicts": verdicts})
-        append_jsonl(path, judged)
-        done |= {(row["stream"], row["clip"]): row["verdicts"] for row in judged}
+    done = {}
+    for row in read_progress(path):                        # a later row takes the place of an earlier one
+        done[row["stream"], row["clip"]] = row["verdicts"]
+    firsts = range(0, len(cache), chunk)
+    for first in progress(firsts, f"judge {path.stem}", leave=False):
+        rows = cache[first:first + chunk]
+        if judge and not all(is_judged(row, done) for row in rows):
+            judged = compare_chunk(judge, rows, questions)
+            append_jsonl(path, judged)
+            for row in judged:
+                done[row["stream"], row["clip"]] = row["verdicts"]
     return [done[row["stream"], row["clip"]] for row in cache]
+
+
+def is_judged(row, done):
+    """Whether there is a verdict for each pair of memories in a row of the cache."""
+    verdicts = done.get((row["stream"], row["clip"]), [])
+    judged = [(i, j) for i, j, said in verdicts if said != "failed"]
+    return (row["stream"], row["clip"]) in done and judged == comparable(row["samples"])
+
+
+def compare_chunk(judge, rows, questions):
+    """Rows {stream, clip, verdicts}."""
+    pairs = [comparable(row["samples"]) for row in rows]
+    items = []
+    for row, pairs_of_row in zip(rows, pairs):
+        for i, j in pairs_of_row:
+            items.append(comparison(questions, row["samples"], i, j))
+            items.append(comparison(questions, row["samples"], j, i))
+    answers = once(lambda: judge.ask(PREFER, items))
+    failed = answers.count(None)
+    if failed * 2 > len(answers):
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(answers)} comparisons; mend it "
+                                   "and run the same command again: it goes on from there"))
+    said = map(agreed, answers[::2], answers[1::2])
+    judged = []
+    for row, pairs_of_row in zip(rows, pairs):
+        verdicts = [[i, j, next(said)] for i, j in pairs_of_row]
+        judged.append({"stream": row["stream"], "clip": row["clip"], "verdicts": verdicts})
+    return judged
 
 
 def comparison(questions, samples, i, j):
@@ -381,33 +398,21 @@ class RewardModel:
     def __call__(self, readings):
         """R (M,) in fp32 of each reading's memories.
 
-        A reading is one packed row [shared | m1 | ... | mM], as in the policy's log-probs
+        A reading is a group of a packed row, [shared | m1 | ... | mM], as in the policy's log-probs
         (support/attention.py): a memory sees the shared part and itself.
         """
-        ids = []
-        owners = []
-        positions = []
+        prompts = []
+        memories = []
         for reading in readings:
-            shared, memories = self.tokens(reading)
-            ids.append(torch.tensor(sum(memories, shared)))                           # (T_i,)
-            owners.append(packed_owners(len(shared), memories)[0])                    # (T_i,)
-            of_shared = torch.arange(len(shared)).expand(3, -1)                       # (3, P)
-            positions.append(packed_positions(of_shared, memories).T)                 # (T_i, 3)
-        ids = self.padded(ids, self.policy.end)                                       # (B, T)
-        owner = self.padded(owners, -1)                                               # (B, T)
-        positions = self.padded(positions, 0).permute(2, 0, 1)                        # (3, B, T)
-        self.policy.attend(owner)
-        hidden = self.policy.lm(
-            input_ids=ids, position_ids=positions, attention_mask=visible(owner, owner).tril(),
-            use_cache=False).last_hidden_state                                        # (B, T, d)
-        next_owner = F.pad(owner[:, 1:], (0, 1), value=-1)
-        last = (owner > 0) & (owner != next_owner)                                    # (B, T)
-        values = hidden[last].float() @ self.head                                     # (B * M,)
-        return values.split([len(reading.memories) for reading in readings])
-
-    def padded(self, rows, value):
-        rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-        return rows.to(self.policy.device)
+            shared, of_reading = self.tokens(reading)
+            prompts.append(encoded_text(shared, self.policy.device))
+            memories.append(of_reading)
+        hidden, segments = self.policy.read(prompts, memories)                        # (T, d)
+        values = []
+        for group in segments:
+            last = [memory.stop - 1 for memory in group.answers]
+            values.append(hidden[last].float() @ self.head)                           # (M,)
+        return values
 
     def measure(self, readings):
         """As a call, without gradient and in batches -> an array (M,) per reading."""
@@ -589,8 +594,10 @@ def main(argv=None):
     print(f"cost: {calls} judge calls, both orders, on {len(cache)} contexts for {len(recent)} "
           f"environments; {len(test_cache)} of them once more with held-out questions")
     # ---------------- preferences and pairs
+    # A reward model that has begun to learn keeps to the verdicts that there were.
+    has_begun = (out / "checkpoint.pt").exists()
+    judge = None if has_begun else load_judge(S, lambda: policy, shows_frames=False)
     policy = load_policy(S)
-    judge = load_judge(S, lambda: policy)
     contexts, pairs, yields = find_preferences(judge, cache, asked, out / "verdicts", S.CHUNK)
     tests, _, _ = find_preferences(judge, test_cache, later, out / "verdicts", S.CHUNK, ".later")
     yields["all"] = summed(yields)

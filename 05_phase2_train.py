@@ -20,7 +20,8 @@ import time
 from dataclasses import dataclass
 
 from common import (Context, F, build_prompt, group_advantages, grpo, kl_to, load_judge, load_policy,
-                    logprobs, parse_response, per_model, policy_loss, settings, stage, torch)
+                    logprobs_of_row, packed_rows, parse_response, per_model, policy_loss, settings,
+                    stage, torch)
 from support.checkpoint import Training
 from support.plan import announce
 from support.ranks import gather, my_share
@@ -80,6 +81,11 @@ class TokenPair:
     context: Context
     winner: list
     loser: list
+    reference: list | None = None                # log-probs of both, summed, by the Phase One policy
+
+    @property
+    def ids(self):
+        return [self.winner, self.loser]
 
 
 def dpo_loss(winner, loser, ref_winner, ref_loser, beta):
@@ -94,10 +100,15 @@ def dpo_loss(winner, loser, ref_winner, ref_loser, beta):
     return -F.logsigmoid(margin), margin
 
 
-def sequence_logp(policy, pair):
-    """Log-probs of the winner and of the loser, each summed over its tokens: two () tensors."""
-    winner, loser = logprobs(policy, pair.context, [pair.winner, pair.loser])  # (T_i,) each
-    return winner.sum(), loser.sum()
+def sequence_logps(policy, pairs):
+    """Log-probs of each pair's winner and loser, summed over its tokens: lists of two () tensors.
+
+    All pairs share one packed row.
+    """
+    sums = []
+    for winner, loser in logprobs_of_row(policy, pairs):                              # (T_i,) each
+        sums.append([winner.sum(), loser.sum()])
+    return sums
 
 
 def train_dpo(policy, run, pairs, *, seed, batch_size, beta):
@@ -109,24 +120,28 @@ def train_dpo(policy, run, pairs, *, seed, batch_size, beta):
     """
     reference = []
     with policy.using("phase1"), torch.no_grad():
-        for pair in my_share(pairs):
-            winner, loser = sequence_logp(policy, pair)
-            reference.append((winner.item(), loser.item()))
-    reference = gather(reference)
+        for row in packed_rows(policy, my_share(pairs)):
+            for winner, loser in sequence_logps(policy, row):
+                reference.append([winner.item(), loser.item()])
+    for pair, logps in zip(pairs, gather(reference)):
+        pair.reference = logps
     policy.train_only(run.params)
     for step in run:
         # ---------------- batch
         began = time.time()
         rng = random.Random(f"{seed} dpo {step}")
-        batch = rng.sample(range(len(pairs)), min(batch_size, len(pairs)))
+        batch = rng.sample(pairs, min(batch_size, len(pairs)))
         # ---------------- update
         losses = []
         margins = []
-        for number in my_share(batch):
-            loss, margin = dpo_loss(*sequence_logp(policy, pairs[number]), *reference[number], beta)
-            (loss / len(batch)).backward()
-            losses.append(loss.item())
-            margins.append(margin.item())
+        for row in packed_rows(policy, my_share(batch)):
+            row_loss = 0.0
+            for pair, logps in zip(row, sequence_logps(policy, row)):
+                loss, margin = dpo_loss(*logps, *pair.reference, beta)
+                row_loss = row_loss + loss / len(batch)
+                losses.append(loss.item())
+                margins.append(margin.item())
+            row_loss.backward()
         grad_norm = run.optimizer_step()
         losses = gather(losses)
         margins = gather(margins)
@@ -167,7 +182,7 @@ def show_pair(policy, pair, environment, beta):
     prompt = policy.tokenizer.decode(policy.prepare([pair.context])[0].ids)
     print(f"environment {environment}\n" + re.sub(r"(<\|video_pad\|>)+", "<frames>", prompt))
     with torch.no_grad():
-        winner, loser = sequence_logp(policy, pair)
+        [(winner, loser)] = sequence_logps(policy, [pair])
     for name, ids, logp in (("winner", pair.winner, winner), ("loser", pair.loser, loser)):
         print(f"\n{name} ({len(ids)} tokens, log-prob {logp:.2f}): {policy.tokenizer.decode(ids)}")
     loss, margin = dpo_loss(winner, loser, winner, loser, beta)
@@ -234,12 +249,12 @@ def main(argv=None):
     phase1_adapter = need(S, "phase1/adapter")
     need(S, "reward/pairs.jsonl" if S.ALGORITHM == "dpo" else "reward/model")
     say_what_differs(phase1_adapter.parent, "02_phase1_train.py", build_prompt, phase1.rewards)
+    is_judged = S.ALGORITHM == "dpo"                          # its pairs are, by 04
+    judge = None if is_judged else load_judge(S, lambda: policy)
     policy = load_policy(S)
     load_adapter(policy, "phase1", phase1_adapter)
-    judge = None                                              # pairs are judged already
     reward_model = None
     if S.ALGORITHM == "grpo":
-        judge = load_judge(S, lambda: policy)
         reward_model = reward_stage.load_reward_model(S, policy)
     print(f"learning rate of {S.ADAPTER}: {rates[S.ADAPTER]:g}")
     say_cost(S, len(environments) * steps[S.ALGORITHM])

@@ -3,10 +3,18 @@ import csv
 import io
 import json
 import math
+import os
 import signal
+import time
 
-from support.ranks import add_gradients, gather, progress, said_once, torch
+from support.ranks import WORLD, add_gradients, gather, progress, said_once, torch
 from support.runs import write_text, written_aside
+
+# s after a signal in which another one is the same: torchrun passes on what a terminal has sent to all ranks.
+PASSED_ON = 2.0 if WORLD > 1 else 0.0
+
+# s after a signal in which another one is the same: torchrun passes on what a terminal has sent to all ranks.
+PASSED_ON = 2.0 if WORLD > 1 else 0.0
 
 
 class Training:
@@ -40,7 +48,7 @@ class Training:
         self.first = 0
         self.rows = []                           # of log.csv: {column: text}
         self.bar = None                          # shown while the steps run
-        self.signals = []                        # those received since the steps began
+        self.signals = []                        # s of those received since the steps began
         if self.checkpoint.exists():
             self.resume()
 
@@ -69,7 +77,14 @@ class Training:
                 signal.signal(number, handler)
 
     def note_signal(self, number, frame):
-        self.signals.append(number)
+        """The first signal is noted. The second ends the process at once, whatever that is waiting for."""
+        now = time.monotonic()
+        if self.signals and now - self.signals[0] >= PASSED_ON:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signals.append(now)
+        if len(self.signals) == 1:
+            print("\nstopping after this step, which is saved; once more stops without it", flush=True)
 
     def optimizer_step(self, lr=None):
         """One optimizer step with the clipped sum of all ranks' gradients -> the norm before it was clipped.

@@ -21,10 +21,16 @@ for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
 
+# Without it the rows of a rollout, each as long as it happens to be, leave gaps in the card's memory.
+# torch reads it when it is imported.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 try:
     import torch
+    Function = torch.autograd.Function               # to build a class on
 except ImportError:                                  # --help works before anything is installed
     torch = None
+    Function = object
 
 
 def is_first_rank():

@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import socket
 import sys
 import textwrap
@@ -53,6 +54,7 @@ class DamagedFile(ValueError):
 def explain_interruption(kind, error, trace):
     """Ctrl-C outside of a training loop ends in a sentence and not in a traceback, and so does another rank's end."""
     if kind is KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)     # a second one does not wait for what is cleaned up
         if is_first_rank():
             print("\nstopped; the same command goes on", file=sys.stderr)
     elif kind is DamagedFile:
@@ -414,15 +416,18 @@ def writing(path):
 
 
 @contextlib.contextmanager
-def written_aside(path):
-    """Yields a temporary path that takes the place of `path` when the block ends well. Rank 0 alone writes."""
+def written_aside(path, every_rank=False):
+    """Yields a temporary path that takes the place of `path` when the block ends well.
+
+    Rank 0 alone writes, unless every rank has something of its own to write.
+    """
     path = pathlib.Path(path)
     aside = path.with_name(f"{path.name}.aside{RANK or ''}")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield aside
-            if is_first_rank():
+            if is_first_rank() or every_rank:
                 with open(aside, "rb+") as file:
                     os.fsync(file.fileno())
                 os.replace(aside, path)

@@ -199,6 +199,11 @@ def test_a_failed_verdict_drops_out_and_a_failed_judge_stops(run, tmp_path):
     some, _, yields = stage.find_preferences(Judge(fail=0.3), cache, PLACE, tmp_path / "b", chunk=64)
     count = lambda contexts: sum(len(c.preferences) for c in contexts)
     assert yields["place"].failed > 0 and 0 < count(some) < count(all_of_them)
+    without, _, _ = stage.find_preferences(None, cache, PLACE, tmp_path / "b", chunk=64)
+    assert without == some                                    # what has begun to train asks no more
+    again = Judge()
+    mended, _, _ = stage.find_preferences(again, cache, PLACE, tmp_path / "b", chunk=64)
+    assert mended == all_of_them and again.asked              # else what failed is asked for again
     with pytest.raises(SystemExit, match="the judge failed on"):
         stage.find_preferences(Judge(fail=0.9), cache, PLACE, tmp_path / "c", chunk=64)
 
