@@ -6,7 +6,6 @@ add a source, write such a function and put it into SOURCES.
 """
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import pathlib
