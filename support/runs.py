@@ -490,13 +490,13 @@ def read_jsonl(path, torn=False):
     Raises DamagedFile naming the line that is no JSON.
     """
     data = pathlib.Path(path).read_bytes()
-    if torn and not data.endswith(b"\n"):
-        data = data[:data.rfind(b"\n") + 1]       # the cut may go through a letter
-        write_text(path, data.decode())
+    whole = data[:data.rfind(b"\n") + 1] if torn else data        # a cut may go through a letter
     try:
-        text = data.decode()
+        text = whole.decode()
     except ValueError as error:
         raise DamagedFile(f"{path}: {error}") from None
+    if len(whole) < len(data):
+        write_text(path, text)
     return parse_jsonl(text, path)
 
 

@@ -290,6 +290,7 @@ def test_a_watch_goes_on_by_stream_and_clip(tmp_path, monkeypatch, capsys):
         asked.extend((context.stream, context.clip, tuple(context.history)) for context in contexts)
         return [[SimpleNamespace(memory=f"m{context.stream}{context.clip}", text="")] for context in contexts]
     monkeypatch.setattr(common, "rollout", rollout)
+    monkeypatch.setattr(common, "is_grey", lambda clip: False)
     policy = SimpleNamespace(S=SimpleNamespace(K=3, SEED=0))
     whole = common.watch(policy, streams, path=tmp_path / "whole.jsonl")
     assert [row["memory"] for row in whole["b"]] == ["mb0", "mb1", "mb2", "mb3"]
@@ -344,9 +345,9 @@ def test_verdicts_go_on_by_stream_and_clip(tmp_path):
             return ["first", "second"] * (len(items) // 2)
     file = tmp_path / "place.jsonl"
     runs.write_jsonl(file, [{"stream": "s", "clip": i, "verdicts": [[0, 1, "tied"]]} for i in (3, 1, 1)])
-    verdicts = reward.compare(Judge(), cache, ["q"], file, 2)
+    verdicts = reward.compare(Judge(), cache, ["q"], file, 1)
     assert [said for ((_, _, said),) in verdicts] == ["first", "tied", "first", "tied", "first"] and len(asked) == 6
-    assert reward.compare(Judge(), cache, ["q"], file, 2) == verdicts and len(asked) == 6
+    assert reward.compare(Judge(), cache, ["q"], file, 1) == verdicts and len(asked) == 6
 
 
 # ================================================================ files of the run folder
@@ -393,7 +394,7 @@ def train(out, steps):
     run = Training(out, [p], steps=steps, lr=0.1, save_every=1, grad_clip=1.0)
     for step in run:
         p.sum().backward()
-        run.log({"step": step, "norm": run.update()}, "norm")
+        run.log({"step": step, "norm": run.optimizer_step()}, "norm")
     return run
 
 
@@ -458,6 +459,7 @@ def test_what_06_has_stored_is_found_after_a_move(tmp_path):
         runs.write_jsonl(run / "streams/tasks.jsonl", [task])
         runs.write_json(run / "tasks/recent.json", {"e": [task | {"correct": True}]})
         runs.write_text(run / "phase1/adapter/x", "x")
+        runs.write_text(run / "streams/videos/a.mp4", "x")
         S = common.settings(vars(evaluate), [f"--RUN={run}"])
         exam = evaluate.load_exam(S, run / "eval", run / "phase1/adapter")
         assert exam.streams[0]["clips"][0]["file"] == str(run / "streams/videos/a.mp4")
