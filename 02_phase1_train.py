@@ -7,16 +7,15 @@ towards the better ones.
 Where things are. The reward: `rewards` below. The history that a context shows: `RollingBatch` below. The loop:
 `grpo` in common.py. The gate: `group_advantages` there. The loss: `policy_loss` there. The prompt: PROMPT there.
 
-To try another reward, add a list of values to the terms in `rewards`: it is summed, logged as a column of its own,
-and seen by the gate. Give a malformed sample 0, so that its reward stays FORMAT. A judge's question is one more
-prompt below: `BRIEF = Verdict("brief", "... {memory} ...")`, asked by
-`judge.ask(BRIEF, [{"memory": sample.memory} for sample in ...])`, with None for a verdict that failed. The toy
-world's judge reads no prompts: it needs a method of that name, `brief(self, memory)`, in tiny/world.py. An edited
-reward or prompt needs a run of its own: --RUN=NEWNAME --FROM=OLDRUN.
+To try another reward, add an entry to `sample.terms` in `rewards`: 0 for a malformed sample, None where a judge
+failed on it. It is summed, seen by the gate, and logged as a column of its own. A new constant of it is a keyword of
+`rewards` with a default, and is handed in by `main`. For a new question to the judge, see support/judges.py; ask it
+once for all well-formed samples of all groups, as `quality` does. An edited reward or prompt needs a run of its own:
+--RUN=NEWNAME --FROM=OLDRUN.
 
 Differs from the paper: LoRA over a frozen base instead of all parameters; a `KL` to the base in the toy world (the
 paper has none: 0); r_qual asks the judges only where the rules hold; groups without variance leave, and the rest is
-split evenly, into at most CONTEXTS / MINI_BATCH updates; a sample whose judge failed leaves its group before mean
+split evenly into at most CONTEXTS / MINI_BATCH updates; a sample whose judge failed leaves its group before mean
 and spread are taken.
 
 Run: python 02_phase1_train.py [--NAME=value ...]     (--SHOW=1 prints the first group in full and stops)
@@ -31,13 +30,14 @@ import re
 import resource
 import sys
 
-from common import (Group, build_prompt, compare, group_advantages, grpo, kl_to, load_judge,
+# numpy and torch come by way of common, so that --help works where they are not installed.
+from common import (Group, build_prompt, fill_in_advantages, group_advantages, grpo, kl_to, load_judge,
                     load_policy, make_context, np, parse_response, per_model, policy_loss, rollout,
                     settings, torch, watch)
 from support.checkpoint import Training
 from support.judges import Ranking, Verdict
 from support.plan import announce
-from support.runs import load_streams, need, next_command, read_jsonl, start
+from support.runs import find, load_streams, next_command, read_jsonl, start
 from support.weights import save_adapter
 
 # ---------------------------------------------------------------- per_model(toy world, Qwen3-VL-30B-A3B)
@@ -49,7 +49,7 @@ CONTEXTS = per_model(24, 32)     # contexts per rollout (paper: 32)
 MINI_BATCH = per_model(6, 8)     # contexts per optimizer step (paper: 8: four updates a rollout)
 N_MIN = per_model(3, 11)         # clips of a stream: always extended below (released run: 11) ...
 N_MAX = per_model(9, 22)         # ... always resampled above (released run: 22)
-RESAMPLE = 0.13                  # chance to resample in between (released run)
+RESAMPLE = 0.13                  # chance to resample in between (the authors' released run)
 PRINT_EVERY = per_model(10, 1)   # steps between the best and the worst sample on the screen
 SAVE_EVERY = per_model(10, 1)    # steps between checkpoints
 # ---------------------------------------------------------------- the method
@@ -58,17 +58,19 @@ RATIO = "gspo"                   # "gspo": one ratio per sequence; "grpo": one p
 CLIP_LOW = 0.2                   # ratios are clipped to [1 - CLIP_LOW, 1 + CLIP_HIGH] (released run)
 CLIP_HIGH = 0.28
 GATE = 1                         # NSR gate: a sample below its group's mean is pushed down only if its
-                                 # reward is negative; else its loss is 0, but it stays in mean, spread
-                                 # and divisor. 0: no gate
+                                 # reward is negative; else it adds no policy loss, but stays in mean,
+                                 # spread, divisor and KL. 0: no gate
 FORMAT = -1.5                    # r_fmt of a malformed response, and its whole reward
 RICHNESS = 0.05                  # weight of r_rich; 0 is the paper's ablation: memories shrink
 TRAIN = "lora"                   # "lora": on the decoder's attention; "all": the whole decoder, in
-                                 # fp32, so on a CPU alone (LR: the paper's)
+                                 # fp32, so on a CPU alone (then with --LR=1e-6, the paper's)
 GRAD_CLIP = 1.0                  # norm of the gradient at most
 SHOW = 0                         # 1: print one group in full and stop
 # ----------------------------------------------------------------
 
 # ================================================================ what the judges are asked
+# An item with a "context" also shows the judge the newest clip, and fills in {heard} and {previous}. CLEAN is about
+# the text alone, so it gets no context. Braces that are not fields are doubled, for str.format.
 FAITHFUL = Verdict("faithful", """These frames are the newest clip of a video; heard in it: {heard}
 The memory before it: {previous}
 Its new memory: {memory}
@@ -88,23 +90,23 @@ Answer with {{"best_first": [...]}}, all numbers from the richest to the poorest
 
 
 # ================================================================ the reward
-def rewards(groups, judge, *, memory_tokens, think_tokens, format_penalty, richness_weight):
+def rewards(groups, judge, *, max_memory_tokens, max_think_tokens, format_penalty, richness_weight):
     """Fills in the reward of every sample: r = r_fmt + r_len + r_qual + r_rich. A malformed one gets r_fmt alone.
 
     A sample's reward is None where a judge failed on it. `terms` keeps the parts for the log.
     """
-    quality(groups, judge, memory_tokens)
-    rich = richness(groups, judge, richness_weight)
-    for group, rich_of_group in zip(groups, rich):
-        for sample, r_rich in zip(group.samples, rich_of_group):
+    quality(groups, judge, max_memory_tokens)
+    richness(groups, judge, richness_weight)
+    for group in groups:
+        for sample in group.samples:
             well_formed = sample.memory is not None
             r_fmt = 0.0 if well_formed else format_penalty
-            r_len = length_reward(sample.thinking_tokens, think_tokens) if well_formed else 0.0
+            r_len = length_reward(sample.thinking_tokens, max_think_tokens) if well_formed else 0.0
             sample.terms = {
-                "format": r_fmt, "length": r_len, "quality": sample.quality, "rich": r_rich}
+                "format": r_fmt, "length": r_len, "quality": sample.quality, "rich": sample.rich}
             failed = None in sample.terms.values()
             sample.reward = None if failed else sum(sample.terms.values())
-            sample.gate = sample.reward       # 05 shows the gate a part of the reward only
+            sample.gate_value = sample.reward        # 05 shows the gate a part of the reward only
 
 
 def length_reward(tokens, limit):
@@ -113,12 +115,11 @@ def length_reward(tokens, limit):
     >>> length_reward(1200, 1200), length_reward(1800, 1200), length_reward(9999, 1200)
     (0.0, -0.5, -1.0)
     """
-    excess = tokens / limit - 1
-    return 0.0 - min(1.0, max(0.0, excess))
+    return min(0.0, max(-1.0, 1 - tokens / limit))
 
 
-def quality(groups, judge, memory_tokens):
-    """Fills in r_qual: +0.5 if the rules hold and both judges agree, else -0.5; None if a judge failed.
+def quality(groups, judge, max_memory_tokens):
+    """Fills in r_qual (`sample.quality`): +0.5 if the rules hold and both judges agree, else -0.5; None if a judge failed.
 
     A malformed sample gets 0.0. The judges see only what obeys the rules.
     """
@@ -126,7 +127,7 @@ def quality(groups, judge, memory_tokens):
     for group in groups:
         for sample in group.samples:
             sample.quality = 0.0 if sample.memory is None else -0.5
-            if sample.memory and rules_hold(sample.memory, sample.memory_tokens, memory_tokens):
+            if sample.memory and rules_hold(sample.memory, sample.memory_tokens, max_memory_tokens):
                 candidates.append((group.context, sample))
     clean = judge.ask(CLEAN, [{"previous": previous_memory(context), "memory": sample.memory}
                               for context, sample in candidates])
@@ -155,44 +156,43 @@ def previous_memory(context):
 
 
 def richness(groups, judge, weight):
-    """r_rich = weight * u with u = 1 - (rank - 1) / (G' - 1) among the G' samples of a group with good quality.
+    """Fills in r_rich (`sample.rich`): weight * u, u = 1 - (rank - 1) / (G' - 1), among a group's G' good samples.
 
-    0 for all others, in a group of fewer than two good ones, and where the ranking failed. A list per group.
+    It stays 0 for all others, in a group of fewer than two good ones, and where the ranking failed.
     """
-    rich = [[0.0] * len(group.samples) for group in groups]
-    compared = []  # (number of a group, numbers of its good samples)
-    for number, group in enumerate(groups):
-        good = [i for i, sample in enumerate(group.samples) if is_good(sample)]
-        if len(good) >= 2 and weight:
-            compared.append((number, good))
     items = []
-    for number, good in compared:
-        memories = [groups[number].samples[i].memory for i in good]
-        items.append({"context": groups[number].context, "memories": memories})
-    for (number, good), ranks in zip(compared, judge.ask(RICHEST, items)):
+    ranked = []                               # the good samples of each item
+    for group in groups:
+        for sample in group.samples:
+            sample.rich = 0.0
+        good = [sample for sample in group.samples if is_good(sample)]
+        if len(good) >= 2 and weight:
+            memories = [sample.memory for sample in good]
+            items.append({"context": group.context, "memories": memories})
+            ranked.append(good)
+    for good, ranks in zip(ranked, judge.ask(RICHEST, items)):
         if ranks is None:
             continue
-        for i, rank in zip(good, ranks):
-            rich[number][i] = weight * (1 - (rank - 1) / (len(good) - 1))
-    return rich
+        for sample, rank in zip(good, ranks):
+            sample.rich = weight * (1 - (rank - 1) / (len(good) - 1))
 
 
 def is_good(sample):
-    return sample.memory is not None and sample.quality is not None and sample.quality >= 0
+    return sample.quality is not None and sample.quality > 0
 
 
 # ================================================================ where the history comes from
 class RollingBatch:
-    """Contexts for training.
+    """Contexts for training. Only their history has phases: the samples are always the policy's own.
 
-    First off-policy history: a random clip, with the stronger writer's memories before it. Then on-policy history,
-    as at deployment: every slot of the batch follows a stream. After each update it is extended (one sampled memory
+    First off-policy history: a random clip, with a stronger model's memories before it. Then on-policy history, as
+    at deployment: every slot of the batch follows a stream. After each update it is extended (one sampled memory
     joins its history, "" if that is malformed; the next clip arrives) or resampled (a new stream, a new start, an
     empty history). Extended below n_min clips, resampled above n_max or at the stream's end, in between resampled
     with the chance `resample`.
 
-    written: {stream: {clip: memory}} of the stronger writer. state: the slots, as JSON, all that the next step
-    depends on: {"stream": its number, "first": clip of the start, "memories": those written since}.
+    written: {stream: {clip: memory}} of the stronger model. state: the slots, as JSON, all that the next step
+    depends on: {"number": of the stream, "first": clip of the start, "memories": those written since}.
     """
 
     def __init__(self, streams, written, *, seed, size, window, off_policy_steps, n_min, n_max,
@@ -225,34 +225,35 @@ class RollingBatch:
 
     def on_policy(self, slot):
         """The context of the clip after the last memory; what came before the slot's first clip is unknown to it."""
-        stream = self.streams[slot["stream"]]
+        stream = self.streams[slot["number"]]
         rest = stream | {"clips": stream["clips"][slot["first"]:]}
         return make_context(rest, len(slot["memories"]), slot["memories"], k=self.window)
 
     def fresh_slot(self, rng):
         number = rng.randrange(len(self.streams))
-        last_start = max(1, len(self.streams[number]["clips"]) - self.n_min)
-        return {"stream": number, "first": rng.randrange(last_start), "memories": []}
+        starts = max(1, len(self.streams[number]["clips"]) - self.n_min)
+        return {"number": number, "first": rng.randrange(starts), "memories": []}
 
-    def update(self, step, groups):
-        """Extends or resamples every slot, after the update of a step."""
+    def advance(self, step, groups):
+        """Extends or resamples every slot, at the end of a step."""
         if not self.state:
             return
         rng = random.Random(f"{self.seed} extend {step}")
-        for number, group in enumerate(groups):
-            slot = self.state[number]
+        for i, group in enumerate(groups):
+            slot = self.state[i]
             slot["memories"].append(rng.choice(group.samples).memory or "")
             n = len(slot["memories"])
-            has_ended = slot["first"] + n >= len(self.streams[slot["stream"]]["clips"])
+            has_ended = slot["first"] + n >= len(self.streams[slot["number"]]["clips"])
             if has_ended or n > self.n_max or (n >= self.n_min and rng.random() < self.resample):
-                self.state[number] = self.fresh_slot(rng)
+                self.state[i] = self.fresh_slot(rng)
 
 
 def written_histories(S, policy, streams, out):
-    """{stream: {clip: memory}} by a stronger writer: captions.jsonl, or, with a banner, the base model itself."""
-    try:
-        rows = read_jsonl(need(S, "streams/captions.jsonl"))
-    except SystemExit:
+    """{stream: {clip: memory}} by a stronger model: captions.jsonl, or, with a banner, the base model itself."""
+    captions = find(S, "streams/captions.jsonl")
+    if captions:
+        rows = read_jsonl(captions)
+    else:
         print("*** streams/captions.jsonl is missing: the off-policy history is written by the base "
               "itself. Captions by a stronger model, one {stream, clip, memory} a line, serve better "
               "(paper, section 2) ***")
@@ -264,7 +265,7 @@ def written_histories(S, policy, streams, out):
     return written
 
 
-# ================================================================ what is seen of it
+# ================================================================ the log, and --SHOW
 # log.csv, a row a step:
 #   reward, reward_std        mean and spread over the samples that were judged
 #   format, length, quality, rich      means of the terms; a malformed sample counts 0 but for format
@@ -279,7 +280,7 @@ def written_histories(S, policy, streams, out):
 #   tokens_per_s              sampled, per second of rollout
 #   rollout_s, update_s       seconds, without the judge's
 #   gb                        peak memory of rank 0, GiB
-def log_row(step, groups, update, rollout_s, update_s):
+def log_row(step, groups, totals, rollout_s, update_s):
     """A row of log.csv."""
     samples = []
     held_back = []
@@ -302,9 +303,9 @@ def log_row(step, groups, update, rollout_s, update_s):
         "response": tokens / len(samples),
         "thinking": mean([sample.thinking_tokens for sample in samples]),
         "memory": mean([sample.memory_tokens for sample in samples if sample.memory]),
-        "kl": update["kl"] / max(1, learning),
-        "clipped": update["clipped"] / max(1, learning),
-        "grad_norm": update["grad_norm"],
+        "kl": totals["kl"] / max(1, learning),
+        "clipped": totals["clipped"] / max(1, learning),
+        "grad_norm": totals["grad_norm"],
         "tokens_per_s": tokens / rollout_s,
         "rollout_s": rollout_s,
         "update_s": update_s,
@@ -327,14 +328,16 @@ def show_group(policy, group):
     """The teaching view: one group in full, its rewards term by term, the advantages and what the gate does."""
     prompt = policy.tokenizer.decode(policy.prepare([group.context])[0].ids)
     print(re.sub(r"(<\|video_pad\|>)+", "<frames>", prompt))
-    verdicts = iter(zip(group.advantages, group.keep))
-    for number, sample in enumerate(group.samples):
-        terms = "  ".join(f"{name} {value if value is None else round(value, 3)}"
-                          for name, value in sample.terms.items())
-        print(f"\n#{number}  {sample.text}\n    {terms}  | total {sample.reward}")
-        if sample.reward is not None and group.advantages:
-            advantage, counts = next(verdicts)
-            print(f"    advantage {advantage:+.2f}  {'counts' if counts else 'GATED: no loss'}")
+    for i, sample in enumerate(group.samples):
+        terms = "  ".join(f"{name} {rounded(value)}" for name, value in sample.terms.items())
+        print(f"\n#{i}  {sample.text}\n    {terms}  | total {rounded(sample.reward)}")
+        if sample.reward is not None:
+            says = "counts" if sample.keep else "GATED: no policy loss"
+            print(f"    advantage {sample.advantage:+.2f}  {says}")
+
+
+def rounded(value):
+    return "failed" if value is None else f"{value:.3f}"
 
 
 def first_group(policy, S, batch, reward):
@@ -343,13 +346,14 @@ def first_group(policy, S, batch, reward):
     samples = rollout(policy, [context], S.GROUP, [(S.SEED, 0, 0)])[0]
     group = Group(context, samples)
     reward([group])
-    compare(group, S.GATE)
+    fill_in_advantages(group, S.GATE)
     return group
 
 
 # ================================================================ the stage
 def main(argv=None):
     S = settings(globals(), argv)
+    # An edit of these functions, or of a prompt that they use, asks for a new run.
     out = start(S, "phase1", rewards, build_prompt, parse_response, group_advantages, policy_loss,
                 kl_to)
     if S.TRAIN not in ("lora", "all"):
@@ -359,14 +363,14 @@ def main(argv=None):
         return
     # ---------------- model, data, reward
     streams = load_streams(S, "train")
-    judge = load_judge(S, lambda: policy)
+    judge = load_judge(S, lambda: policy)     # before the model, so that a missing key is said at once
     policy = load_policy(S)
-    written = written_histories(S, policy, streams, out)
+    written = written_histories(S, policy, streams, out) if S.OFF_POLICY_STEPS else {}
     batch = RollingBatch(
         streams, written, seed=S.SEED, size=S.CONTEXTS, window=S.K,
         off_policy_steps=S.OFF_POLICY_STEPS, n_min=S.N_MIN, n_max=S.N_MAX, resample=S.RESAMPLE)
     reward = functools.partial(
-        rewards, judge=judge, memory_tokens=S.MEMORY_TOKENS, think_tokens=S.THINK_TOKENS,
+        rewards, judge=judge, max_memory_tokens=S.MEMORY_TOKENS, max_think_tokens=S.THINK_TOKENS,
         format_penalty=S.FORMAT, richness_weight=S.RICHNESS)
     params = policy.add("phase1", S.TRAIN)
     if S.SHOW:
@@ -388,7 +392,7 @@ def main(argv=None):
 
 def loop_constants(S):
     """The constants that the loop takes, by name."""
-    return {"seed": S.SEED, "group_size": S.GROUP, "mini_batch": S.MINI_BATCH, "ratio": S.RATIO,
+    return {"seed": S.SEED, "group_size": S.GROUP, "mini_batch_size": S.MINI_BATCH, "ratio": S.RATIO,
             "clip": (S.CLIP_LOW, S.CLIP_HIGH), "gate": S.GATE, "kl_weight": S.KL,
             "print_every": S.PRINT_EVERY}
 

@@ -241,7 +241,7 @@ def fill_cache(S, out, policy, judge, streams, memories, limits):
         keys = [(S.SEED, 8, i) for i in indices]
         samples = rollout(policy, [contexts[i] for i in indices], S.GROUP, keys)
         groups = [Group(contexts[i], row) for i, row in zip(indices, samples)]
-        phase1.quality(groups, judge, memory_tokens=S.MEMORY_TOKENS)
+        phase1.quality(groups, judge, S.MEMORY_TOKENS)
         rows = gather([cache_row(group, environments[i]) for i, group in zip(indices, groups)])
         append_jsonl(part, rows)
         done += rows
@@ -260,7 +260,7 @@ def judge_again(S, judge, contexts, environments, rows):
             fields = {name: saved[name] for name in SAMPLED}
             samples.append(Sample(**fields))
         groups.append(Group(contexts[i], samples))
-    phase1.quality(groups, judge, memory_tokens=S.MEMORY_TOKENS)
+    phase1.quality(groups, judge, S.MEMORY_TOKENS)
     return gather([cache_row(group, environments[i]) for i, group in zip(indices, groups)])
 
 

@@ -491,7 +491,7 @@ def train(run, model, contexts, questions, *, seed, batch_size, lr, warmup):
             loss += part_loss.item()
         # ---------------- update
         rate = learning_rate(step, run.steps, lr, warmup)
-        grad_norm = run.update(rate)
+        grad_norm = run.optimizer_step(rate)
         # ---------------- log and save
         accuracy = gather_sum(sum(right)) / gather_sum(len(right))
         row = {"step": step, "loss": gather_sum(loss), "accuracy": accuracy, "grad_norm": grad_norm,
@@ -624,8 +624,7 @@ def main(argv=None):
         return
     model = train_reward_model(S, out, policy, learn, asked)
     report = validate(model, tests, later, resamples=S.BOOTSTRAP, seed=S.SEED)
-    for name, value in report.items():
-        print(f"  {name:20} {value}")
+    print_report(report)
     report["yield"] = {environment: vars(counts) for environment, counts in yields.items()}
     write_json(out / "report.json", report)
     print(f"{len(pairs)} pairs and the reward model are in {out}; "
@@ -696,6 +695,14 @@ def print_yields(yields):
         numbers = "".join(f"{getattr(counts, name):14}" for name in columns)
         share = counts.contexts_with_pair / max(1, counts.contexts)
         print(f"  {environment:16}{numbers}   {share:.2%}")
+
+
+def print_report(report):
+    for name, value in report.items():
+        if isinstance(value, dict):
+            print(f"  {name:20} {value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})")
+        else:
+            print(f"  {name:20} {value:.3f}")
 
 
 def say_why_no_reward_model(S, learn, tests, pairs, counts):

@@ -75,7 +75,7 @@ PRINT_EVERY = phase1.PRINT_EVERY
 
 # ================================================================ DPO, on cached pairs
 @dataclass
-class Pair:
+class TokenPair:
     """A context with the memory that serves the questions better, and one that serves them less: token ids."""
     context: Context
     winner: list
@@ -127,7 +127,7 @@ def train_dpo(policy, run, pairs, *, seed, batch_size, beta):
             (loss / len(batch)).backward()
             losses.append(loss.item())
             margins.append(margin.item())
-        grad_norm = run.update()
+        grad_norm = run.optimizer_step()
         losses = gather(losses)
         margins = gather(margins)
         # ---------------- log and save
@@ -158,7 +158,7 @@ def cached_pairs(S, environment, streams):
         samples = row["samples"]
         winner = samples[chosen["winner"]]
         loser = samples[chosen["loser"]]
-        pairs.append(Pair(context, winner["ids"], loser["ids"]))
+        pairs.append(TokenPair(context, winner["ids"], loser["ids"]))
     return pairs
 
 
@@ -184,11 +184,10 @@ def rewards(groups, judge, reward_model, questions, *, relevance_weight, **const
     phase1.rewards(groups, judge, richness_weight=0.0, **constants_of_02)
     for group in groups:
         for sample in group.samples:
-            sample.gate = sample.reward
             sample.terms |= {"relevance": 0.0, "R": None}
         comparable = [sample for sample in group.judged if sample.memory]
         memories = [sample.memory for sample in comparable]
-        values = reward_model.score(questions, group.context.history, memories) if memories else []
+        values = reward_model.score(questions, group.context.history, memories)
         for sample, R in zip(comparable, values):
             sample.terms["R"] = R
             sample.terms["relevance"] = relevance_weight * (R - sum(values) / len(values))
@@ -313,8 +312,8 @@ def learn_on_policy(policy, S, environment, questions, streams, judge, reward_mo
         off_policy_steps=0, n_min=S.N_MIN, n_max=S.N_MAX, resample=S.RESAMPLE)
     reward = functools.partial(
         rewards, judge=judge, reward_model=reward_model, questions=questions,
-        relevance_weight=S.RELEVANCE, memory_tokens=S.MEMORY_TOKENS, think_tokens=S.THINK_TOKENS,
-        format_penalty=S.FORMAT)
+        relevance_weight=S.RELEVANCE, max_memory_tokens=S.MEMORY_TOKENS,
+        max_think_tokens=S.THINK_TOKENS, format_penalty=S.FORMAT)
     if S.SHOW:
         phase1.show_group(policy, phase1.first_group(policy, S, batch, reward))
         return False

@@ -39,7 +39,7 @@ from support.runs import (NOT_COMPARED, ROOT, fingerprint, load_streams, need, n
 from support.weights import load_adapter
 
 phase1 = stage("02_phase1_train")
-tasks_stage = stage("03_collect_tasks")
+collect = stage("03_collect_tasks")
 reward_stage = stage("04_train_reward")
 
 # ------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class Exam:
 
 def load_exam(S, out, phase1_adapter):
     streams = load_streams(S, "test")
-    tasks_stage.check_recent(S, streams)
+    collect.check_recent(S, streams)
     recent = {}
     questions = {}
     for environment, tasks in read_json(need(S, "tasks/recent.json")).items():
@@ -268,7 +268,7 @@ def written_before(exam, examinee, memories):
         return {}
     plain = BASE if examinee.writer == "base" else PHASE1
     begun = {}
-    for stream, seconds in tasks_stage.last_asked(exam.recent[examinee.environment]).items():
+    for stream, seconds in collect.last_asked(exam.recent[examinee.environment]).items():
         rows = [row for row in memories[plain.slug] if row["stream"] == stream]
         begun[stream] = [row for row in rows if row["end"] <= seconds]
     return begun
@@ -306,12 +306,12 @@ def answer(S, judge, tasks, memories):
     for row in memories:
         if row["stream"] in of_stream:
             of_stream[row["stream"]].append(row)
-    replies, retrieved = tasks_stage.answer(S, judge, tasks, of_stream)
+    replies, retrieved = collect.answer(S, judge, tasks, of_stream)
     failed = replies.count(None)
     if 2 * failed > len(replies):
         raise SystemExit(said_once(f"the judge failed on {failed} of {len(replies)} questions: mend it "
                                    "and run the same command again"))
-    correct = tasks_stage.right(judge, tasks, replies)
+    correct = collect.right(judge, tasks, replies)
     rows = []
     for task, reply, is_correct, is_retrieved in zip(tasks, replies, correct, retrieved):
         rows.append({
@@ -497,7 +497,7 @@ def compare(judge, questions, pairs):
 
 # ================================================================ the stage
 # Those whose edit asks for a new run: they hold the prompts of policy, judge and reader.
-FUNCTIONS_THAT_MATTER = (build_prompt, phase1.quality, tasks_stage.answer, tasks_stage.right,
+FUNCTIONS_THAT_MATTER = (build_prompt, phase1.quality, collect.answer, collect.right,
                          reward_stage.compare)
 
 

@@ -21,7 +21,7 @@ from support import judges, runs
 from support.attention import packed_mask, packed_owners, packed_positions
 from support.decode import HowToSample, decode
 from support.overlay import clip_frames
-from support.ranks import gather, gather_sum, my_share, progress, torch
+from support.ranks import gather, gather_sum, my_share, progress, said_once, torch
 from support.runs import Prompt, append_jsonl, clock, per_model, read_progress
 from support.video import frames_to_patches
 from support.weights import FILES, flash, load_model
@@ -100,7 +100,7 @@ class Context:
 
 @dataclass
 class Sample:
-    """One answer of a policy. `rewards` of 02 or 05 fills in the last four."""
+    """One answer of a policy. `rewards` of 02 or 05 and the loop fill in what stands below `truncated`."""
     ids: list                           # its tokens, end token included
     text: str
     memory: str | None                  # None where the answer is malformed
@@ -108,9 +108,12 @@ class Sample:
     memory_tokens: int
     truncated: bool                     # MAX_NEW_TOKENS came before the end
     quality: float | None = None        # r_qual; None where a judge failed
-    terms: dict = field(default_factory=dict)     # {name: value}, what the log shows
-    reward: float | None = None         # r, None where a judge failed
-    gate: float | None = None           # the part of r whose sign the NSR gate looks at
+    rich: float = 0.0                   # r_rich
+    terms: dict = field(default_factory=dict)     # {name: value} of all terms, for the log
+    reward: float | None = None         # r, their sum; None where a judge failed
+    gate_value: float | None = None     # the part of r whose sign the NSR gate looks at
+    advantage: float = 0.0
+    keep: bool = True                   # False: the gate holds it back
 
 
 @dataclass
@@ -118,11 +121,9 @@ class Group:
     """The G answers to one context, and what the loop finds out about them."""
     context: Context
     samples: list
-    # One entry for each judged sample:
-    advantages: list = field(default_factory=list)   # empty where fewer than two were judged
-    keep: list = field(default_factory=list)         # False: the gate holds it back
-    old_logp: list | None = None        # (T_i,) each, from before the step's first update
-    ref_logp: list | None = None        # (T_i,) each, by the policy that the KL refers to
+    # Log-probs of the judged samples, (T_i,) each:
+    old_logp: list | None = None        # from before the step's first update
+    ref_logp: list | None = None        # by the policy that the KL refers to
 
     @property
     def judged(self):
@@ -132,6 +133,14 @@ class Group:
     @property
     def ids(self):
         return [sample.ids for sample in self.judged]
+
+    @property
+    def advantages(self):
+        return [sample.advantage for sample in self.judged]
+
+    @property
+    def keep(self):
+        return [sample.keep for sample in self.judged]
 
     @property
     def has_gradient(self):
@@ -209,16 +218,16 @@ def is_unicode(text):
 
 
 # ================================================================ advantages, gate, loss, KL
-def group_advantages(rewards, gates=None):
+def group_advantages(rewards, gate_values=None):
     """A_i = (r_i - mean r) / std r over the whole group, and which samples count (the NSR gate; paper, section 2).
 
-    gates: per sample the reward that decides whether one below the mean may be pushed down: only if its gate is
+    gate_values: per sample the reward that decides whether one below the mean may be pushed down: only if it is
     negative. None: no gate. A group with a population std under 1e-6 gets zeros. Returns (advantages, keep).
 
-    >>> A, keep = group_advantages([0.5, 0.5, -0.5, 0.3], gates=[0.5, 0.5, -0.5, 0.3])
+    >>> A, keep = group_advantages([0.5, 0.5, -0.5, 0.3], gate_values=[0.5, 0.5, -0.5, 0.3])
     >>> [round(a, 2) for a in A], keep
     ([0.73, 0.73, -1.7, 0.24], [True, True, True, True])
-    >>> group_advantages([0.5, 0.4], gates=[0.5, 0.4])[1]  # the lower is still a good memory: not pushed down
+    >>> group_advantages([0.5, 0.4], gate_values=[0.5, 0.4])[1]  # the lower is still good: not pushed down
     [True, False]
     """
     mean = sum(rewards) / len(rewards)
@@ -226,9 +235,9 @@ def group_advantages(rewards, gates=None):
     if std <= 1e-6:
         return [0.0] * len(rewards), [True] * len(rewards)
     advantages = [(r - mean) / std for r in rewards]
-    if gates is None:
+    if gate_values is None:
         return advantages, [True] * len(rewards)
-    return advantages, [advantage >= 0 or gate < 0 for advantage, gate in zip(advantages, gates)]
+    return advantages, [advantage >= 0 or value < 0 for advantage, value in zip(advantages, gate_values)]
 
 
 def policy_loss(logp, old_logp, advantages, keep, ratio="gspo", clip=(0.2, 0.28)):
@@ -266,13 +275,13 @@ def kl_to(logp, ref_logp):
 
 
 # ================================================================ the loop
-def grpo(policy, run, batch, rewards, log_row, *, reference, seed, group_size, mini_batch, ratio, clip,
-         gate, kl_weight, print_every):
+def grpo(policy, run, rolling_batch, rewards, log_row, *, reference, seed, group_size, mini_batch_size,
+         ratio, clip, gate, kl_weight, print_every):
     """Group-relative policy optimisation: the loop of 02, and of 05 on-policy.
 
-    run: a Training (support/checkpoint.py), which keeps the steps still to do. batch: `next(step)` gives contexts,
-    `update(step, groups)` hears what was written. rewards(groups) fills in every sample's reward. log_row: 02's.
-    reference: the writer that the KL refers to. The other arguments are constants of 02.
+    run: a Training (support/checkpoint.py), which keeps the steps still to do. rolling_batch: 02's; `next(step)`
+    gives contexts, `advance(step, groups)` goes on with what was written. rewards(groups) fills in the reward of
+    every sample. log_row: 02's. reference: the writer that the KL refers to. All else are constants of 02.
     """
     if ratio not in ("gspo", "grpo"):
         raise SystemExit(f'RATIO={ratio}: take "gspo" (one per sequence) or "grpo" (one per token)')
@@ -280,7 +289,7 @@ def grpo(policy, run, batch, rewards, log_row, *, reference, seed, group_size, m
     for step in run:
         # ---------------- rollout
         began = time.time()
-        contexts = batch.next(step)
+        contexts = rolling_batch.next(step)
         groups = sample_groups(policy, contexts, group_size, (seed, step))
         rolled = time.time()
         # ---------------- reward
@@ -290,35 +299,36 @@ def grpo(policy, run, batch, rewards, log_row, *, reference, seed, group_size, m
         judged = time.time()
         # ---------------- advantage
         for group in groups:
-            compare(group, gate)
+            fill_in_advantages(group, gate)
         learning = [group for group in groups if group.has_gradient]
-        batches = split_evenly(learning, mini_batch)
+        mini_batches = split_evenly(learning, mini_batch_size)
         # ---------------- update
-        # The ratio is 1 in the first mini-batch. The later ones need the log-probs from before it.
+        # The first mini-batch needs no old_logp: its own forward pass is it, so its ratio is 1.
         with torch.no_grad():
-            for group in share_of_each(batches[1:]):
+            for group in share_of_each(mini_batches[1:]):
                 group.old_logp = logprobs(policy, group.context, group.ids)
-            with policy.using(reference):
-                for group in share_of_each(batches if kl_weight else []):
-                    group.ref_logp = logprobs(policy, group.context, group.ids)
-        update = {"kl": 0.0, "clipped": 0.0, "grad_norm": 0.0}
-        for groups_of_batch in batches:
+            if kl_weight:
+                with policy.using(reference):
+                    for group in share_of_each(mini_batches):
+                        group.ref_logp = logprobs(policy, group.context, group.ids)
+        totals = {"kl": 0.0, "clipped": 0.0, "grad_norm": 0.0}
+        for mini_batch in mini_batches:
             # Memory holds one packed row at a time.
-            for group in my_share(groups_of_batch):
+            for group in my_share(mini_batch):
                 logp = logprobs(policy, group.context, group.ids)  # (T_i,) per sample
                 old_logp = group.old_logp or [x.detach() for x in logp]
                 loss, clipped = policy_loss(
                     logp, old_logp, group.advantages, group.keep, ratio, clip)
                 kl = kl_to(logp, group.ref_logp) if kl_weight else torch.zeros(())
-                ((loss + kl_weight * kl) / len(groups_of_batch)).backward()
-                update["kl"] += kl.item()
-                update["clipped"] += clipped
-            update["grad_norm"] = max(update["grad_norm"], run.update())
-        update["kl"] = gather_sum(update["kl"])
-        update["clipped"] = gather_sum(update["clipped"])
-        batch.update(step, groups)
+                ((loss + kl_weight * kl) / len(mini_batch)).backward()
+                totals["kl"] += kl.item()
+                totals["clipped"] += clipped
+            totals["grad_norm"] = max(totals["grad_norm"], run.optimizer_step())
+        totals["kl"] = gather_sum(totals["kl"])
+        totals["clipped"] = gather_sum(totals["clipped"])
+        rolling_batch.advance(step, groups)
         # ---------------- log and save
-        row = log_row(step, groups, update, rolled - began, time.time() - judged)
+        row = log_row(step, groups, totals, rolled - began, time.time() - judged)
         run.log(row, "reward", "malformed")
         say_step(run, row, time.time() - began, groups if step % print_every == 0 else [])
 
@@ -331,26 +341,32 @@ def sample_groups(policy, contexts, n, key):
     return [Group(context, answers) for context, answers in zip(share, samples)]
 
 
-def compare(group, gate):
-    """Fills in the group's advantages; with fewer than two judged samples there is nothing to compare."""
-    if len(group.judged) < 2:
+def fill_in_advantages(group, gate):
+    """Compares the judged samples of a group. Fewer than two keep the advantage 0 and teach nothing."""
+    samples = group.judged
+    if len(samples) < 2:
         return
-    values = [sample.reward for sample in group.judged]
-    gates = [sample.gate for sample in group.judged] if gate else None
-    group.advantages, group.keep = group_advantages(values, gates)
+    rewards = [sample.reward for sample in samples]
+    gate_values = [sample.gate_value for sample in samples] if gate else None
+    advantages, keep = group_advantages(rewards, gate_values)
+    for sample, advantage, counts in zip(samples, advantages, keep):
+        sample.advantage = advantage
+        sample.keep = counts
 
 
 def split_evenly(groups, size):
-    """Mini-batches of at most `size`, as even as can be: flat groups leave, and a small rest would weigh too much.
+    """Mini-batches of at most `size`, whose sizes differ by one at most: in a small rest a group would weigh too much.
 
-    >>> [len(part) for part in split_evenly(list(range(9)), 8)]
-    [5, 4]
+    >>> [len(part) for part in split_evenly(list(range(13)), 4)]
+    [4, 3, 3, 3]
     """
-    if not groups:
-        return []
-    parts = math.ceil(len(groups) / size)
-    even = math.ceil(len(groups) / parts)
-    return [groups[i:i + even] for i in range(0, len(groups), even)]
+    waiting = list(groups)
+    mini_batches = []
+    for left in range(math.ceil(len(groups) / size), 0, -1):
+        share = math.ceil(len(waiting) / left)
+        mini_batches.append(waiting[:share])
+        waiting = waiting[share:]
+    return mini_batches
 
 
 def share_of_each(batches):
@@ -366,8 +382,8 @@ def stop_where_the_judge_failed(groups, step):
     total = sum(len(group.samples) for group in groups)
     failed = total - sum(len(group.judged) for group in groups)
     if failed * 2 > total:
-        raise SystemExit(f"step {step}: the judge failed on {failed} of {total} samples; "
-                         f"mend it and run again, it goes on from the last checkpoint")
+        raise SystemExit(said_once(f"step {step}: the judge failed on {failed} of {total} samples; "
+                                   "mend it and run again, it goes on from the last checkpoint"))
 
 
 def say_step(run, row, seconds, groups):
@@ -473,18 +489,20 @@ class Policy:
         self.model.add_adapter(config, name)
         params = [p for key, p in self.model.named_parameters() if f".{name}." in key]
         # In bf16 the updates of a low learning rate would round to nothing.
-        torch.nn.ParameterList(params).float()
+        for p in params:
+            p.data = p.data.float()
         if folder:
             state = {key.removeprefix("base_model.model."): value for key, value in saved.items()}
             set_peft_model_state_dict(self.model, state, name)
         return params
 
     def _add_steering_vector(self, saved):
-        self.layer = self.S.LAYER if not saved else None
-        vector = torch.zeros(self.hidden)
-        for key, value in saved.items():                            # one: ...layers.N.adapter.steer
+        if saved:
+            (key, vector), = saved.items()                          # ...layers.N.adapter.steer
             self.layer = int(re.search(r"layers\.(\d+)\.", key)[1])
-            vector = value
+        else:
+            self.layer = self.S.LAYER
+            vector = torch.zeros(self.hidden)
         if not 0 <= self.layer < self.layers:
             raise SystemExit(
                 f"LAYER={self.layer}: this model has the layers 0 to {self.layers - 1}; "
@@ -552,7 +570,8 @@ class Policy:
     def train_only(self, params):
         self.trainable = params
         self.model.requires_grad_(False)
-        torch.nn.ParameterList(params).requires_grad_(True)
+        for p in params:
+            p.requires_grad_(True)
 
     def attend(self, mask):
         """To be called before a pass: flash-attn takes no mask, SDPA any. Training mode checkpoints the layers."""
@@ -753,7 +772,7 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch"):
             history = [row["memory"] for row in memories[stream["stream"]]]
             contexts.append(make_context(stream, t, history, questions, policy.S.K))
             number = zlib.crc32(stream["stream"].encode())
-            keys.append((policy.S.SEED, 7, number, t))
+            keys.append((policy.S.SEED, 7, number, t))              # 7: noise of its own, not training's
         groups = rollout(policy, contexts, 1, keys, temperature=0.6, top_p=0.95, top_k=20)
         rows = []
         for stream, (sample,) in zip(share, groups):

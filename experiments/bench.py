@@ -492,13 +492,13 @@ def our_steps(policy, lengths, steps):
         f"--STEPS={steps}", f"--MINI_BATCH={TRL_PROMPTS}", f"--GROUP={GROUP}",
         f"--MAX_NEW_TOKENS={NEW_TOKENS}", "--KL=0", "--GATE=0", "--PRINT_EVERY=999"])
     prompts = [text_prompt(policy, length, number) for number, length in enumerate(lengths)]
-    batch = SimpleNamespace(next=lambda step: prompts, update=lambda step, groups: None, state=None)
+    batch = SimpleNamespace(next=lambda step: prompts, advance=lambda step, groups: None, state=None)
 
     def rewards(groups):
         for group in groups:
             for sample in group.samples:
                 sample.reward = share_of_even(sample.ids)
-                sample.gate = sample.reward
+                sample.gate_value = sample.reward
     with tempfile.TemporaryDirectory() as folder, answers_of_full_length(policy), \
             encoded_prompts(policy), new_lora(policy) as params:
         run = Training(pathlib.Path(folder), params, batch=batch, steps=steps, lr=S.LR,

@@ -19,7 +19,7 @@ class Training:
         run = Training(out, params, steps=80, lr=1e-4, save_every=10, grad_clip=1.0)
         for step in run:
             loss.backward()
-            norm = run.update()
+            norm = run.optimizer_step()
             run.log({"step": step, "loss": loss.item(), "norm": norm}, "loss")     # "loss": beside the bar
 
     It resumes from out/checkpoint.pt, which is written every `save_every` steps, after the last one and, on
@@ -81,7 +81,7 @@ class Training:
         if len(self.signals) == 1:
             print("\nstopping after this step, which is saved; once more stops without it", flush=True)
 
-    def update(self, lr=None):
+    def optimizer_step(self, lr=None):
         """One optimizer step with the clipped sum of all ranks' gradients -> the norm before it was clipped.
 
         Raises SystemExit, before anything is changed, where that norm is not finite.

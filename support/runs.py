@@ -251,15 +251,26 @@ def say_what_differs(folder, script, *functions):
               f"name in the place of {module!r} where the scripts after it import that ***")
 
 
-def need(S, name):
-    """Path of runs/RUN/name, or of runs/FROM/name. Raises SystemExit naming the script that makes it."""
-    paths = [ROOT / "runs" / run / name for run in (S.RUN, S.FROM) if run]
-    for path in paths:
+def find(S, name):
+    """Path of runs/RUN/name, or of runs/FROM/name, or None where neither exists."""
+    for path in places(S, name):
         if path.exists():
             return path
+    return None
+
+
+def places(S, name):
+    return [ROOT / "runs" / run / name for run in (S.RUN, S.FROM) if run]
+
+
+def need(S, name):
+    """The path that `find` finds. Raises SystemExit naming the script that makes it."""
+    path = find(S, name)
+    if path:
+        return path
     stage = name.split("/")[0]
     maker = next(ROOT.glob(f"0?_*{stage}*.py")).name     # a script's name holds its stage's folder
-    raise SystemExit(f"{' or '.join(map(str, paths))} is missing. Make it first: "
+    raise SystemExit(f"{' or '.join(map(str, places(S, name)))} is missing. Make it first: "
                      f"python {maker} --RUN={S.RUN}, or name a run that has it: --FROM=OTHERRUN")
 
 

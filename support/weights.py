@@ -343,10 +343,9 @@ def print_model(model, name, S):
     kind = f"NF4 and {model.dtype}" if S.BITS == 4 else f"{model.dtype}"
     print(f"model {name}: {values / 1e6:.1f} M parameters, {size / 2**30:.3f} GiB in {kind}, "
           f"{text.num_hidden_layers} layers {text.hidden_size} wide, on {model.device}")
-    if model.device.type == "cpu":
-        print("*** no GPU: fp32 on the CPU. "
-              "Fine for the toy world; a 30B model is out of reach ***")
-    elif not flash(model):
+    if model.device.type == "cpu" and S.MODEL != "tiny":
+        print("*** no GPU: fp32 on the CPU, where a 30B model is out of reach ***")
+    if model.device.type == "cuda" and not flash(model):
         print("*** flash-attn is missing (requirements-gpu.txt): torch's own attention is used ***")
 
 

@@ -38,7 +38,7 @@ def train(out, steps=6, at=None, do=None, weights=None, batch=None, **options):
         loss.backward()
         if step == at:
             do()
-        norm = run.update(0.1 / (step + 1))
+        norm = run.optimizer_step(0.1 / (step + 1))
         batch.state += step
         run.log({"step": step, "loss": loss.item(), "norm": norm}, "loss")
     return weights, run
@@ -144,7 +144,7 @@ for step in run:
     (p.sum() * (RANK + 1)).backward()
     if RANK == 1 and step == 1:
         os.kill(os.getpid(), signal.SIGTERM)             # the other rank hears of it
-    run.log(dict(step=step, norm=run.update()), "norm")
+    run.log(dict(step=step, norm=run.optimizer_step()), "norm")
 """)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],

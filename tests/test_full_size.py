@@ -401,7 +401,7 @@ def fixed(policy, contexts, n, keys, *how):
 common.rollout = fixed
 def rewards(groups):
     for s in (s for g in groups for s in g.samples):
-        s.reward = s.gate = sum(i % 2 == 0 for i in s.ids) / len(s.ids) - 0.5
+        s.reward = s.gate_value = sum(i % 2 == 0 for i in s.ids) / len(s.ids) - 0.5
         s.terms = dict(even=s.reward)
 params = policy.add("phase1", "lora")
 run = Training(out, params, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP, batch=batch)

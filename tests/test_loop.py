@@ -90,7 +90,7 @@ class FakeJudge:
 def reward(contexts, samples, judge=None, richness_weight=0.05):
     """02's reward of samples, as groups."""
     groups = [common.Group(c, s) for c, s in zip(contexts, samples)]
-    phase1.rewards(groups, judge or FakeJudge(), memory_tokens=17, think_tokens=16, format_penalty=-1.5,
+    phase1.rewards(groups, judge or FakeJudge(), max_memory_tokens=17, max_think_tokens=16, format_penalty=-1.5,
                    richness_weight=richness_weight)
     return groups
 
@@ -110,7 +110,7 @@ def test_reward_terms_add_up():
     u = {1: 1 - 0.5 / 3, 2: 1 - 0.5 / 3, 0: 1 - 2 / 3, 10: 0.0}
     want = [0.5 + 0.05 * u[0], 0.5 + 0.05 * u[1], 0.5 + 0.05 * u[2], *[-0.5] * 4, -1.5, None, None, 0.5 - 0.5]
     assert [s.reward for s in group] == [None if w is None else pytest.approx(w) for w in want]
-    assert [s.gate for s in group] == [s.reward for s in group]
+    assert [s.gate_value for s in group] == [s.reward for s in group]
     terms = {name: [s.terms[name] for s in group] for name in group[0].terms}
     assert list(terms) == ["format", "length", "quality", "rich"]
     assert terms["format"] == [0.0] * 7 + [-1.5] + [0.0] * 3
@@ -171,14 +171,14 @@ def rolling(lengths=(12, 12, 9, 5), **changed):
 def write(batch, step, n=3):
     """One step: contexts, and an update with memories that tell where they come from."""
     contexts = batch.next(step)
-    batch.update(step, [common.Group(c, [sample(f"{step}.{slot}.{j}") for j in range(n)])
+    batch.advance(step, [common.Group(c, [sample(f"{step}.{slot}.{j}") for j in range(n)])
                         for slot, c in enumerate(contexts)])
     return contexts
 
 
 def slots(batch):
     """(stream number, first clip, memories) of every slot."""
-    return [(s["stream"], s["first"], list(s["memories"])) for s in batch.state]
+    return [(s["number"], s["first"], list(s["memories"])) for s in batch.state]
 
 
 def test_off_policy_history_is_the_captions():
@@ -233,7 +233,7 @@ def test_resampling_in_between_has_its_chance():
 
 def test_a_malformed_memory_leaves_a_gap_and_state_is_json():
     batch = rolling()
-    batch.update(0, [common.Group(c, [sample(None)]) for c in batch.next(0)])
+    batch.advance(0, [common.Group(c, [sample(None)]) for c in batch.next(0)])
     assert all(kept in ([], [""]) for _, _, kept in slots(batch)) and any(kept for _, _, kept in slots(batch))
     import json
     assert json.loads(json.dumps(batch.state)) == batch.state
@@ -271,7 +271,7 @@ def token_reward(groups):
     for group in groups:
         for s in group.samples:
             s.reward = sum(i % 2 == 0 for i in s.ids) / len(s.ids) - 0.5
-            s.gate = s.reward
+            s.gate_value = s.reward
             s.terms = {"even": s.reward}
 
 
@@ -392,7 +392,7 @@ def test_flat_groups_and_gated_ones_leave_the_policy_as_it_is(policy, streams, t
     def flat(groups):
         for group in groups:
             for s in group.samples:
-                s.reward = s.gate = 0.5
+                s.reward = s.gate_value = 0.5
     start = loop(policy, tmp_path / "none", streams, argv=["--STEPS=0"])
     same = loop(policy, tmp_path / "flat", streams, flat, ["--STEPS=1"])
     assert all(torch.equal(a, b) for a, b in zip(start, same))

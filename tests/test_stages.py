@@ -196,7 +196,7 @@ def test_show_prints_one_group_in_full_and_stops(chain, capsys):
     assert len(terms) == 4
     for *parts, total in terms:
         assert sum(map(float, parts)) == pytest.approx(float(total), abs=2e-3)
-    assert len(re.findall(r"advantage [+-]\d\.\d\d  (counts|GATED: no loss)", said)) == 4
+    assert len(re.findall(r"advantage [+-]\d\.\d\d  (counts|GATED: no policy loss)", said)) == 4
     stage("05_phase2_train", chain, "--SHOW=1", "--ENVIRONMENT=place")
     said = capsys.readouterr().out
     assert "environment place" in said and "winner (" in said and "loser (" in said

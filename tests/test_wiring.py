@@ -44,7 +44,7 @@ def hand_made_rewards(table, seen):
         for group, made in zip(groups, table):
             for answer, value, gate in zip(group.samples, made.rewards, made.gates):
                 answer.reward = value
-                answer.gate = gate
+                answer.gate_value = gate
                 answer.terms = {"made": value}
     return reward
 
@@ -66,7 +66,7 @@ def one_step(policy, contexts, table, out, monkeypatch, *argv):
     def record_and_clip(given, *rest):
         updates.append(Update(flat(params), flat(p.grad for p in params)))
         return clip(given, *rest)
-    batch = SimpleNamespace(state=None, next=lambda step: contexts, update=lambda step, groups: None)
+    batch = SimpleNamespace(state=None, next=lambda step: contexts, advance=lambda step, groups: None)
     run = Training(out, params, batch=batch, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP)
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", record_and_clip)
@@ -208,11 +208,11 @@ def relevance_rewards(groups, R):
         return [R[memory] for memory in memories]
     groups = [common.Group(context([f"before {i}"]), samples) for i, samples in enumerate(groups)]
     phase2.rewards(groups, FakeJudge(), SimpleNamespace(score=score), ["where?"], relevance_weight=0.5,
-                   memory_tokens=17, think_tokens=16, format_penalty=-1.5)
+                   max_memory_tokens=17, max_think_tokens=16, format_penalty=-1.5)
     found = []
     for group in groups:
         terms = {name: [s.terms[name] for s in group.samples] for name in group.samples[0].terms}
-        found.append(([s.reward for s in group.samples], [s.gate for s in group.samples], terms))
+        found.append(([s.reward for s in group.samples], [s.gate_value for s in group.samples], terms))
     return found, asked
 
 
