@@ -19,11 +19,11 @@ from common import (Group, Sample, build_prompt, load_judge, load_policy, make_c
                     rollout, settings, stage, watch)
 from support.judges import INSUFFICIENT, Answer, Verdict
 from support.plan import announce
-from support.ranks import gather, is_first_rank, my_share, once, progress
+from support.ranks import gather, is_first_rank, my_share, once, progress, said_once
 from support.reader import Retriever
-from support.runs import (append_jsonl, clock, fingerprint, load_streams, need, next_command,
-                          read_json, read_jsonl, read_progress, say_what_differs, start,
-                          write_json, write_jsonl, write_text)
+from support.runs import (append_jsonl, as_written, clock, fingerprint, load_streams, need,
+                          next_command, read_json, read_jsonl, read_progress, say_what_differs,
+                          slug, start, write_json, write_jsonl, write_text)
 from support.weights import load_adapter, load_tokenizer
 
 phase1 = stage("02_phase1_train")
@@ -225,43 +225,61 @@ def check_recent(S, streams):
 def fill_cache(S, out, policy, judge, streams, memories, limits):
     """GROUP samples of every context, with their format and quality rewards, appended chunk by chunk."""
     part = out / "cache.part"
-    done = read_progress(part) or read_finished(out)
+    before = read_progress(part) or read_progress(out / "cache.jsonl")
+    done = {(row["stream"], row["clip"]): row for row in before}
     places = chosen_clips(streams, S.CACHE_CONTEXTS)
-    contexts = []
-    environments = []                            # that may learn from the context
-    for stream, t in places:
-        written = [row["memory"] for row in memories[stream["stream"]]]
-        contexts.append(make_context(stream, t, written, k=S.K))
-        environments.append(learners(stream, stream["clips"][t], limits))
-    if len(done) == len(places) and count_unjudged(done):
-        done = judge_again(S, judge, contexts, environments, done)
-    firsts = range(len(done), len(places), S.CHUNK)
-    for first in progress(firsts, "rollout cache"):
-        indices = my_share(range(first, min(first + S.CHUNK, len(places))))
-        keys = [(S.SEED, 8, i) for i in indices]
-        samples = rollout(policy, [contexts[i] for i in indices], S.GROUP, keys)
-        groups = [Group(contexts[i], row) for i, row in zip(indices, samples)]
+    names = [(stream["stream"], t) for stream, t in places]
+    written = {}
+    for stream, rows in memories.items():
+        written[stream] = [row["memory"] for row in rows]
+    for first in progress(range(0, len(places), S.CHUNK), "rollout cache"):
+        chunk = range(first, min(first + S.CHUNK, len(places)))
+        # A chunk in which a verdict failed is judged again as a whole: an endpoint has kept all others, and a
+        # few clips that it refuses are still a few among many.
+        again = any(has_unjudged(done[names[i]]) for i in chunk if names[i] in done)
+        indices = my_share([i for i in chunk if again or names[i] not in done])
+        groups = []
+        environments = []                        # that may learn from a context
+        to_sample = []                           # (group, key)
+        for i in indices:
+            stream, t = places[i]
+            context = make_context(stream, t, written[stream["stream"]], k=S.K)
+            group = Group(context, saved_samples(done.get(names[i])))
+            groups.append(group)
+            environments.append(learners(stream, stream["clips"][t], limits))
+            if not group.samples:
+                to_sample.append((group, (S.SEED, 8, i)))
+        contexts = [group.context for group, _ in to_sample]
+        samples = rollout(policy, contexts, S.GROUP, [key for _, key in to_sample])
+        for (group, _), answers in zip(to_sample, samples):
+            group.samples = answers
         phase1.quality(groups, judge, S.MEMORY_TOKENS)
-        rows = gather([cache_row(group, environments[i]) for i, group in zip(indices, groups)])
-        append_jsonl(part, rows)
-        done += rows
-    write_jsonl(out / "cache.jsonl", done)
+        rows = gather(list(map(cache_row, groups, environments)))
+        if rows:
+            append_jsonl(part, rows)
+        done |= {(row["stream"], row["clip"]): row for row in rows}
+    rows = [done[name] for name in names]
+    failed = count_unjudged(rows)
+    if failed * 2 > len(rows) * S.GROUP:
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(rows) * S.GROUP} cached samples; "
+                                   "mend it and run the same command again"))
+    write_jsonl(out / "cache.jsonl", rows)
     if is_first_rank():
         part.unlink(missing_ok=True)
 
 
-def judge_again(S, judge, contexts, environments, rows):
-    """The rows of the cache with new verdicts. Of an endpoint, which keeps its replies, only missing ones are new."""
-    indices = my_share(range(len(rows)))
-    groups = []
-    for i in indices:
-        samples = []
-        for saved in rows[i]["samples"]:
-            fields = {name: saved[name] for name in SAMPLED}
-            samples.append(Sample(**fields))
-        groups.append(Group(contexts[i], samples))
-    phase1.quality(groups, judge, S.MEMORY_TOKENS)
-    return gather([cache_row(group, environments[i]) for i, group in zip(indices, groups)])
+def saved_samples(row):
+    """The samples of a row of the cache, to be judged again; none without a row."""
+    samples = []
+    for saved in row["samples"] if row else ():
+        fields = {name: saved[name] for name in SAMPLED}
+        samples.append(Sample(**fields))
+    return samples
+
+
+def has_unjudged(row):
+    """Whether a judge failed on a sample of a row of the cache."""
+    return any(sample["quality"] is None for sample in row["samples"])
 
 
 def count_unjudged(rows):
@@ -270,10 +288,6 @@ def count_unjudged(rows):
     for row in rows:
         count += [sample["quality"] for sample in row["samples"]].count(None)
     return count
-
-
-def read_finished(out):
-    return once(lambda: read_jsonl(out / "cache.jsonl") if (out / "cache.jsonl").exists() else [])
 
 
 def chosen_clips(streams, limit):
@@ -352,11 +366,12 @@ def main(argv=None):
 
 def finished_before(S, out, streams, tasks):
     """Whether this folder is complete; if not, remembers of which streams and tasks it will be made."""
-    made_of = fingerprint(streams, tasks)
-    if not (out / "cache.jsonl").exists():
+    made_of = fingerprint(as_written(S, streams), tasks)
+    if not (out / "cache.jsonl").exists() or not (out / "recent.json").exists():
         write_json(out / "made_of.json", made_of)
         return False
-    has_changed = made_of != read_json(out / "made_of.json")
+    file = out / "made_of.json"
+    has_changed = file.exists() and made_of != read_json(file)
     if has_changed:
         print(f"*** streams or tasks have changed since {out} was made, and are not in it. To take "
               "them up: --RUN=NEWNAME, from 01 on ***")
@@ -400,11 +415,13 @@ def write_readable(folder, memories):
     """A text for each stream, with the times of its clips."""
     written = 0
     for stream, rows in memories.items():
-        text = ""
+        entries = [stream + "\n"] if slug(stream) != stream else []
         for row in rows:
-            text += f"{clock(row['start'])}-{clock(row['end'])}\n{row['memory'] or '(nothing)'}\n\n"
+            nothing = "(the video is damaged here)" if row.get("grey") else "(nothing)"
+            memory = row["memory"] or nothing
+            entries.append(f"{clock(row['start'])}-{clock(row['end'])}\n{memory}\n")
             written += bool(row["memory"])
-        write_text(folder / f"{stream}.txt", text)
+        write_text(folder / f"{slug(stream)}.txt", "\n".join([*entries, ""]))
     clips = sum(len(rows) for rows in memories.values())
     print(f"memories of {written} of {clips} clips: {folder}")
 
@@ -414,6 +431,10 @@ def answer_recent(S, judge, recent, memories):
     tasks = sum(recent.values(), [])
     replies, retrieved = answer(S, judge, tasks, memories)
     correct = right(judge, tasks, replies)
+    failed = correct.count(None)
+    if failed * 2 > len(tasks):
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(tasks)} recent questions; mend it "
+                                   "and run the same command again"))
     for i, task in enumerate(tasks):
         task["reply"] = None if correct[i] is None else replies[i]
         task["correct"] = correct[i]

@@ -19,15 +19,15 @@ import time
 from dataclasses import dataclass
 from itertools import combinations
 
-from common import (TASK_PROMPT, F, build_prompt, load_judge, load_policy, np, per_model, settings,
-                    stage, torch)
-from support.attention import packed_owners, packed_positions, visible
+from common import (TASK_PROMPT, F, build_prompt, encoded_text, load_judge, load_policy, np, per_model,
+                    settings, stage, torch)
 from support.checkpoint import Training
 from support.judges import Preference
 from support.ranks import gather_sum, my_share, once, progress, said_once
 from support.runs import (append_jsonl, load_streams, need, next_command, read_json, read_jsonl,
-                          read_progress, slug, start, write_json, write_jsonl, written_aside)
-from support.weights import save_adapter
+                          read_progress, slug, start, write_json, write_jsonl)
+from support.text import as_text
+from support.weights import check_tensors, read_tensors, save_adapter, write_tensors
 
 collect = stage("03_collect_tasks")
 
@@ -360,7 +360,6 @@ class RewardModel:
 
     def __init__(self, policy, *, history, rows, folder=None):
         """history: earlier memories that R reads; rows: readings per pass; folder: what `save` wrote."""
-        from safetensors.torch import load_file
         self.policy = policy
         self.history = history
         self.rows = rows
@@ -369,7 +368,9 @@ class RewardModel:
         with policy.using("reward"):                       # afterwards the writer is who it was
             self.params = policy.add("reward", "lora", folder)
         if folder:
-            saved = load_file(str(folder / "head.safetensors"))
+            file = folder / "head.safetensors"
+            saved = read_tensors(file)
+            check_tensors(file, saved, {"weight": weight, "spread": torch.tensor(self.spread)})
             weight = saved["weight"]
             self.spread = float(saved["spread"])
         self.head = torch.nn.Parameter(weight.to(policy.device))                      # (d,)
@@ -384,11 +385,12 @@ class RewardModel:
         first = max(0, len(reading.history) - self.history)
         earlier = [memory or "(nothing)" for memory in reading.history[first:]]
         content = "\n".join([TASK_PROMPT.strip("\n"), *reading.questions, "", *earlier])
-        turn = {"role": "user", "content": content}
+        turn = {"role": "user", "content": as_text(content, self.policy.tokenizer)}
         text = self.policy.tokenizer.apply_chat_template(
             [turn], tokenize=False, add_generation_prompt=True)
         shared = self.ids(text + "\n</think>\n\n")
-        return shared, [self.ids(memory) + [self.policy.end] for memory in reading.memories]
+        memories = [as_text(memory, self.policy.tokenizer) for memory in reading.memories]
+        return shared, [self.ids(memory) + [self.policy.end] for memory in memories]
 
     def ids(self, text):
         return self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -396,33 +398,21 @@ class RewardModel:
     def __call__(self, readings):
         """R (M,) in fp32 of each reading's memories.
 
-        A reading is one packed row [shared | m1 | ... | mM], as in the policy's log-probs
+        A reading is a group of a packed row, [shared | m1 | ... | mM], as in the policy's log-probs
         (support/attention.py): a memory sees the shared part and itself.
         """
-        ids = []
-        owners = []
-        positions = []
+        prompts = []
+        memories = []
         for reading in readings:
-            shared, memories = self.tokens(reading)
-            ids.append(torch.tensor(sum(memories, shared)))                           # (T_i,)
-            owners.append(packed_owners(len(shared), memories)[0])                    # (T_i,)
-            of_shared = torch.arange(len(shared)).expand(3, -1)                       # (3, P)
-            positions.append(packed_positions(of_shared, memories).T)                 # (T_i, 3)
-        ids = self.padded(ids, self.policy.end)                                       # (B, T)
-        owner = self.padded(owners, -1)                                               # (B, T)
-        positions = self.padded(positions, 0).permute(2, 0, 1)                        # (3, B, T)
-        self.policy.attend(owner)
-        hidden = self.policy.lm(
-            input_ids=ids, position_ids=positions, attention_mask=visible(owner, owner).tril(),
-            use_cache=False).last_hidden_state                                        # (B, T, d)
-        next_owner = F.pad(owner[:, 1:], (0, 1), value=-1)
-        last = (owner > 0) & (owner != next_owner)                                    # (B, T)
-        values = hidden[last].float() @ self.head                                     # (B * M,)
-        return values.split([len(reading.memories) for reading in readings])
-
-    def padded(self, rows, value):
-        rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-        return rows.to(self.policy.device)
+            shared, of_reading = self.tokens(reading)
+            prompts.append(encoded_text(shared, self.policy.device))
+            memories.append(of_reading)
+        hidden, segments = self.policy.read(prompts, memories)                        # (T, d)
+        values = []
+        for group in segments:
+            last = [memory.stop - 1 for memory in group.answers]
+            values.append(hidden[last].float() @ self.head)                           # (M,)
+        return values
 
     def measure(self, readings):
         """As a call, without gradient and in batches -> an array (M,) per reading."""
@@ -441,17 +431,15 @@ class RewardModel:
         return [R / self.spread for R in values.tolist()]
 
     def save(self, folder):
-        from safetensors.torch import save_file
         save_adapter(self.policy, "reward", folder)
-        head = {"weight": self.head.detach().cpu(), "spread": torch.tensor(self.spread)}
-        with written_aside(folder / "head.safetensors") as aside:
-            save_file(head, str(aside))
+        head = {"weight": self.head, "spread": torch.tensor(self.spread)}
+        write_tensors(folder / "head.safetensors", head)
 
 
 def load_reward_model(S, policy):
     """The reward model of runs/RUN (or FROM) as one more adapter on `policy`, whose writer stays on."""
     folder = need(S, "reward/model/head.safetensors").parent
-    saved = read_json(folder.parent / "settings.json")
+    saved = read_json(need(S, "reward/settings.json"))
     return RewardModel(policy, history=saved["HISTORY"], rows=saved["ROWS"], folder=folder)
 
 
@@ -611,7 +599,7 @@ def main(argv=None):
     judge = None if has_begun else load_judge(S, lambda: policy, shows_frames=False)
     policy = load_policy(S)
     contexts, pairs, yields = find_preferences(judge, cache, asked, out / "verdicts", S.CHUNK)
-    tests, _, _ = find_preferences(judge, test_cache, later, out / "verdicts", S.CHUNK, "-later")
+    tests, _, _ = find_preferences(judge, test_cache, later, out / "verdicts", S.CHUNK, ".later")
     yields["all"] = summed(yields)
     print_yields(yields)
     write_jsonl(out / "preferences.jsonl", preference_rows(contexts))

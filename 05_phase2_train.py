@@ -20,12 +20,13 @@ import time
 from dataclasses import dataclass
 
 from common import (Context, F, build_prompt, group_advantages, grpo, kl_to, load_judge, load_policy,
-                    logprobs, parse_response, per_model, policy_loss, settings, stage, torch)
+                    logprobs_of_row, packed_rows, parse_response, per_model, policy_loss, settings,
+                    stage, torch)
 from support.checkpoint import Training
 from support.plan import announce
 from support.ranks import gather, my_share
-from support.runs import (load_streams, need, next_command, read_json, read_jsonl, say_what_differs,
-                          slug, start)
+from support.runs import (hold, load_streams, need, next_command, read_json, read_jsonl,
+                          say_what_differs, slug, start)
 from support.weights import load_adapter, save_adapter
 
 phase1 = stage("02_phase1_train")
@@ -80,6 +81,11 @@ class TokenPair:
     context: Context
     winner: list
     loser: list
+    reference: list | None = None                # log-probs of both, summed, by the Phase One policy
+
+    @property
+    def ids(self):
+        return [self.winner, self.loser]
 
 
 def dpo_loss(winner, loser, ref_winner, ref_loser, beta):
@@ -94,10 +100,15 @@ def dpo_loss(winner, loser, ref_winner, ref_loser, beta):
     return -F.logsigmoid(margin), margin
 
 
-def sequence_logp(policy, pair):
-    """Log-probs of the winner and of the loser, each summed over its tokens: two () tensors."""
-    winner, loser = logprobs(policy, pair.context, [pair.winner, pair.loser])  # (T_i,) each
-    return winner.sum(), loser.sum()
+def sequence_logps(policy, pairs):
+    """Log-probs of each pair's winner and loser, summed over its tokens: lists of two () tensors.
+
+    All pairs share one packed row.
+    """
+    sums = []
+    for winner, loser in logprobs_of_row(policy, pairs):                              # (T_i,) each
+        sums.append([winner.sum(), loser.sum()])
+    return sums
 
 
 def train_dpo(policy, run, pairs, *, seed, batch_size, beta):
@@ -109,24 +120,28 @@ def train_dpo(policy, run, pairs, *, seed, batch_size, beta):
     """
     reference = []
     with policy.using("phase1"), torch.no_grad():
-        for pair in my_share(pairs):
-            winner, loser = sequence_logp(policy, pair)
-            reference.append((winner.item(), loser.item()))
-    reference = gather(reference)
+        for row in packed_rows(policy, my_share(pairs)):
+            for winner, loser in sequence_logps(policy, row):
+                reference.append([winner.item(), loser.item()])
+    for pair, logps in zip(pairs, gather(reference)):
+        pair.reference = logps
     policy.train_only(run.params)
     for step in run:
         # ---------------- batch
         began = time.time()
         rng = random.Random(f"{seed} dpo {step}")
-        batch = rng.sample(range(len(pairs)), min(batch_size, len(pairs)))
+        batch = rng.sample(pairs, min(batch_size, len(pairs)))
         # ---------------- update
         losses = []
         margins = []
-        for number in my_share(batch):
-            loss, margin = dpo_loss(*sequence_logp(policy, pairs[number]), *reference[number], beta)
-            (loss / len(batch)).backward()
-            losses.append(loss.item())
-            margins.append(margin.item())
+        for row in packed_rows(policy, my_share(batch)):
+            row_loss = 0.0
+            for pair, logps in zip(row, sequence_logps(policy, row)):
+                loss, margin = dpo_loss(*logps, *pair.reference, beta)
+                row_loss = row_loss + loss / len(batch)
+                losses.append(loss.item())
+                margins.append(margin.item())
+            row_loss.backward()
         grad_norm = run.optimizer_step()
         losses = gather(losses)
         margins = gather(margins)
@@ -167,7 +182,7 @@ def show_pair(policy, pair, environment, beta):
     prompt = policy.tokenizer.decode(policy.prepare([pair.context])[0].ids)
     print(f"environment {environment}\n" + re.sub(r"(<\|video_pad\|>)+", "<frames>", prompt))
     with torch.no_grad():
-        winner, loser = sequence_logp(policy, pair)
+        [(winner, loser)] = sequence_logps(policy, [pair])
     for name, ids, logp in (("winner", pair.winner, winner), ("loser", pair.loser, loser)):
         print(f"\n{name} ({len(ids)} tokens, log-prob {logp:.2f}): {policy.tokenizer.decode(ids)}")
     loss, margin = dpo_loss(winner, loser, winner, loser, beta)
@@ -212,8 +227,12 @@ def main(argv=None):
     if S.ALGORITHM not in steps or S.ADAPTER not in rates:
         raise SystemExit(f"ALGORITHM={S.ALGORITHM}, ADAPTER={S.ADAPTER}: take {' or '.join(steps)}, "
                          f"and {', '.join(rates)}")
+    if not re.fullmatch(r"[\w+-]{0,60}", S.NAME):
+        raise SystemExit(f"NAME={S.NAME}: take at most 60 letters, digits and -, + or _, for the "
+                         "name of a folder")
     variant = f"{S.ALGORITHM}-{S.ADAPTER}" + (f"-{S.NAME}" if S.NAME else "")
-    out = start(S, f"phase2/{variant}", *functions_that_matter(S))
+    # Several processes may train environments of their own side by side.
+    out = start(S, f"phase2/{variant}", *functions_that_matter(S), alone=False)
     # ---------------- what is to be done
     recent = read_json(need(S, "tasks/recent.json"))
     streams = load_streams(S, "deploy")
@@ -243,6 +262,8 @@ def main(argv=None):
     for environment in environments:
         folder = out / slug(environment)
         folder.mkdir(exist_ok=True)
+        if not S.SHOW:
+            hold(folder)
         # So that an adapter doesn't depend on which ones were trained before it.
         torch.manual_seed(S.SEED)
         policy.drop("phase2")

@@ -33,9 +33,9 @@ from common import (build_prompt, load_judge, load_policy, make_context, per_mod
                     settings, stage, watch)
 from support import figures, report
 from support.ranks import gather, my_share, once, progress, said_once
-from support.runs import (NOT_COMPARED, ROOT, fingerprint, load_streams, need, next_command,
-                          read_json, read_jsonl, say_what_differs, slug, start, write_json,
-                          write_jsonl, write_text)
+from support.runs import (NOT_COMPARED, ROOT, as_written, fingerprint, load_streams, need,
+                          next_command, read_json, read_jsonl, say_what_differs, slug, start,
+                          write_json, write_jsonl, write_text)
 from support.weights import load_adapter
 
 phase1 = stage("02_phase1_train")
@@ -67,7 +67,7 @@ class Examinee:
 
     @property
     def slug(self):
-        return slug(f"{self.method}.{self.environment}" if self.environment else self.method)
+        return f"{self.method}.{slug(self.environment)}" if self.environment else self.method
 
     @property
     def is_prompted(self):
@@ -175,7 +175,7 @@ def load_exam(S, out, phase1_adapter):
     tasks = [task for task in tasks if task["stream"] in names]
     constants = {name: value for name, value in vars(S).items() if name not in NOT_COMPARED}
     early = sorted(figures.early_tasks(recent))
-    key = fingerprint(constants, phase1_adapter, streams, questions, early)
+    key = fingerprint(constants, phase1_adapter, as_written(S, streams), questions, early)
     return Exam(S, out, LazyPolicy(S, phase1_adapter), streams, tasks, recent, questions, key)
 
 
@@ -267,10 +267,11 @@ def written_before(exam, examinee, memories):
     if not examinee.environment:
         return {}
     plain = BASE if examinee.writer == "base" else PHASE1
-    begun = {}
-    for stream, seconds in collect.last_asked(exam.recent[examinee.environment]).items():
-        rows = [row for row in memories[plain.slug] if row["stream"] == stream]
-        begun[stream] = [row for row in rows if row["end"] <= seconds]
+    last = collect.last_asked(exam.recent[examinee.environment])
+    begun = {stream: [] for stream in last}
+    for row in memories[plain.slug]:
+        if row["end"] <= last.get(row["stream"], -1):
+            begun[row["stream"]].append(row)
     return begun
 
 

@@ -18,13 +18,15 @@ import zlib
 from dataclasses import dataclass, field
 
 from support import judges, runs
-from support.attention import packed_mask, packed_owners, packed_positions
+from support.attention import lay_out, packed_positions, share_rows
 from support.decode import HowToSample, decode
-from support.overlay import clip_frames
+from support.overlay import clip_frames, is_grey
 from support.ranks import gather, gather_sum, my_share, progress, said_once, torch
-from support.runs import Prompt, append_jsonl, clock, per_model, read_progress
+from support.runs import Prompt, append_jsonl, clock, per_model, read_progress, write_jsonl
+from support.text import as_text
 from support.video import frames_to_patches
-from support.weights import FILES, flash, load_model
+from support.weights import (FILES, check_tensors, head_in_fp32, load_model, lora_config, read_tensors,
+                             steer_key, steered_layer)
 
 try:                                    # --help must work before anything is installed
     import numpy as np
@@ -51,7 +53,8 @@ BITS = per_model(16, 4)                 # of the weights: 4 packs linears and ex
 VISION_BITS = 16                        # 4: the vision tower's linears too, 0.8 GiB less
 DOUBLE_QUANT = 0                        # 1: the scales of packed weights in 8 bits, 1.3 GiB less
 FEATURE_CLIPS = per_model(4000, 200)    # clips whose vision features are kept: about 30 MB each at full size
-ROLLOUT_CONTEXTS = per_model(48, 0)     # contexts decoded side by side; 0: as many as memory holds
+ROLLOUT_SEQUENCES = per_model(384, 0)   # answers written side by side; 0: as many as memory holds
+ROW_TOKENS = per_model(2500, 0)         # of small groups that share a packed row; 0: a row for each
 CPU_THREADS = 2                         # more hurt a small model; fixed, so that results repeat
 READER_TOKENS = per_model(2000, 32000)  # of memories that the reader sees; of more, the most relevant
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
@@ -152,14 +155,15 @@ def make_context(stream, t, memories, questions=(), k=5):
     """Context of clip t: `memories[i]` is the memory of clip i ("" or missing where there is none)."""
     first = max(0, t - k + 1)
     if not isinstance(memories, dict):
-        memories = dict(enumerate(memories))
+        memories = dict(enumerate(memories[first:t], first))
     history = [memories.get(i, "") for i in range(first, t)]
     return Context(stream["stream"], stream["clips"][first:t + 1], history, list(questions))
 
 
 def build_prompt(context, video, tokenizer):
     """Prompt text up to where the answer begins: the instruction; of each clip its time, its frame pairs and its
-    memory; the questions. video: per clip a list of (seconds in the clip, vision tokens) per frame pair."""
+    memory; the questions. video: per clip a list of (seconds in the clip, vision tokens) per frame pair.
+    Memories and questions are text, whatever they hold (support/text.py)."""
     text = PROMPT + "\n"
     for i, (clip, pairs) in enumerate(zip(context.clips, video)):
         text += f"\n{clock(clip['start'])}-{clock(clip['end'])} "
@@ -167,9 +171,9 @@ def build_prompt(context, video, tokenizer):
             vision = "<|video_pad|>" * tokens
             text += f"<{seconds:.1f} seconds><|vision_start|>{vision}<|vision_end|>"
         if i < len(context.history):
-            text += "\n" + (context.history[i] or "(nothing)")
+            text += "\n" + as_text(context.history[i] or "(nothing)", tokenizer)
     if context.questions:
-        text += TASK_PROMPT + "\n".join(context.questions)
+        text += TASK_PROMPT + as_text("\n".join(context.questions), tokenizer)
     prompt = as_chat(text, tokenizer)
     if prompt.endswith("<think>\n"):
         return prompt
@@ -305,24 +309,26 @@ def grpo(policy, run, rolling_batch, rewards, log_row, *, reference, seed, group
         # ---------------- update
         # The first mini-batch needs no old_logp: its own forward pass is it, so its ratio is 1.
         with torch.no_grad():
-            for group in share_of_each(mini_batches[1:]):
-                group.old_logp = logprobs(policy, group.context, group.ids)
+            for group, logp in each_with_logprobs(policy, share_of_each(mini_batches[1:])):
+                group.old_logp = logp
             if kl_weight:
                 with policy.using(reference):
-                    for group in share_of_each(mini_batches):
-                        group.ref_logp = logprobs(policy, group.context, group.ids)
+                    for group, logp in each_with_logprobs(policy, share_of_each(mini_batches)):
+                        group.ref_logp = logp
         totals = {"kl": 0.0, "clipped": 0.0, "grad_norm": 0.0}
         for mini_batch in mini_batches:
-            # Memory holds one packed row at a time.
-            for group in my_share(mini_batch):
-                logp = logprobs(policy, group.context, group.ids)  # (T_i,) per sample
-                old_logp = group.old_logp or [x.detach() for x in logp]
-                loss, clipped = policy_loss(
-                    logp, old_logp, group.advantages, group.keep, ratio, clip)
-                kl = kl_to(logp, group.ref_logp) if kl_weight else torch.zeros(())
-                ((loss + kl_weight * kl) / len(mini_batch)).backward()
-                totals["kl"] += kl.item()
-                totals["clipped"] += clipped
+            # Memory holds one packed row at a time, in the toy world with several groups.
+            for row in packed_rows(policy, my_share(mini_batch)):
+                row_loss = 0.0
+                for group, logp in zip(row, logprobs_of_row(policy, row)):  # (T_i,) per sample
+                    old_logp = group.old_logp or [x.detach() for x in logp]
+                    loss, clipped = policy_loss(
+                        logp, old_logp, group.advantages, group.keep, ratio, clip)
+                    kl = kl_to(logp, group.ref_logp) if kl_weight else torch.zeros(())
+                    row_loss = row_loss + (loss + kl_weight * kl) / len(mini_batch)
+                    totals["kl"] += kl.item()
+                    totals["clipped"] += clipped
+                row_loss.backward()
             totals["grad_norm"] = max(totals["grad_norm"], run.optimizer_step())
         totals["kl"] = gather_sum(totals["kl"])
         totals["clipped"] = gather_sum(totals["clipped"])
@@ -409,10 +415,16 @@ WRITERS = {"base": ["base"], "phase1": ["base", "phase1"], "phase2": ["base", "p
 class EncodedPrompt:
     """A prompt of P tokens, V of which are vision."""
     ids: object                         # (P,)
-    embeds: object                      # (P, d), vision features in place
     positions: object                   # (3, P): time, height, width
     visual: object                      # (P,) bool
-    deep: list                          # (V, d) for each deepstack layer
+    clips: list                         # ClipFeatures, V tokens in all
+
+
+def encoded_text(ids, device):
+    """The EncodedPrompt of a list of ids without pictures."""
+    ids = torch.tensor(ids, device=device)  # (P,)
+    positions = torch.arange(len(ids), device=device).expand(3, -1)  # (3, P)
+    return EncodedPrompt(ids, positions, visual=torch.zeros_like(ids, dtype=torch.bool), clips=[])
 
 
 @dataclass
@@ -429,20 +441,18 @@ class Policy:
     `use(writer)` chooses who writes: "base"; "phase1", with what 02 trained; "phase2", with 05's adapter on top;
     or "reward", 04's LoRA, which reads and doesn't write. lm: the decoder; hidden: d; end: id of the end token;
     banned: ids that are never sampled (<|video_pad|> would crash the next pass), masked in log-probs too;
-    closing: ids that may end a JSON object; contexts_at_once, samples_at_once: what fits in memory.
+    closing: ids that may end a JSON object; room: what fits in memory (support/plan.py).
     """
-    def __init__(self, model, tokenizer, contexts_at_once, samples_at_once, S):
+    def __init__(self, model, tokenizer, room, S):
         self.model = model
         self.lm = model.model.language_model
         self.head = model.lm_head
         self.tokenizer = tokenizer
         self.S = S
         self.device = model.device
-        self.contexts_at_once = contexts_at_once
-        self.samples_at_once = samples_at_once
+        self.room = room
         self.hidden = self.lm.config.hidden_size
         self.layers = len(self.lm.layers)
-        self.flash = flash(model)
         self.features = {}              # ClipFeatures of the last FEATURE_CLIPS clips
         self.who = "base"
         self.trainable = []
@@ -464,45 +474,45 @@ class Policy:
         folder: what `save_adapter` wrote; without it the adapter is new and has no effect yet.
         Raises SystemExit where the model has no such layer, or can't be trained as a whole.
         """
-        from safetensors.torch import load_file
-        saved = load_file(str(folder / FILES[kind]), str(self.device)) if folder else {}
+        saved = read_tensors(folder / FILES[kind], self.device) if folder else {}
         if kind == "lora":
             params = self._add_lora(writer, folder, saved)
         elif kind == "steer":
-            params = self._add_steering_vector(saved)
+            params = self._add_steering_vector(folder, saved)
         else:
-            params = self._add_decoder(writer, saved)
+            params = self._add_decoder(writer, folder, saved)
         self.kind[writer] = kind
         self.use(writer)
         return params
 
     def _add_lora(self, writer, folder, saved):
-        from peft import LoraConfig, set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
         name = f"{writer}_{time.time_ns()}"                         # a name that was never used
+        try:
+            self.model.add_adapter(lora_config(folder, self.S.LORA_RANK), name)
+        except ValueError as error:
+            raise SystemExit(f"{folder} does not fit this model: {error}") from None
         self.lora[writer] = name
-        if folder:
-            config = LoraConfig.from_pretrained(str(folder))
-        else:
-            rank = self.S.LORA_RANK
-            attention = r".*language_model.*self_attn\.[qkvo]_proj"
-            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=attention)
-        self.model.add_adapter(config, name)
         params = [p for key, p in self.model.named_parameters() if f".{name}." in key]
         # In bf16 the updates of a low learning rate would round to nothing.
         for p in params:
             p.data = p.data.float()
         if folder:
             state = {key.removeprefix("base_model.model."): value for key, value in saved.items()}
+            needed = get_peft_model_state_dict(
+                self.model, adapter_name=name, save_embedding_layers=False)
+            check_tensors(folder / FILES["lora"], state, needed)
             set_peft_model_state_dict(self.model, state, name)
         return params
 
-    def _add_steering_vector(self, saved):
-        if saved:
-            (key, vector), = saved.items()                          # ...layers.N.adapter.steer
-            self.layer = int(re.search(r"layers\.(\d+)\.", key)[1])
-        else:
+    def _add_steering_vector(self, folder, saved):
+        vector = torch.zeros(self.hidden)
+        if not folder:
             self.layer = self.S.LAYER
-            vector = torch.zeros(self.hidden)
+        else:
+            self.layer = min(steered_layer(saved), self.layers - 1)
+            check_tensors(folder / FILES["steer"], saved, {steer_key(self.layer): vector})
+            vector = saved[steer_key(self.layer)]
         if not 0 <= self.layer < self.layers:
             raise SystemExit(
                 f"LAYER={self.layer}: this model has the layers 0 to {self.layers - 1}; "
@@ -514,11 +524,13 @@ class Policy:
         self.hook = self.lm.layers[self.layer].register_forward_hook(add_vector)
         return [self.steer]
 
-    def _add_decoder(self, writer, saved):
+    def _add_decoder(self, writer, folder, saved):
         if self.model.dtype != torch.float32 or self.S.BITS == 4:
             raise SystemExit('training all parameters needs a model in fp32: '
                              'use TRAIN="lora" or ADAPTER="steer"')
         params = self._decoder()
+        if folder:
+            check_tensors(folder / FILES["all"], saved, params)
         if "base" not in self.whole:
             self.whole["base"] = {name: p.data for name, p in params.items()}
         self.whole[writer] = saved or {name: p.data.clone() for name, p in params.items()}
@@ -573,12 +585,6 @@ class Policy:
         for p in params:
             p.requires_grad_(True)
 
-    def attend(self, mask):
-        """To be called before a pass: flash-attn takes no mask, SDPA any. Training mode checkpoints the layers."""
-        can_flash = mask is None and self.flash
-        self.lm.config._attn_implementation = "flash_attention_2" if can_flash else "sdpa"
-        self.lm.train(torch.is_grad_enabled() and self.S.MODEL != "tiny")
-
     # ---------------- prompts
     def prepare(self, contexts):
         """Encoded prompts of contexts. Vision features come from memory where a clip was seen before."""
@@ -619,30 +625,69 @@ class Policy:
         return [ClipFeatures(grid, at, [layer.clone() for layer in of_clip])
                 for grid, at, of_clip in zip(grids, times, of_clips)]
 
+    def _prompt_ids(self, context):
+        """Token ids of a prompt. Of a clip that was not seen yet the frames are taken to be of full size."""
+        video = []
+        for clip in context.clips:
+            features = self.features.get(clip_key(clip))
+            if features:
+                _, h, w = features.grid
+                video.append([(seconds, h * w // 4) for seconds in features.times])
+            else:
+                length = clip["end"] - clip["start"]
+                pairs = math.ceil(self.S.FRAMES_PER_CLIP / 2)
+                video.append([(length * i / pairs, self.S.FRAME_PIXELS // 1024) for i in range(pairs)])
+        text = context.prompt(video, self.tokenizer)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt_length(self, context):
+        """Tokens of a context's prompt; a little more than it will have where its clips were not seen yet."""
+        return len(self._prompt_ids(context))
+
     def _encode(self, context):
         """The EncodedPrompt of a context whose clips have been seen."""
         features = [self.features[clip_key(clip)] for clip in context.clips]
-        video = []
-        for clip in features:
-            _, h, w = clip.grid
-            video.append([(seconds, h * w // 4) for seconds in clip.times])
-        text = context.prompt(video, self.tokenizer)
-        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = torch.tensor(self._prompt_ids(context))
         visual = ids == self.model.config.video_token_id
         grid = torch.tensor([clip.grid for clip in features]) if features else None
         token_types = visual[None].int() * 2                        # 2: video
         positions, _ = self.model.model.get_rope_index(ids[None], token_types, video_grid_thw=grid)
-        ids = ids.to(self.device)
-        positions = positions[:, 0].to(self.device)
-        visual = visual.to(self.device)
-        embeds = self.lm.embed_tokens(ids).detach().clone()  # (P, d)
-        layers = []
-        for number in range(1 + len(self.model.config.vision_config.deepstack_visual_indexes)):
-            of_clips = [clip.layers[number] for clip in features]
-            # embeds[:0] is nothing, so that a prompt without clips works too.
-            layers.append(torch.cat([embeds[:0]] + of_clips))  # (V, d)
-        embeds[visual] = layers[0].to(embeds.dtype)
-        return EncodedPrompt(ids, embeds, positions, visual, deep=layers[1:])
+        return EncodedPrompt(
+            ids.to(self.device), positions[:, 0].to(self.device), visual.to(self.device), features)
+
+    # ---------------- a pass
+    def logits(self, hidden):
+        """What the head makes of outputs (..., d): (..., V) in fp32, -inf for what is never sampled."""
+        return head_in_fp32(self.head, hidden).index_fill_(-1, self.banned, -torch.inf)
+
+    def read(self, prompts, answers, cache=None):
+        """One pass over a packed row of groups (support/attention.py) -> (outputs (T, d), Segments of each group).
+
+        answers: for each prompt a list of lists of ids. cache: keeps the prompts (support/decode.py).
+        """
+        parts = []
+        positions = []
+        visual = []
+        for prompt, of_prompt in zip(prompts, answers):
+            new = torch.tensor(sum(of_prompt, []), dtype=torch.long, device=self.device)
+            parts += [prompt.ids, new]
+            positions.append(packed_positions(prompt.positions, of_prompt))
+            visual.append(F.pad(prompt.visual, (0, len(new))))
+        visual = torch.cat(visual)  # (T,)
+        embeds = self.lm.embed_tokens(torch.cat(parts))  # (T, d)
+        clips = [clip.layers for prompt in prompts for clip in prompt.clips]
+        layers = [torch.cat(of_clips) for of_clips in zip(*clips)]  # (V, d): for the prompt, then the deepstack
+        if layers:
+            embeds = embeds.index_put((visual,), layers[0].to(embeds.dtype))
+        segments = lay_out([(len(prompt.ids), [len(answer) for answer in of_prompt])
+                            for prompt, of_prompt in zip(prompts, answers)])
+        # In training mode the layers are checkpointed.
+        self.lm.train(torch.is_grad_enabled() and self.S.MODEL != "tiny")
+        hidden = self.lm(
+            inputs_embeds=embeds[None], position_ids=torch.cat(positions, 1)[:, None],
+            visual_pos_masks=visual[None], deepstack_visual_embeds=layers[1:],
+            segments=segments, cache=cache, use_cache=False).last_hidden_state[0]
+        return hidden, segments
 
 
 def pair_times(seconds):
@@ -659,8 +704,8 @@ def clip_key(clip):
 
 def load_policy(S):
     """S.MODEL, frozen, with its tokenizer, ready to take adapters. SystemExit where it can't be used."""
-    model, tokenizer, contexts_at_once, samples_at_once = load_model(S)
-    return Policy(model, tokenizer, contexts_at_once, samples_at_once, S)
+    model, tokenizer, room = load_model(S)
+    return Policy(model, tokenizer, room, S)
 
 
 # ================================================================ rollout, log-probs, watch
@@ -674,16 +719,38 @@ def rollout(policy, contexts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
 
     def is_complete(ids):
         return parse_response(policy.tokenizer.decode(ids))[0] is not None
-    samples = []
-    for i in range(0, len(contexts), policy.contexts_at_once):
-        some = contexts[i:i + policy.contexts_at_once]
-        noise = [draw_noise(key, n, limit) for key in keys[i:i + policy.contexts_at_once]]
+    samples = [None] * len(contexts)
+    for numbers, width in batches(policy, contexts, n, limit):
+        some = [contexts[i] for i in numbers]
+        noise = [draw_noise(keys[i], n, limit) for i in numbers]
         noise = torch.tensor(np.stack(noise), device=policy.device)  # (B, n, T)
         with torch.no_grad():
-            answers = decode(policy, policy.prepare(some), noise, how, is_complete)
-        for group in answers:
-            samples.append([as_sample(policy, ids) for ids in group])
+            answers = decode(policy, policy.prepare(some), noise, how, is_complete, width)
+        for i, group in zip(numbers, answers):
+            samples[i] = [as_sample(policy, ids) for ids in group]
+            clips = contexts[i].clips
+            if clips and is_grey(clips[-1]):
+                for sample in samples[i]:
+                    sample.memory = None        # what was written on no frames is no memory
     return samples
+
+
+def batches(policy, contexts, n, limit):
+    """What is written side by side: (numbers of contexts, how many answers to each of them at a time).
+
+    Contexts of like length go together, the longest first, as many as fit beside each other now: the longer the
+    prompts, the answers or the group, the fewer.
+    """
+    lengths = [policy.prompt_length(context) for context in contexts]
+    numbers = sorted(range(len(contexts)), key=lambda i: -lengths[i])
+    while numbers:
+        first = numbers[0]
+        count, width = policy.room.side_by_side(lengths[first], n, limit)
+        # All of them hold on to the features of their clips.
+        clips = max(1, len(contexts[first].clips))
+        count = min(count, len(numbers), max(1, policy.S.FEATURE_CLIPS // clips))
+        yield numbers[:count], width
+        numbers = numbers[count:]
 
 
 def draw_noise(key, n, limit):
@@ -708,38 +775,54 @@ def count_tokens(policy, text):
 
 
 def logprobs(policy, context, answers):
-    """Log-probs of the tokens of answers (lists of ids) to a context, all in one packed row [prompt | a1 | ... | aG].
+    """Log-probs of the tokens of answers (lists of ids) to a context -> a list of (T_i,) fp32 tensors.
 
-    Returns a list of (T_i,) fp32 tensors, with gradient where that is enabled. The head runs one answer at a time
-    under checkpointing, so logits (T_i, V) exist for one answer only.
+    With gradient, where that is enabled.
+    """
+    [logp] = logprobs_of_groups(policy, [(context, answers)])
+    return logp
+
+
+def packed_rows(policy, groups):
+    """Lists of groups that share a packed row (ROW_TOKENS). A group is what has a `context` and `ids`, its answers."""
+    lengths = []
+    for group in groups:
+        lengths.append(policy.prompt_length(group.context) + sum(len(ids) for ids in group.ids))
+    return share_rows(groups, lengths, policy.S.ROW_TOKENS)
+
+
+def each_with_logprobs(policy, groups):
+    """(group, its log-probs) of each, computed row by row."""
+    for row in packed_rows(policy, groups):
+        yield from zip(row, logprobs_of_row(policy, row))
+
+
+def logprobs_of_row(policy, groups):
+    return logprobs_of_groups(policy, [(group.context, group.ids) for group in groups])
+
+
+def logprobs_of_groups(policy, groups):
+    """As `logprobs`, of several (context, answers) in one packed row -> a list for each.
+
+    The head runs one answer at a time under checkpointing, so logits (T_i, V) exist for one answer only.
     """
     from torch.utils.checkpoint import checkpoint
-    prompt = policy.prepare([context])[0]
-    P = len(prompt.ids)
-    ids = [torch.tensor(answer, device=policy.device) for answer in answers]
-    lengths = [len(answer) for answer in answers]
-    owners = packed_owners(P, answers).to(policy.device)  # (1, T)
-    positions = packed_positions(prompt.positions, answers)  # (3, T)
-    answer_embeds = policy.lm.embed_tokens(torch.cat(ids)).to(prompt.embeds.dtype)
-    embeds = torch.cat([prompt.embeds, answer_embeds])  # (T, d)
-    policy.attend(owners)
-    hidden = policy.lm(
-        inputs_embeds=embeds[None], position_ids=positions[:, None],
-        attention_mask=packed_mask(owners, embeds.dtype),  # (1, 1, T, T)
-        visual_pos_masks=F.pad(prompt.visual[None], (0, len(embeds) - P)),  # (1, T)
-        deepstack_visual_embeds=prompt.deep, use_cache=False).last_hidden_state[0]  # (T, d)
+    prompts = policy.prepare([context for context, _ in groups])
+    answers = [of_context for _, of_context in groups]
+    hidden, segments = policy.read(prompts, answers)  # (T, d)
 
-    def logp_of_answer(rows, answer):                              # (T_i, d), (T_i,)
-        logits = policy.head(rows).float()  # (T_i, V)
-        logits = logits.index_fill(1, policy.banned, -torch.inf)
-        return logits.gather(1, answer[:, None])[:, 0] - logits.logsumexp(1)  # (T_i,)
-
-    # A token is predicted by the row before it, so the prompt's last row predicts every answer's first token.
-    last_of_prompt = hidden[P - 1:P]
+    def logp_of_answer(rows, ids):                                 # (T_i, d), (T_i,)
+        logits = policy.logits(rows)  # (T_i, V)
+        return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)  # (T_i,)
     logp = []
-    for rows, answer in zip(hidden[P:].split(lengths), ids):
-        rows = torch.cat([last_of_prompt, rows[:-1]])
-        logp.append(checkpoint(logp_of_answer, rows, answer, use_reentrant=False))
+    for group, of_context in zip(segments, answers):
+        # A token is predicted by the row before it, so the prompt's last row predicts every answer's first token.
+        last_of_prompt = hidden[group.prompt][-1:]
+        logp.append([])
+        for answer, ids in zip(group.answers, of_context):
+            rows = torch.cat([last_of_prompt, hidden[answer][:-1]])
+            ids = torch.tensor(ids, device=policy.device)
+            logp[-1].append(checkpoint(logp_of_answer, rows, ids, use_reentrant=False))
     return logp
 
 
@@ -747,18 +830,16 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch"):
     """The policy watches streams side by side, clip by clip, with its own memories as history
     -> {stream: [row per clip]}.
 
-    Rows are {stream, clip, start, end, memory, text}; a malformed answer leaves the memory "". path: a JSONL that
-    rows are appended to as they come; an interrupted watch goes on from it. begun: {stream: rows of its first
-    clips} that another policy wrote; this one goes on after them. Sampling as for inference (paper, section 1).
+    Rows are {stream, clip, start, end, memory, text}, and "grey" where the clip is damaged; that, and a
+    malformed answer, leaves the memory "". path: a JSONL that rows are appended to as they come; an interrupted
+    watch goes on from it. begun: {stream: rows of its first clips} that another policy wrote; this one goes on
+    after them. Sampling as for inference (paper, section 1).
     """
     memories = {stream["stream"]: [] for stream in streams}
     for name, rows in (begun or {}).items():
         if name in memories:
             memories[name] += rows
-    for row in read_progress(path):
-        rows = memories.get(row["stream"])                          # None: a stream that has gone
-        if rows is not None and row["clip"] == len(rows):
-            rows.append(row)
+    go_on(memories, path)
     longest = max((len(stream["clips"]) for stream in streams), default=0)
     for t in progress(range(longest), desc, leave=False):
         waiting = []
@@ -769,7 +850,8 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch"):
         contexts = []
         keys = []
         for stream in share:
-            history = [row["memory"] for row in memories[stream["stream"]]]
+            latest = memories[stream["stream"]][-policy.S.K:]
+            history = {row["clip"]: row["memory"] for row in latest}
             contexts.append(make_context(stream, t, history, questions, policy.S.K))
             number = zlib.crc32(stream["stream"].encode())
             keys.append((policy.S.SEED, 7, number, t))              # 7: noise of its own, not training's
@@ -777,15 +859,32 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch"):
         rows = []
         for stream, (sample,) in zip(share, groups):
             clip = stream["clips"][t]
-            rows.append({
+            row = {
                 "stream": stream["stream"], "clip": t, "start": clip["start"], "end": clip["end"],
-                "memory": sample.memory or "", "text": sample.text})
+                "memory": sample.memory or "", "text": sample.text}
+            rows.append(row | {"grey": True} if is_grey(clip) else row)
         rows = gather(rows)
         for row in rows:
             memories[row["stream"]].append(row)
         if path and rows:
             append_jsonl(path, rows)
     return memories
+
+
+def go_on(memories, path):
+    """Adds to memories {stream: rows} what an interrupted watch has written to `path`: each clip once, in order."""
+    written = {}
+    before = read_progress(path)
+    for row in before:
+        written.setdefault((row["stream"], row["clip"]), row)
+    used = []
+    for stream, rows in memories.items():
+        while (stream, len(rows)) in written:
+            rows.append(written[stream, len(rows)])
+            used.append(rows[-1])
+    if len(used) < len(before):                  # of another hand: clips twice, after a gap, of no stream here
+        print(f"*** {path} held {len(before) - len(used)} rows that don't fit: they are left out ***")
+        write_jsonl(path, sorted(used, key=lambda row: row["clip"]))
 
 
 # ================================================================ the judge

@@ -1,12 +1,12 @@
 """Sampling: n answers beside one prompt, several prompts at a time.
 
-Each prompt is prefilled once and its cache is never copied. Its n answers are columns of one row: at each step the
-row has one query per answer still being written, and a query sees the prompt and its own answer (attention.py). A
-finished answer leaves the row, and a row whose answers are all finished leaves the batch.
+Each prompt is prefilled once, and its keys and values are never copied. Its n answers are columns of one row: at each
+step the row has one query per answer still being written, and a query sees the prompt and its own answer
+(attention.py). A finished answer leaves the row, and a row whose answers are all finished leaves the batch.
 """
 from dataclasses import dataclass
 
-from support.attention import visible
+from support.attention import mask_of_rows, share_rows
 from support.ranks import torch
 
 
@@ -24,67 +24,106 @@ def pick(logits, u, how):
     So a sample's noise depends neither on its batch nor on the order of work. logits (..., V), u (...) in [0, 1)
     -> ids (...).
     """
-    p = (logits.float() / how.temperature).softmax(-1)  # (..., V)
+    p = (logits / how.temperature).softmax(-1)  # (..., V)
+    ranked = p                                                     # what may be left, the likeliest first
     if 0 < how.top_k < p.shape[-1]:
-        least = p.topk(how.top_k).values[..., -1:]  # (..., 1)
-        p = p.where(p >= least, 0)
+        ranked = p.topk(how.top_k).values  # (..., k)
+        p = p.where(p >= ranked[..., -1:], 0)
     if how.top_p < 1:
-        ranked, order = (p / p.sum(-1, keepdim=True)).sort(-1, descending=True)
-        before = ranked.cumsum(-1) - ranked                        # the mass of all likelier tokens
-        p = p.scatter(-1, order, ranked.where(before < how.top_p, 0))
+        ranked = ranked.sort(-1, descending=True).values
+        share = ranked / ranked.sum(-1, keepdim=True)
+        before = share.cumsum(-1) - share                          # the mass of all likelier tokens
+        count = (before < how.top_p).sum(-1, keepdim=True)
+        p = p.where(p >= ranked.gather(-1, count - 1), 0)
     cdf = p.double().cumsum(-1)
     drawn = (cdf <= u[..., None] * cdf[..., -1:]).sum(-1)
     return drawn.clamp(max=p.shape[-1] - 1)
 
 
-def decode(policy, prompts, noise, how, is_complete):
+def decode(policy, prompts, noise, how, is_complete, width):
     """Token ids of n answers to each of B prompts: B lists of n lists.
 
     prompts: encoded ones (common.EncodedPrompt); noise (B, n, T) in [0, 1), where T is the longest answer;
-    is_complete(ids): whether an answer may end here although the end token has not come.
+    is_complete(ids): whether an answer may end here although the end token has not come; width: how many answers
+    to a prompt are written side by side. Where these are not all n, B is 1, and they take turns.
     """
-    B, n, _ = noise.shape
-    cache, owner, last = prefill(policy, prompts)
+    n, limit = noise.shape[1:]
+    cache = Cache(policy.lm, [len(prompt.ids) for prompt in prompts], min(width, n) * limit)
+    last = prefill(policy, prompts, cache)                                            # (B, 1, d)
+    owner = pad_right([torch.zeros_like(prompt.ids) for prompt in prompts], -1)       # (B, P)
     after = torch.stack([prompt.positions.max() + 1 for prompt in prompts])           # (B,)
     answers = [[] for _ in prompts]
-    # Where n answers don't fit beside one prompt they take turns, and the cache is cut back in between.
-    width = policy.samples_at_once if B == 1 else n
     for i in range(0, n, width):
-        part = noise[:, i:i + width]  # (B, W, T)
-        hidden = last.expand(-1, part.shape[1], -1)  # (B, W, d)
+        cache.used = cache.longest
+        part = noise[:, i:i + width]                                                  # (B, W, T)
+        hidden = last.expand(-1, part.shape[1], -1)                                   # (B, W, d)
         columns = Columns(policy, cache, owner, after, part, how, is_complete)
         for row, new in zip(answers, columns.write(hidden)):
             row += new
-        if i + width < n:
-            cache.crop(owner.shape[1] - cache.get_seq_length())
     return answers
 
 
-def prefill(policy, prompts):
-    """Runs the prompts, padded on the left -> (cache, owners (B, P), hidden (B, 1, d) of the last token)."""
-    from transformers import DynamicCache
-    owner = pad_left([torch.zeros_like(prompt.ids) for prompt in prompts], -1)
-    # Without padding no mask is needed: plain causal attention is the fast way.
-    mask = None
-    if (owner < 0).any():
-        mask = visible(owner, owner).tril()
-    cache = DynamicCache(config=policy.lm.config)
-    policy.attend(mask)
-    positions = pad_left([prompt.positions.T for prompt in prompts])  # (B, P, 3)
-    deep_layers = zip(*(prompt.deep for prompt in prompts))
-    hidden = policy.lm(
-        inputs_embeds=pad_left([prompt.embeds for prompt in prompts]),  # (B, P, d)
-        position_ids=positions.permute(2, 0, 1),  # (3, B, P)
-        attention_mask=mask,
-        visual_pos_masks=pad_left([prompt.visual for prompt in prompts]),  # (B, P)
-        deepstack_visual_embeds=[torch.cat(layer) for layer in deep_layers],
-        past_key_values=cache, use_cache=True).last_hidden_state  # (B, P, d)
-    return cache, owner, hidden[:, -1:]
+def prefill(policy, prompts, cache):
+    """Fills the cache with prompts -> hidden (B, 1, d) of the last token of each.
+
+    Small prompts share a pass. A large one has its own, so that memory holds the activations of one.
+    """
+    last = []
+    lengths = [len(prompt.ids) for prompt in prompts]
+    for some in share_rows(prompts, lengths, policy.S.ROW_TOKENS):
+        cache.first = len(last)
+        hidden, segments = policy.read(some, [[]] * len(some), cache)                 # (T, d)
+        last += [hidden[group.prompt.stop - 1] for group in segments]
+    return torch.stack(last)[:, None]
 
 
-def pad_left(rows, value=0):
-    return torch.nn.utils.rnn.pad_sequence(
-        rows, batch_first=True, padding_value=value, padding_side="left")
+def pad_right(rows, value):
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+class Cache:
+    """Keys and values: in each row those of a prompt, and behind the longest prompt those of all answers' tokens.
+
+    Room for all is taken at once and written in place. A cache that grows by concatenation is copied whole for
+    every token. A prompt shorter than the longest leaves a gap in its row, which has no owner.
+    """
+
+    def __init__(self, lm, lengths, columns):
+        """lengths: of the prompts; columns: so many tokens are added to each."""
+        config = lm.config
+        like = lm.embed_tokens.weight
+        tokens = max(lengths) + columns
+        shape = len(lengths), config.num_key_value_heads, tokens, config.head_dim     # (R, h, T, D)
+        # Zeros, because what happens to lie in a gap may be NaN, and a weight of 0 times NaN is NaN.
+        self.layers = [(like.new_zeros(shape), like.new_zeros(shape))
+                       for _ in range(config.num_hidden_layers)]
+        self.longest = max(lengths)
+        self.first = 0                       # row of the first prompt of a pass
+        self.rows = len(lengths)
+        self.used = self.longest             # tokens, so far
+
+    def fill(self, layer, keys, values, segments):
+        """Puts the prompts of a packed row, keys and values (1, h, T, D), into rows of their own."""
+        for room, new in zip(self.layers[layer], (keys, values)):
+            for row, group in enumerate(segments, self.first):
+                of_prompt = new[0, :, group.prompt]                                   # (h, P, D)
+                room[row, :, :of_prompt.shape[1]] = of_prompt
+
+    def append(self, layer, keys, values):
+        """Writes columns (R, h, W, D) -> keys and values (R, h, T, D) so far. `used` moves once all layers have."""
+        end = self.used + keys.shape[2]
+        seen = []
+        for room, new in zip(self.layers[layer], (keys, values)):
+            room[:self.rows, :, self.used:end] = new
+            seen.append(room[:self.rows, :, :end])
+        return seen
+
+    def keep(self, rows):
+        """Of all rows these remain, in this order."""
+        self.rows = len(rows)
+        for both in self.layers:
+            for room in both:
+                room[:len(rows), :, :self.used] = room[rows, :, :self.used]
 
 
 class Columns:
@@ -108,7 +147,6 @@ class Columns:
 
     def write(self, hidden):
         """Answers from hidden (B, n, d), the prompts' last outputs, on."""
-        self.policy.attend(self.owner)
         for step in range(self.limit):
             alive = self.append(self.sample(hidden, step))
             if step == self.limit - 1 or not any(alive):
@@ -118,8 +156,7 @@ class Columns:
 
     def sample(self, hidden, step):
         """Ids (R, W) of the next token of every column."""
-        logits = self.policy.head(hidden)  # (R, W, V)
-        logits[..., self.policy.banned] = -torch.inf
+        logits = self.policy.logits(hidden)  # (R, W, V)
         u = self.noise[self.rows, :, step].gather(1, self.who.clamp(min=0))  # (R, W)
         return pick(logits, u, self.how)
 
@@ -143,7 +180,7 @@ class Columns:
         unfinished = [r for r, going_on in enumerate(alive) if going_on]
         if len(unfinished) < len(self.rows):
             index = torch.tensor(unfinished, device=self.owner.device)
-            self.cache.batch_select_indices(index)
+            self.cache.keep(index)
             self.owner = self.owner[index]
             self.after = self.after[index]
             self.rows = [self.rows[r] for r in unfinished]
@@ -161,7 +198,12 @@ class Columns:
         owner_q = torch.where(self.who < 0, -1, self.who + 1)  # (R, W)
         self.owner = torch.cat([self.owner, owner_q], 1)  # (R, T)
         positions = (self.after + step)[None, :, None].expand(3, -1, width)  # (3, R, W)
-        return self.policy.lm(
-            inputs_embeds=self.policy.lm.embed_tokens(ids), position_ids=positions,
-            attention_mask=visible(owner_q, self.owner),
-            past_key_values=self.cache, use_cache=True).last_hidden_state
+        lm = self.policy.lm
+        embeds = lm.embed_tokens(ids)  # (R, W, d)
+        sharing = lm.config.num_attention_heads // lm.config.num_key_value_heads
+        hidden = lm(
+            inputs_embeds=embeds, position_ids=positions, cache=self.cache, use_cache=False,
+            attention_mask=mask_of_rows(owner_q, self.owner, sharing, embeds.dtype)
+        ).last_hidden_state
+        self.cache.used += width
+        return hidden

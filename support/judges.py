@@ -34,8 +34,10 @@ from support.endpoint import Endpoint
 from support.ranks import torch
 from support.reader import printed
 from support.runs import ROOT, Prompt, need, read_jsonl
+from support.text import as_text
 
 TRIES = 3                # a reply that can't be parsed is asked for again, then its verdict is None
+MANY = 20                # failures of one kind of question, none of which was ever answered, stop a run
 INSUFFICIENT = "insufficient"
 
 
@@ -244,7 +246,7 @@ class Question:
             for seconds, tokens in pairs:
                 pads = "<|video_pad|>" * tokens
                 frames += f"<{seconds:.1f} seconds><|vision_start|>{pads}<|vision_end|>"
-        turn = {"role": "user", "content": f"{frames}\n{self.text}"}
+        turn = {"role": "user", "content": f"{frames}\n{as_text(self.text, tokenizer)}"}
         text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         return text + self.reasoning
 
@@ -258,7 +260,7 @@ class TextJudge:
         self.failed = Counter()                  # of these, without a verdict
 
     def ask(self, prompt, items):
-        """A verdict for each item, None where it failed. SystemExit where most did."""
+        """A verdict for each item, None where it failed. SystemExit where all MANY of a kind did."""
         questions = [Question(prompt, item) for item in items]
         verdicts = [None] * len(items)
         for attempt in range(TRIES):
@@ -271,16 +273,15 @@ class TextJudge:
                     verdicts[i] = questions[i].parse(reply)
         self.asked[prompt.name] += len(items)
         self.failed[prompt.name] += verdicts.count(None)
-        self.stop_where_most_failed(prompt.name)
+        self.stop_where_all_failed(prompt.name)
         return verdicts
 
-    def stop_where_most_failed(self, name):
-        """By all questions so far: a clip or two that an endpoint refuses to see shall not end a run."""
+    def stop_where_all_failed(self, name):
+        """Where most have failed, the stages stop by rules of their own. A clip that is refused ends no run."""
         failed = self.failed[name]
-        asked = self.asked[name]
-        if failed * 2 > asked:
-            raise SystemExit(f"the judge failed on {failed} of {asked} questions {name!r}; mend it and "
-                             "run the same command again: what was answered is kept")
+        if failed == self.asked[name] and failed >= MANY:
+            raise SystemExit(f"the judge failed on all of {failed} questions {name!r}; mend it and run the "
+                             "same command again: what was answered is kept")
 
 
 # ---------------------------------------------------------------- the model itself
@@ -305,7 +306,7 @@ class Local:
             return text
         tokenizer = self.model.policy.tokenizer
         ids = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
-        reasoning = text.partition("</think>")[0] + "\n</think>\n\n"
+        reasoning = as_text(text.partition("</think>")[0], tokenizer) + "\n</think>\n\n"
         reasoned = Question(question.judge_prompt, question.item, reasoning)
         values = [logp.sum().item() for logp in self.model.logprobs(reasoned, ids)]
         return question.judge_prompt.likeliest(replies, values)

@@ -21,9 +21,10 @@ class Plan:
     """Bytes at the widest moments of a step. Weights and cache are exact, the rest are estimates."""
     prompt: int          # tokens of a full prompt
     row: int             # tokens of a context with all its answers, at their longest
-    token_cache: int     # bytes of one cached token
+    room: "Room"         # for rollouts
     weights: dict        # {item: bytes}, here and below
     held: dict           # beside the weights, all the time
+    prefill: dict        # of one prompt: they take turns
     rollout: dict        # for each context
     training: dict       # for each packed row
 
@@ -32,6 +33,57 @@ class Plan:
 
     def in_training(self):
         return self.at_rest() + sum(self.training.values())
+
+
+@dataclass
+class Room:
+    """How much is free for a rollout, and what one takes: bytes, but for `most` and `layers`."""
+    most: int                    # answers side by side at most, whatever is free; 0: no such limit
+    free: float = 10**15         # by the plan
+    token_cache: int = 0         # of one cached token
+    prefill_token: int = 0       # of one token of the prompt that is read
+    mask: int = 0                # of one answer, for each token that it sees or not
+    logits: int = 0              # of one answer, while a token is drawn
+    layers: int = 1
+
+    def of_context(self, prompt, samples, limit):
+        """Bytes of a prompt of so many tokens with its answers, each as long as it may become."""
+        tokens = prompt + samples * limit
+        # A layer's cache exists twice while finished rows leave it.
+        cache = self.token_cache * tokens * (1 + 1 / self.layers)
+        return cache + samples * (self.mask * tokens + self.logits)
+
+    def contexts(self, prompt, samples, limit):
+        """How many contexts with so many answers fit side by side, as a fraction."""
+        left = min(self.free, free_on_card()) - self.prefill_token * prompt
+        contexts = left / max(1, self.of_context(prompt, samples, limit))
+        return min(contexts, self.most / samples) if self.most else contexts
+
+    def side_by_side(self, prompt, samples, limit):
+        """(contexts, answers to each of them) to be written at a time: all answers, unless one context is too much.
+
+        prompt: tokens of the longest prompt; limit: of an answer. SystemExit where not even one answer fits.
+        """
+        contexts = self.contexts(prompt, samples, limit)
+        if contexts >= 1:
+            return math.floor(contexts), samples
+        for fewer in range(samples - 1, 0, -1):
+            if self.contexts(prompt, fewer, limit) >= 1:
+                return 1, fewer
+        needed = self.prefill_token * prompt + self.of_context(prompt, 1, limit)
+        raise SystemExit(
+            f"a prompt of {prompt} tokens with an answer of up to {limit} takes {gib(needed)}, and "
+            f"{gib(min(self.free, free_on_card()))} are free: lower FRAME_PIXELS, FRAMES_PER_CLIP, K, "
+            "READER_TOKENS or MAX_NEW_TOKENS; nothing is cut")
+
+
+def free_on_card():
+    """Bytes that the card still has, torch's own reserve included; no bound without a card."""
+    if not torch.cuda.is_available():
+        return math.inf
+    free, _ = torch.cuda.mem_get_info()
+    reserve = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return USABLE * (free + reserve)
 
 
 # ---------------------------------------------------------------- bytes
@@ -80,10 +132,10 @@ def prompt_tokens(S):
     return S.K * clip + (S.K - 1) * S.MEMORY_TOKENS + 120
 
 
-def plan(model, S, whole=2):
+def plan(model, S, card, whole=2):
     """The Plan of a model for S's batch.
 
-    model: may be on the meta device; whole: bytes of a value that is not packed.
+    model: may be on the meta device; card: bytes of memory; whole: bytes of a value that is not packed.
     """
     text = model.config.get_text_config()
     d = text.hidden_size
@@ -100,8 +152,6 @@ def plan(model, S, whole=2):
     mlp = experts_per_token * (2 * d + 3 * width) * whole
     layer_cache = 2 * text.num_key_value_heads * text.head_dim * whole         # keys and values
     token_cache = layers * layer_cache
-    # A layer at work has its keys and values once more as they grow, and once for each head that shares them.
-    copies = 1 + text.num_attention_heads // text.num_key_value_heads
     # Of the experts that are unpacked, the wider tensor (E, 2 width, d) counts.
     unpacked = experts * 2 * width * d * whole if S.BITS == 4 else 0
 
@@ -109,15 +159,21 @@ def plan(model, S, whole=2):
     held = {"adapter and optimizer": 16 * lora_values(model, S),
             "unpacked experts": unpacked,
             "vision features": S.FEATURE_CLIPS * prompt // S.K * d * 4 * whole}
+    weights = {kind: size.bytes for kind, size in weight_bytes(model, S, whole).items()}
+    at_rest = sum(weights.values()) + sum(held.values())
+    # In the mask of a step, the query heads that share a key head have a row each.
+    sharing = text.num_attention_heads // text.num_key_value_heads
+    # While a token is drawn there are its logits and probabilities in fp32, and their sums in 64 bits.
+    room = Room(most=S.ROLLOUT_SEQUENCES, free=USABLE * card - at_rest, token_cache=token_cache,
+                prefill_token=mlp + 15 * hidden, mask=2 * whole * sharing,
+                logits=32 * text.vocab_size, layers=layers)
+    prefill = {"one prompt": prompt * room.prefill_token}
     rollout = {"cache": token_cache * row,
-               "attention": layer_cache * row * copies,
-               "prefill": prompt * (mlp + 15 * hidden) + 5 * prompt * prompt}
+               "masks and logits": group * (room.mask * row + room.logits)}
     training = {"checkpoints": layers * row * hidden,
                 "one layer": row * (2 * mlp + 16 * hidden),
-                "mask": 4 * row * row,
                 "logits of one answer": S.MAX_NEW_TOKENS * text.vocab_size * 20}
-    weights = {kind: size.bytes for kind, size in weight_bytes(model, S, whole).items()}
-    return Plan(prompt, row, token_cache, weights, held, rollout, training)
+    return Plan(prompt, row, room, weights, held, prefill, rollout, training)
 
 
 def lora_values(model, S):
@@ -130,12 +186,12 @@ def lora_values(model, S):
 
 
 def check_plan(model, S, card, whole=2):
-    """Prints the byte plan -> (contexts to roll out side by side, samples of one context at a time).
+    """Prints the byte plan -> the Room for rollouts.
 
     model: may be on the meta device; card: bytes of memory; whole: bytes of a value that is not packed.
     Raises SystemExit, with the constants to change, where a step doesn't fit. No prompt is ever cut to fit.
     """
-    bytes_of = plan(model, S, whole)
+    bytes_of = plan(model, S, card, whole)
     longest = model.config.get_text_config().max_position_embeddings
     if bytes_of.prompt + S.MAX_NEW_TOKENS > longest:
         raise SystemExit(
@@ -146,20 +202,18 @@ def check_plan(model, S, card, whole=2):
 
     group = getattr(S, "GROUP", 1)
     step = bytes_of.in_training() if trains else bytes_of.at_rest()
-    free = USABLE * card - bytes_of.at_rest()
-    # Beside one prompt and its prefill, at least one answer's cache has to fit, with a fifth in reserve.
-    for_answers = free - bytes_of.rollout["prefill"] - bytes_of.token_cache * bytes_of.prompt
-    samples = int(for_answers // (1.2 * bytes_of.token_cache * S.MAX_NEW_TOKENS))
-    samples = max(0, min(group, samples))
     weights = sum(bytes_of.weights.values())
-    if samples == 0 or step > USABLE * card:
+    room = bytes_of.room
+    # At least one answer's cache has to fit beside one prompt.
+    answers_fit = room.contexts(bytes_of.prompt, 1, S.MAX_NEW_TOKENS) >= 1
+    if step > USABLE * card or not answers_fit:
         raise SystemExit(
             f"MODEL={S.MODEL} does not fit: a card of {gib(card)}, weights {gib(weights)}, "
             f"a step {gib(step)}. Change one of BITS=4, VISION_BITS=4, DOUBLE_QUANT=1 "
             f"(now {S.BITS}, {S.VISION_BITS}, {S.DOUBLE_QUANT}), FRAME_PIXELS={S.FRAME_PIXELS}, "
             f"FRAMES_PER_CLIP={S.FRAMES_PER_CLIP}, K={S.K}, FEATURE_CLIPS={S.FEATURE_CLIPS}, "
             f"THINK_TOKENS={S.THINK_TOKENS}, MAX_NEW_TOKENS={S.MAX_NEW_TOKENS}")
-    contexts = S.ROLLOUT_CONTEXTS or max(1, int(free // sum(bytes_of.rollout.values())))
+    contexts, samples = room.side_by_side(bytes_of.prompt, group, S.MAX_NEW_TOKENS)
     print(f"  a step takes {gib(step)} of {gib(card)}; "
           f"contexts rolled out side by side: {contexts}")
     if S.FEATURE_CLIPS < getattr(S, "CONTEXTS", 0) * S.K:
@@ -168,7 +222,7 @@ def check_plan(model, S, card, whole=2):
     if samples < group:
         print(f"*** {samples} of {group} samples fit beside one prompt: "
               "a group is rolled out in parts, from one prefill ***")
-    return contexts, samples
+    return room
 
 
 def print_plan(bytes_of, S, trains):
@@ -178,6 +232,7 @@ def print_plan(bytes_of, S, trains):
           f"{bytes_of.row}:")
     parts = {"weights": bytes_of.weights,
              "beside them": bytes_of.held,
+             "prefill": bytes_of.prefill,
              "rollout, a context": bytes_of.rollout}
     if trains:
         parts["training, a row"] = bytes_of.training

@@ -5,6 +5,7 @@ together, and all ranks then hold the same list. With one process each function 
 was given.
 """
 import datetime
+import io
 import os
 import sys
 
@@ -15,10 +16,21 @@ if RANK:                                             # rank 0 alone speaks, and 
     sys.stdout = open(os.devnull, "w")
     os.environ["TQDM_DISABLE"] = "1"                 # for libraries' bars; read as tqdm is imported
 
+# A file's name or a memory may hold what a terminal can't show.
+for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+# Without it the rows of a rollout, each as long as it happens to be, leave gaps in the card's memory.
+# torch reads it when it is imported.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 try:
     import torch
+    Function = torch.autograd.Function               # to build a class on
 except ImportError:                                  # --help works before anything is installed
     torch = None
+    Function = object
 
 
 def is_first_rank():

@@ -15,7 +15,8 @@ the scale of a block is the largest magnitude among its 64 values. Code 12 is th
 first block it stands for 0.44 * 0.31 = 0.14. So a value takes 4.5 bits: 4, and 32 / 64 for its scale.
 
 - Loading (`quantization`): a tensor is packed as soon as it is read. Only one at a time is ever whole.
-- Forward (`packed_experts`): the experts that were chosen are unpacked, multiplied and forgotten.
+- Forward (`packed_experts`): experts are unpacked, multiplied and forgotten: all of them for many tokens, for
+  few those that were chosen.
 - Backward (`PackedLinear`): they are unpacked once more. Frozen weights need no gradient themselves.
 
 The arithmetic is the library's own (`dequantize_4bit`, `grouped_mm`), so outputs and LoRA gradients are
@@ -29,15 +30,15 @@ import re
 import warnings
 from collections import namedtuple
 
-from support.plan import BLOCK, check_plan, is_expert
-from support.ranks import is_first_rank, join, torch
-from support.runs import ROOT, read_json, written_aside
+from support.attention import use_packed_attention
+from support.plan import BLOCK, Room, check_plan, is_expert
+from support.ranks import Function, is_first_rank, join, said_once, torch
+from support.runs import ROOT, read_json, writing, written_aside
 
 # What an adapter's folder holds, by the kind of adapter.
 FILES = {"lora": "adapter_model.safetensors",
          "steer": "steer.safetensors",
          "all": "weights.safetensors"}
-UNLIMITED = 10**6                # samples beside one prompt, where a model is so small that all fit
 TINY_WIDTH = 512                 # a model wider than this is none of the toy world's
 
 # Scales that are packed themselves: 8-bit codes (E, S), an fp32 scale for 256 codes (E, S / 256), and the
@@ -71,25 +72,33 @@ def pack(weight, double=False):
 
 
 def unpack(codes, scales, hit, shape, dtype):
-    """Weights (H, out, in) in `dtype` of the experts `hit` (H,), from what `pack` made. shape: (out, in)."""
+    """Weights (H, out, in) in `dtype` of the experts `hit` (H,), from what `pack` made; of all where hit is None.
+
+    shape: (out, in).
+    """
     from bitsandbytes.functional import QuantState, dequantize_4bit
+    if hit is not None:
+        codes = codes[hit]
     if isinstance(scales, DoubleScales):
         scales = unpack_scales(scales, hit)                                   # (H, out * in / 64)
-    else:
+    elif hit is not None:
         scales = scales[hit]
-    whole = (len(hit), *shape)
+    whole = (len(codes), *shape)
     state = QuantState(scales.flatten(), whole, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
-    return dequantize_4bit(codes[hit].view(-1, 1), state)
+    return dequantize_4bit(codes.view(-1, 1), state)
 
 
 def unpack_scales(double, hit):
-    """fp32 scales (H, out * in / 64) of the experts `hit` (H,)."""
+    """fp32 scales (H, out * in / 64) of the experts `hit` (H,), or of all where it is None."""
     from bitsandbytes.functional import dequantize_blockwise
     block = double.codes.shape[1] // double.scales.shape[1]
     levels = levels_of_8_bits(double.codes.device)
-    absmax = double.scales[hit].flatten()
-    scales = dequantize_blockwise(double.codes[hit], absmax=absmax, code=levels, blocksize=block)
-    return scales + double.mean
+    codes, absmax, mean = double
+    if hit is not None:
+        codes = codes[hit]
+        absmax = absmax[hit]
+    scales = dequantize_blockwise(codes, absmax=absmax.flatten(), code=levels, blocksize=block)
+    return scales + mean
 
 
 @functools.cache
@@ -99,25 +108,33 @@ def levels_of_8_bits(device):
 
 
 # ---------------------------------------------------------------- 4-bit experts: forward and backward
-def sort_by_expert(chosen):
+def sort_by_expert(chosen, experts):
     """Sorts the (token, expert) pairs of chosen (N, k) by expert -> (order, hit, ends).
 
-    order (N k,): the pairs' places in chosen.flatten(); hit (H,): the experts that occur; ends (H,): where
-    the rows of each of them end. Three tokens, each sent to two experts:
+    order (N k,): the pairs' places in chosen.flatten(); hit (H,): the experts to unpack; ends (H,): where the
+    rows of each of them end. Shapes follow from N alone, never from which experts were chosen, so the processor
+    need not wait for the card. With at least as many pairs as experts, all are unpacked, where they lie: hit is
+    None. Three tokens, each sent to two of six experts:
 
-    >>> order, hit, ends = sort_by_expert(torch.tensor([[5, 2], [2, 7], [5, 2]]))
+    >>> order, hit, ends = sort_by_expert(torch.tensor([[5, 2], [2, 4], [5, 2]]), experts=6)
     >>> (order // 2).tolist()                # the token of each row
-    [0, 1, 2, 0, 2, 1]
-    >>> hit.tolist(), ends.tolist()          # rows 0, 1, 2 are expert 2's, 3 and 4 expert 5's, 5 expert 7's
-    ([2, 5, 7], [3, 5, 6])
+    [0, 1, 2, 1, 0, 2]
+    >>> hit, ends.tolist()                   # rows 0, 1, 2 are expert 2's, 3 is expert 4's, 4 and 5 expert 5's
+    (None, [0, 0, 3, 3, 4, 6])
+
+    With fewer, each pair unpacks its own, and an expert may come twice:
+
+    >>> _, hit, ends = sort_by_expert(torch.tensor([[5, 2], [2, 4]]), experts=6)
+    >>> hit.tolist(), ends.tolist()
+    ([2, 2, 4, 5], [1, 2, 3, 4])
     """
-    experts, order = chosen.flatten().sort(stable=True)
-    hit, count = experts.unique_consecutive(return_counts=True)
-    return order, hit, count.cumsum(0).to(torch.int32)
-
-
-# Without torch there is no class to build on, yet --help has to work.
-Function = torch.autograd.Function if torch else object
+    expert, order = chosen.flatten().sort(stable=True)
+    if len(expert) < experts:
+        ends = torch.arange(1, len(expert) + 1, device=chosen.device)
+        return order, expert, ends.to(torch.int32)
+    every = torch.arange(experts, device=chosen.device)
+    ends = torch.searchsorted(expert, every, right=True)
+    return order, None, ends.to(torch.int32)
 
 
 class PackedLinear(Function):
@@ -147,7 +164,7 @@ def packed_experts(module, hidden, chosen, weights):
     hidden (N, d); chosen (N, k): the experts that the router sends a token to; weights (N, k) -> (N, d).
     """
     experts_per_token = chosen.shape[1]
-    order, hit, ends = sort_by_expert(chosen)
+    order, hit, ends = sort_by_expert(chosen, module.num_experts)
 
     def linear(name, rows, shape):
         codes = getattr(module, name)
@@ -239,9 +256,8 @@ def load_tokenizer(S):
 
 
 def load_model(S):
-    """(model, tokenizer, contexts, samples) of S.MODEL. Prints a byte plan first, and then what was loaded.
+    """(model, tokenizer, the Room for rollouts) of S.MODEL. Prints a byte plan first, and then what was loaded.
 
-    contexts: how many can be rolled out side by side; samples: how many answers to one of them at a time.
     Raises SystemExit where the model can't be had or doesn't fit.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -250,6 +266,8 @@ def load_model(S):
     torch.manual_seed(S.SEED)                # PEFT draws a new LoRA's A from the global generator
     join()
     on_gpu = torch.cuda.is_available()
+    # cuDNN's attention plans anew for each new length of a row, and in sampling every step has one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     name = model_name(S)
@@ -259,21 +277,22 @@ def load_model(S):
         tokenizer = load_tokenizer(S)
         options = loading_options(S, config, dtype)
         options |= {"dtype": dtype, "device_map": device}
-        contexts, samples = S.ROLLOUT_CONTEXTS or 1, UNLIMITED
+        room = Room(most=S.ROLLOUT_SEQUENCES)             # the toy world's model is small enough
         if S.MODEL != "tiny":
             with torch.device("meta"):       # shapes without bytes
                 sketch = AutoModelForImageTextToText.from_config(config)
-            contexts, samples = check_plan(sketch, S, memory_of(device), dtype.itemsize)
+            room = check_plan(sketch, S, memory_of(device), dtype.itemsize)
         model = AutoModelForImageTextToText.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"MODEL={S.MODEL} can't be loaded: {error}") from None
     model.eval()
     use_exact_kernels(model)
+    use_packed_attention(model.model.language_model)
     if S.MODEL != "tiny":
         model.model.language_model.activation_checkpointing_enable()
     add_steering(model, name)
     print_model(model, name, S)
-    return model, tokenizer, contexts, samples
+    return model, tokenizer, room
 
 
 def silence_libraries(S):
@@ -325,11 +344,31 @@ def use_exact_kernels(model):
             module.support_avx512bf16_for_cpu = False
 
 
-def flash(model):
-    """Whether flash-attn can take passes without a mask: it needs a GPU and a model in 16 bits."""
-    from transformers.utils import is_flash_attn_2_available
-    suits = model.device.type == "cuda" and model.dtype != torch.float32
-    return suits and is_flash_attn_2_available()
+def head_in_fp32(head, hidden):
+    """Logits (..., V) in fp32 of outputs (..., d), whatever the head's type.
+
+    A 16-bit head sums in fp32 and rounds the sums to three digits, which would move log-probs by a hundredth.
+    """
+    if hidden.dtype == torch.float32:
+        return head(hidden)
+    if hidden.device.type == "cpu":
+        return torch.nn.functional.linear(hidden.float(), head.weight.float())
+    rows = hidden.reshape(-1, hidden.shape[-1])                               # (N, d)
+    return UnroundedLinear.apply(rows, head.weight).view(*hidden.shape[:-1], -1)
+
+
+class UnroundedLinear(Function):
+    """Rows x (N, in) in 16 bits times a frozen weight (out, in) of that type -> (N, out) in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, = ctx.saved_tensors
+        return grad.to(weight.dtype) @ weight, None
 
 
 def print_model(model, name, S):
@@ -345,8 +384,6 @@ def print_model(model, name, S):
           f"{text.num_hidden_layers} layers {text.hidden_size} wide, on {model.device}")
     if model.device.type == "cpu" and S.MODEL != "tiny":
         print("*** no GPU: fp32 on the CPU, where a 30B model is out of reach ***")
-    if model.device.type == "cuda" and not flash(model):
-        print("*** flash-attn is missing (requirements-gpu.txt): torch's own attention is used ***")
 
 
 # ---------------------------------------------------------------- a steering vector in a checkpoint
@@ -396,22 +433,93 @@ def file_of_model(name, file):
 def save_adapter(policy, writer, folder):
     """Saves what `Policy.add` made: a PEFT folder, a vector under the authors' key, a decoder's weights."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
     kind = policy.kind[writer]
     if kind == "lora":
         name = policy.lora[writer]
         if is_first_rank():
-            policy.model.peft_config[name].save_pretrained(str(folder))
+            with writing(folder):
+                policy.model.peft_config[name].save_pretrained(str(folder))
         state = {}
         for key, value in get_peft_model_state_dict(policy.model, adapter_name=name).items():
             state[f"base_model.model.{key}"] = value
     elif kind == "steer":
-        state = {f"model.language_model.layers.{policy.layer}.adapter.steer": policy.steer}
+        state = {steer_key(policy.layer): policy.steer}
     else:
         state = policy.whole[writer]
-    tensors = {key: value.detach().contiguous().cpu() for key, value in state.items()}
-    with written_aside(folder / FILES[kind]) as aside:
-        save_file(tensors, str(aside))
+    write_tensors(folder / FILES[kind], state)
+
+
+def write_tensors(file, tensors):
+    from safetensors.torch import save
+    tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+    # The library's own writing hides it from others, and does not say why a disk refused.
+    with written_aside(file) as aside:
+        aside.write_bytes(save(tensors))
+
+
+def read_tensors(file, device="cpu"):
+    """{name: tensor} of a safetensors file. SystemExit where it is broken."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(str(file), str(device))
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(said_once(f"{file} can't be read ({error}): it was cut or damaged. Delete "
+                                   "its folder, and run the script that made it again")) from None
+
+
+def check_tensors(file, saved, needed):
+    """SystemExit unless what a file holds is what is needed: {name: tensor} each, the same names and shapes.
+
+    Otherwise the model would go on without a part of it, or with none, and nobody would see that.
+    """
+    missing = [name for name in needed if name not in saved]
+    unknown = [name for name in saved if name not in needed]
+    misshapen = []
+    for name, tensor in saved.items():
+        if name in needed and tensor.shape != needed[name].shape:
+            shape = tuple(tensor.shape)
+            misshapen.append(f"{name} {shape} in the place of {tuple(needed[name].shape)}")
+    wrong = []
+    for what, names in (("missing", missing), ("unknown to this model", unknown),
+                        ("of another shape", misshapen)):
+        if names:
+            wrong.append(f"{len(names)} {what}, such as {names[0]}")
+    if wrong:
+        raise SystemExit(said_once(
+            f"{file} does not fit this model. It holds {len(saved)} tensors, {len(needed)} are "
+            f"needed: {'; '.join(wrong)}. Name the model that it was made for (--MODEL), or make it "
+            "anew for this one (--RUN=NEWNAME)"))
+
+
+def lora_config(folder, rank):
+    """The configuration of the LoRA in a folder; without one, of a new LoRA on the decoder's attention."""
+    from peft import LoraConfig, PeftConfig
+    if not folder:
+        attention = r".*language_model.*self_attn\.[qkvo]_proj"
+        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=attention)
+    file = folder / "adapter_config.json"
+    if not file.exists():
+        raise SystemExit(said_once(f"{file} is missing: a LoRA is {FILES['lora']} and that file"))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SystemExit(said_once(f"{file} can't be read ({type(error).__name__}: {error}). Delete its "
+                                   "folder, and run the script that made it again")) from None
+    if not isinstance(config, LoraConfig):
+        raise SystemExit(said_once(f"{file} is of the kind {config.peft_type}: take a LoRA"))
+    return config
+
+
+def steer_key(layer):
+    """The authors' name of a steering vector after this layer."""
+    return f"model.language_model.layers.{layer}.adapter.steer"
+
+
+def steered_layer(tensors):
+    """The layer that such a name among `tensors` speaks of; 0 where there is none."""
+    layers = re.findall(r"layers\.(\d+)\.adapter\.steer", " ".join(tensors))
+    return int(layers[0]) if layers else 0
 
 
 def load_adapter(policy, writer, folder):

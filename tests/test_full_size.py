@@ -18,7 +18,7 @@ from support.runs import ROOT                                               # no
 
 TINY = ROOT / "tiny" / "base"
 SMALL = ["--FRAMES_PER_CLIP=4", "--FRAME_PIXELS=9216", "--MAX_NEW_TOKENS=32", "--CPU_THREADS=1",
-         "--ROLLOUT_CONTEXTS=4"]
+         "--ROLLOUT_SEQUENCES=16"]
 # Qwen/Qwen3-VL-30B-A3B: what its config.json says, as far as bytes depend on it
 TEXT = dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
             num_attention_heads=32, num_key_value_heads=4, head_dim=128, moe_intermediate_size=768,
@@ -94,7 +94,7 @@ def test_packed_weights_are_bit_equal_to_plain_matmuls_on_unpacked_ones(four_bit
     for p in params:
         torch.nn.init.normal_(p, std=0.05)
     four_bit.train_only(params)
-    other = common.Policy(plain, four_bit.tokenizer, 1, 1, four_bit.S)
+    other = common.Policy(plain, four_bit.tokenizer, plan.Room(most=1), four_bit.S)
     twins = other.add("phase1", "lora")
     for p, q in zip(twins, params):
         p.data.copy_(q.data)
@@ -158,6 +158,39 @@ def test_the_examples_in_the_docstrings_are_true():
     assert result.attempted > 0 and result.failed == 0
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("double", [False, True])
+def test_few_tokens_unpack_their_experts_and_many_all(tokens, double):
+    """Both ways equal plain products in fp32, in output and gradient; shapes follow from the number of tokens."""
+    from types import SimpleNamespace
+    pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(tokens)
+    E, d, width, k = 8, 64, 64, 2
+    module = SimpleNamespace(num_experts=E, hidden_dim=d, intermediate_dim=width, scales={},
+                             _apply_gate=lambda x: x[:, :width].tanh() * x[:, width:])
+    plain = {}
+    for name, shape in (("gate_up_proj", (2 * width, d)), ("down_proj", (d, width))):
+        codes, module.scales[name] = weights.pack(torch.randn(E, *shape, generator=generator), double)
+        setattr(module, name, codes)
+        plain[name] = weights.unpack(codes, module.scales[name], None, shape, torch.float32)
+        some = torch.tensor([5, 0, 5])
+        assert torch.equal(weights.unpack(codes, module.scales[name], some, shape, torch.float32), plain[name][some])
+    x = torch.randn(tokens, d, generator=generator, requires_grad=True)
+    chosen = torch.stack([torch.randperm(E, generator=generator)[:k] for _ in range(tokens)])
+    share = torch.rand(tokens, k, generator=generator)
+    _, hit, ends = weights.sort_by_expert(chosen, E)
+    assert (hit is None) == (tokens * k >= E) and len(ends) == min(E, tokens * k)
+    want = sum(share[:, i, None] * torch.einsum("nw,ndw->nd", module._apply_gate(
+        torch.einsum("nd,nwd->nw", x, plain["gate_up_proj"][chosen[:, i]])), plain["down_proj"][chosen[:, i]])
+        for i in range(k))
+    got = weights.packed_experts(module, x, chosen, share)
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-3)
+    grad = torch.randn(tokens, d, generator=generator)
+    mine, = torch.autograd.grad(got, x, grad)
+    theirs, = torch.autograd.grad(want, x, grad)
+    assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-2)
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_a_packed_row_is_its_expert_alone(double):
     """Some experts, in any order, come back as if each had been packed by itself, near to what they were."""
@@ -187,7 +220,8 @@ def test_a_lora_on_a_16_bit_model_comes_back_in_full(bits, tmp_path):
     options = {} if bits == 16 else dict(experts_implementation="nf4", quantization_config=config)
     model = AutoModelForImageTextToText.from_pretrained(
         TINY, dtype=torch.bfloat16, attn_implementation="sdpa", **options)
-    other = common.Policy(model.eval(), AutoTokenizer.from_pretrained(TINY), 1, 1, settings(f"--BITS={bits}"))
+    other = common.Policy(model.eval(), AutoTokenizer.from_pretrained(TINY), plan.Room(most=1),
+                          settings(f"--BITS={bits}"))
     params = other.add("phase1", "lora")
     for p in params:
         torch.nn.init.normal_(p, std=0.05)
@@ -214,16 +248,18 @@ def test_the_plan_is_printed_and_refuses_before_loading(sketch, capsys):
     S = settings("--MODEL=x")
     S.GROUP, S.LR = 8, 1e-5
     assert 9000 < plan.prompt_tokens(S) < 12000
-    contexts, samples = plan.check_plan(sketch, S, 80 * 2**30)
+    room = plan.check_plan(sketch, S, 80 * 2**30)
     said = capsys.readouterr().out
-    found = plan.plan(sketch, S)
-    assert found.prompt == plan.prompt_tokens(S)
+    found = plan.plan(sketch, S, 80 * 2**30)
+    assert found.prompt == plan.prompt_tokens(S) and found.room == room
     assert found.row == found.prompt + 8 * 2800                         # the longest answers, not the usual ones
-    wide = contexts * (found.token_cache * found.row + found.rollout["prefill"])
-    assert sum(found.weights.values()) + found.held["vision features"] + wide < 0.92 * 80 * 2**30
-    assert contexts >= 1 and samples == 8 and "experts" in said and "GiB" in said and "prompts of" in said
-    assert len(said.splitlines()) == 6 and max(map(len, said.splitlines())) < 125       # to be read
-    for part in (found.weights, found.held, found.rollout, found.training):
+    contexts, samples = room.side_by_side(found.prompt, 8, 2800)
+    wide = contexts * sum(found.rollout.values()) + sum(found.prefill.values())
+    assert found.at_rest() + wide < 0.92 * 80 * 2**30
+    assert contexts >= 8 and samples == 8 and "experts" in said and "GiB" in said and "prompts of" in said
+    assert f"side by side: {contexts}\n" in said and "mask" not in found.training
+    assert len(said.splitlines()) == 7 and max(map(len, said.splitlines())) < 125       # to be read
+    for part in (found.weights, found.held, found.prefill, found.rollout, found.training):
         line = next(x for x in said.splitlines() if next(iter(part)) in x)
         assert f"{sum(part.values()) / 2**30:.2f} =" in line and all(item in line for item in part)
     with pytest.raises(SystemExit,
@@ -233,11 +269,52 @@ def test_the_plan_is_printed_and_refuses_before_loading(sketch, capsys):
     small = settings("--MODEL=x", "--VISION_BITS=4", "--DOUBLE_QUANT=1", "--FRAME_PIXELS=50176",
                      "--FRAMES_PER_CLIP=10", "--FEATURE_CLIPS=20", "--THINK_TOKENS=200", "--MAX_NEW_TOKENS=600")
     small.GROUP, small.LR = 8, 1e-5
-    assert plan.check_plan(sketch, small, 24 * 2**30)[1] == 8        # what the README names for 24 GB
+    prompt = plan.prompt_tokens(small)
+    room = plan.check_plan(sketch, small, 24 * 2**30)
+    assert room.side_by_side(prompt, 8, 600)[1] == 8                 # what the README names for 24 GB
     with pytest.raises(SystemExit, match=r"exceed the model's 262144.*nothing is cut"):
         plan.check_plan(sketch, settings("--MODEL=x", "--FRAMES_PER_CLIP=600"), 80 * 2**30)
-    more, _ = plan.check_plan(sketch, settings("--MODEL=x", "--FRAME_PIXELS=50176"), 80 * 2**30)
-    assert more > contexts                                              # shorter prompts, more of them
+
+
+def test_as_many_fit_side_by_side_as_a_call_leaves_room_for(sketch, monkeypatch):
+    """By the call's own samples, prompts and limit, and by what the card has left; never more than that."""
+    S = settings("--MODEL=x")
+    S.GROUP = 8
+    room = plan.plan(sketch, S, 80 * 2**30).room
+    sizes = {}
+    for prompt, samples, limit in ((11070, 8, 2800), (11070, 1, 2800), (3000, 1, 128), (32000, 1, 1000)):
+        contexts, width = room.side_by_side(prompt, samples, limit)
+        sizes[prompt, samples] = contexts
+        taken = contexts * room.of_context(prompt, samples, limit) + prompt * room.prefill_token
+        assert width == samples and taken <= room.free < taken + room.of_context(prompt, samples, limit)
+    assert sizes[11070, 1] > 2 * sizes[11070, 8] and sizes[3000, 1] > 10 * sizes[11070, 8]
+    assert sizes[32000, 1] >= 5
+    few = plan.plan(sketch, settings("--MODEL=x", "--ROLLOUT_SEQUENCES=16"), 80 * 2**30).room
+    assert few.side_by_side(11070, 8, 2800) == (2, 8) and few.side_by_side(11070, 1, 2800) == (16, 1)
+    for gib in (1, 2, 4, 8):                                            # the card is nearly full
+        monkeypatch.setattr(plan, "free_on_card", lambda: gib * 2**30)
+        try:
+            contexts, width = room.side_by_side(11070, 8, 2800)
+        except SystemExit as error:
+            assert gib < 4 and "a prompt of 11070 tokens" in str(error) and f"{gib}.00 GiB are free" in str(error)
+        else:
+            taken = contexts * room.of_context(11070, width, 2800) + 11070 * room.prefill_token
+            assert taken <= gib * 2**30 and (width == 8) == (gib == 8)
+
+
+def test_contexts_of_like_length_go_together(policy, contexts, monkeypatch):
+    many = [contexts[i % 4] for i in range(10)]
+    lengths = [policy.prompt_length(context) for context in many]
+    token = 1000
+    monkeypatch.setattr(policy, "room", plan.Room(most=0, free=3 * token * (max(lengths) + 2 * 5), token_cache=token,
+                                                  layers=10**9))
+    seen = list(common.batches(policy, many, 2, 5))
+    assert sorted(sum((numbers for numbers, _ in seen), [])) == list(range(10))
+    order = [lengths[i] for numbers, _ in seen for i in numbers]
+    assert order == sorted(lengths, reverse=True) and {width for _, width in seen} == {2}
+    assert len(seen[0][0]) == 2 and len(seen[-2][0]) > 3                # the shorter, the more
+    monkeypatch.setattr(policy.S, "FEATURE_CLIPS", 6)                   # and their clips' features are held too
+    assert all(sum(len(many[i].clips) for i in numbers) <= 6 for numbers, _ in common.batches(policy, many, 2, 5))
 
 
 def test_the_work_is_announced_in_a_line(capsys):
@@ -256,13 +333,14 @@ def test_the_work_is_announced_in_a_line(capsys):
 def test_a_group_in_parts_draws_the_same_tokens(policy, contexts):
     keys, ids = [(5, i) for i in range(4)], lambda groups: [[s.ids for s in g] for g in groups]
     whole = ids(common.rollout(policy, contexts, 8, keys))
-    before = policy.contexts_at_once, policy.samples_at_once
+    before = policy.room
     try:
         for samples in (1, 3, 5):
-            policy.contexts_at_once, policy.samples_at_once = 1, samples
+            policy.room = plan.Room(most=samples)
+            assert policy.room.side_by_side(300, 8, 32) == (1, samples)
             assert ids(common.rollout(policy, contexts, 8, keys)) == whole
     finally:
-        policy.contexts_at_once, policy.samples_at_once = before
+        policy.room = before
 
 
 def test_an_answer_stops_at_the_end_of_its_json(policy, contexts):
@@ -343,22 +421,6 @@ def test_checkpointed_layers_change_no_gradient(full, policy, contexts):
     assert all(torch.allclose(a, b, atol=1e-6) and a.abs().max() > 0
                for a, b in zip(grads[True][0], grads[False][0]))
     assert grads[True][1] < 0.5 * grads[False][1]                       # and far less is kept
-
-
-def test_attention_is_chosen_per_pass(policy, contexts, monkeypatch):
-    chosen = []
-    monkeypatch.setattr(policy, "flash", True)
-    real = policy.attend
-    def attend(mask):
-        real(mask)
-        chosen.append(policy.lm.config._attn_implementation)
-        policy.lm.config._attn_implementation = "sdpa"                  # which is what this machine can run
-    monkeypatch.setattr(policy, "attend", attend)
-    common.rollout(policy, contexts[2:3], 2, [(0, 1)])
-    assert chosen == ["flash_attention_2", "sdpa"]                      # an unpadded prefill, then decoding
-    common.rollout(policy, contexts, 2, [(0, i) for i in range(4)])
-    common.logprobs(policy, contexts[0], [[9, 10]])
-    assert chosen[2:] == ["sdpa"] * 3                          # padding, decoding and a packed row have masks
 
 
 # ================================================================ memory stays flat
@@ -505,11 +567,14 @@ def test_the_full_size_measurement_runs_at_small_shapes(tmp_path):
     if not script.exists():
         pytest.skip("experiments/full_size.py is not here yet")
     out = tmp_path / "full_size.json"
-    done = subprocess.run([sys.executable, str(script), "--PARTS=1,3,5", "--SMALL=1", f"--OUT={out}"],
+    done = subprocess.run([sys.executable, str(script), "--PARTS=1,2,3,4,5,7", "--SMALL=1", f"--OUT={out}"],
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     failed = [(part, name) for part, rows in found.items() for name, row in rows.items() if "error" in row]
-    assert not failed and {"1 card", "3 nf4", "5 model"} <= found.keys(), done.stdout
+    assert not failed and len(found) == 6, done.stdout
     model = found["5 model"]
-    assert model["build"]["weights_gib"] > 0 and model["rollout, 1 context x 8"]["tokens_per_s"] > 0
+    assert model["build"]["weights_gib"] > 0 and model["rollout, 1 context x 8"]["rollout_s"] > 0
+    assert model["training row, 8 long answers"]["gradient_distance"] < 1e-5
+    assert found["4 decoding"]["8 contexts x 8, 200 cached"]["rows_against_repeated"] == 0
+    assert found["7 what helps"]["a decode step, 8 x 8"]["fixed_against_usual"] < 1e-5

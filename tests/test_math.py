@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
 from support.decode import HowToSample, pick                                # noqa: E402
-from support import overlay, runs, video, weights                                                              # noqa: E402
+from support import overlay, plan, runs, video, weights                                                        # noqa: E402
 
 
 NEAR = 1e-5                              # log-probs in fp32 by two ways of computing them
@@ -342,8 +342,9 @@ def test_answers_in_a_row_do_not_see_one_another(policy, contexts):
     mine, its = answers(policy, 9, (20, 20))
     common.logprobs(policy, context, [mine, its])[0].sum().backward()
     touched = set(table.grad.abs().sum(1).nonzero()[:, 0].tolist())
-    assert touched == set(mine[:-1])                     # the last token is predicted, but predicts nothing
-    assert set(its) - set(mine)
+    shared = set(policy.prepare([context])[0].ids.tolist())
+    assert touched - shared == set(mine[:-1]) - shared   # the last token is predicted, but predicts nothing
+    assert set(its) - set(mine) - shared
 
 
 def test_banned_tokens_have_no_probability_and_no_gradient(policy, contexts):
@@ -420,13 +421,13 @@ def test_rollouts_do_not_depend_on_their_batch(policy, contexts):
     assert ids(common.rollout(policy, contexts[::-1], 8, keys[::-1]))[::-1] == together
     assert [ids(common.rollout(policy, [c], 8, [k]))[0] for c, k in zip(contexts, keys)] == together
     assert [g[:3] for g in together] == ids(common.rollout(policy, contexts, 3, keys))
-    before = policy.contexts_at_once
-    for fewer in (1, 3):
-        policy.contexts_at_once = fewer
+    before = policy.room
+    for fewer in (8, 24):
+        policy.room = plan.Room(most=fewer)
         try:
             assert ids(common.rollout(policy, contexts, 8, keys)) == together
         finally:
-            policy.contexts_at_once = before
+            policy.room = before
     assert ids(common.rollout(policy, contexts, 8, [(4, i) for i in range(4)])) != together
 
 

@@ -127,7 +127,7 @@ def make_samples(rng, clip):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder with what stages 1 and 3 leave, but no videos: 4 streams of 4 clips,
+    """A run folder with what stages 1 and 3 leave, but an empty video: 4 streams of 4 clips,
     ten questions per environment."""
     folder, rng, streams, truths, cache = tmp_path_factory.mktemp("reward"), random.Random(0), [], [], []
     for n in range(4):
@@ -143,6 +143,7 @@ def run(tmp_path_factory):
     recent = {e: [t for t in tasks if t["environment"] == e][:10] for e in world.CATEGORIES}
     for name, rows in (("streams/streams", streams), ("streams/truth", truths), ("tasks/cache", cache)):
         runs.write_jsonl(folder / f"{name}.jsonl", rows)
+    (folder / "streams" / "none.mp4").touch()
     runs.write_json(folder / "tasks/recent.json", recent)
     return folder
 
