@@ -19,7 +19,7 @@ from common import (Group, Sample, build_prompt, load_judge, load_policy, make_c
                     rollout, settings, stage, watch)
 from support.judges import INSUFFICIENT, Answer, Verdict
 from support.plan import announce
-from support.ranks import gather, is_first_rank, my_share, once, progress
+from support.ranks import gather, is_first_rank, my_share, once, progress, said_once
 from support.reader import Retriever
 from support.runs import (append_jsonl, as_written, clock, fingerprint, load_streams, need,
                           next_command, read_json, read_jsonl, read_progress, say_what_differs,
@@ -234,7 +234,10 @@ def fill_cache(S, out, policy, judge, streams, memories, limits):
         written[stream] = [row["memory"] for row in rows]
     for first in progress(range(0, len(places), S.CHUNK), "rollout cache"):
         chunk = range(first, min(first + S.CHUNK, len(places)))
-        indices = my_share([i for i in chunk if names[i] not in done or has_unjudged(done[names[i]])])
+        # A chunk in which a verdict failed is judged again as a whole: an endpoint has kept all others, and a
+        # few clips that it refuses are still a few among many.
+        again = any(has_unjudged(done[names[i]]) for i in chunk if names[i] in done)
+        indices = my_share([i for i in chunk if again or names[i] not in done])
         groups = []
         environments = []                        # that may learn from a context
         to_sample = []                           # (group, key)
@@ -255,7 +258,12 @@ def fill_cache(S, out, policy, judge, streams, memories, limits):
         if rows:
             append_jsonl(part, rows)
         done |= {(row["stream"], row["clip"]): row for row in rows}
-    write_jsonl(out / "cache.jsonl", [done[name] for name in names])
+    rows = [done[name] for name in names]
+    failed = count_unjudged(rows)
+    if failed * 2 > len(rows) * S.GROUP:
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(rows) * S.GROUP} cached samples; "
+                                   "mend it and run the same command again"))
+    write_jsonl(out / "cache.jsonl", rows)
     if is_first_rank():
         part.unlink(missing_ok=True)
 
@@ -423,6 +431,10 @@ def answer_recent(S, judge, recent, memories):
     tasks = sum(recent.values(), [])
     replies, retrieved = answer(S, judge, tasks, memories)
     correct = right(judge, tasks, replies)
+    failed = correct.count(None)
+    if failed * 2 > len(tasks):
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(tasks)} recent questions; mend it "
+                                   "and run the same command again"))
     for i, task in enumerate(tasks):
         task["reply"] = None if correct[i] is None else replies[i]
         task["correct"] = correct[i]

@@ -311,7 +311,7 @@ def answer(S, judge, tasks, memories):
     failed = replies.count(None)
     if 2 * failed > len(replies):
         raise SystemExit(said_once(f"the judge failed on {failed} of {len(replies)} questions: mend it "
-                                    "and run the same command again"))
+                                   "and run the same command again"))
     correct = collect.right(judge, tasks, replies)
     rows = []
     for task, reply, is_correct, is_retrieved in zip(tasks, replies, correct, retrieved):

@@ -71,7 +71,6 @@ class Endpoint:
         self.takes_temperature = True
         self.used = Counter()                    # printed at the end
         self.said = set()                        # kinds of problems that were printed
-        self.answered = set()                    # names of the prompts to which a reply has parsed
         self.in_a_row = 0                        # failures since the last reply that parsed
         atexit.register(self.report)
 
@@ -169,13 +168,11 @@ class Endpoint:
     def take(self, question, outcome):
         """Counts an outcome, keeps its reply if that parses -> the reply.
 
-        SystemExit after GIVE_UP failures in a row. Those that tell of one request count only until the first
-        answer to this prompt: an endpoint may refuse a few videos and judge the others.
+        SystemExit after GIVE_UP failures in a row. Those that tell of one request don't count: an endpoint may
+        refuse a few videos and judge the others.
         """
-        name = question.judge_prompt.name
         if outcome.is_kept:
             self.used["kept"] += 1
-            self.answered.add(name)
             return outcome.reply
         self.used["asked"] += 1
         self.used["tokens_in"] += outcome.tokens_in
@@ -184,18 +181,16 @@ class Endpoint:
             self.say("it refuses a temperature, which is left out from now on")
         problem = self.problem_of(question, outcome)
         if not problem:
-            self.answered.add(name)
             self.in_a_row = 0
             self.keep(outcome, question.text)
             return outcome.reply
         self.used["failed" if outcome.reply is None else "unparsable"] += 1
         self.say(problem)
-        if outcome.is_gone or name not in self.answered:
+        if outcome.is_gone:
             self.in_a_row += 1
         if self.in_a_row >= GIVE_UP:
             raise SystemExit(
-                f"JUDGE=openai:{self.model} failed {self.in_a_row} times in a row, at last on {name!r}: "
-                f"{problem}\nMend it and run the same command again: what was answered is kept")
+                f"JUDGE=openai:{self.model} failed {self.in_a_row} times in a row, at last with {problem}\nMend it and run the same command again: what was answered is kept")
         return outcome.reply
 
     def problem_of(self, question, outcome):

@@ -37,6 +37,7 @@ from support.runs import ROOT, Prompt, need, read_jsonl
 from support.text import as_text
 
 TRIES = 3                # a reply that can't be parsed is asked for again, then its verdict is None
+MANY = 20                # failures of one kind of question, none of which was ever answered, stop a run
 INSUFFICIENT = "insufficient"
 
 
@@ -259,7 +260,7 @@ class TextJudge:
         self.failed = Counter()                  # of these, without a verdict
 
     def ask(self, prompt, items):
-        """A verdict for each item, None where it failed. SystemExit where most did."""
+        """A verdict for each item, None where it failed. SystemExit where all MANY of a kind did."""
         questions = [Question(prompt, item) for item in items]
         verdicts = [None] * len(items)
         for attempt in range(TRIES):
@@ -272,16 +273,15 @@ class TextJudge:
                     verdicts[i] = questions[i].parse(reply)
         self.asked[prompt.name] += len(items)
         self.failed[prompt.name] += verdicts.count(None)
-        self.stop_where_most_failed(prompt.name)
+        self.stop_where_all_failed(prompt.name)
         return verdicts
 
-    def stop_where_most_failed(self, name):
-        """By all questions so far: a clip or two that an endpoint refuses to see shall not end a run."""
+    def stop_where_all_failed(self, name):
+        """Where most have failed, the stages stop by rules of their own. A clip that is refused ends no run."""
         failed = self.failed[name]
-        asked = self.asked[name]
-        if failed * 2 > asked:
-            raise SystemExit(f"the judge failed on {failed} of {asked} questions {name!r}; mend it and "
-                             "run the same command again: what was answered is kept")
+        if failed == self.asked[name] and failed >= MANY:
+            raise SystemExit(f"the judge failed on all of {failed} questions {name!r}; mend it and run the "
+                             "same command again: what was answered is kept")
 
 
 # ---------------------------------------------------------------- the model itself
