@@ -658,23 +658,28 @@ class Policy:
 
         answers: for each prompt a list of lists of ids. cache: keeps the prompts (support/decode.py).
         """
+        # ---- the row: its tokens, their places, and which of them are pictures
         parts = []
         positions = []
         visual = []
+        lengths = []
         for prompt, of_prompt in zip(prompts, answers):
             new = torch.tensor(sum(of_prompt, []), dtype=torch.long, device=self.device)
             parts += [prompt.ids, new]
             positions.append(packed_positions(prompt.positions, of_prompt))
             visual.append(F.pad(prompt.visual, (0, len(new))))
+            lengths.append((len(prompt.ids), [len(answer) for answer in of_prompt]))
         visual = torch.cat(visual)  # (T,)
         embeds = self.lm.embed_tokens(torch.cat(parts))  # (T, d)
-        clips = [clip.layers for prompt in prompts for clip in prompt.clips]
+        # ---- vision features in the place of their tokens
+        clips = []
+        for prompt in prompts:
+            clips += [clip.layers for clip in prompt.clips]
         layers = [torch.cat(of_clips) for of_clips in zip(*clips)]  # (V, d): for the prompt, then the deepstack
         if layers:
             embeds = embeds.index_put((visual,), layers[0].to(embeds.dtype))
-        segments = lay_out([(len(prompt.ids), [len(answer) for answer in of_prompt])
-                            for prompt, of_prompt in zip(prompts, answers)])
-        # In training mode the layers are checkpointed.
+        # ---- the pass; in training mode the layers are checkpointed
+        segments = lay_out(lengths)
         self.lm.train(torch.is_grad_enabled() and self.S.MODEL != "tiny")
         hidden = self.lm(
             inputs_embeds=embeds[None], position_ids=torch.cat(positions, 1)[:, None],

@@ -152,10 +152,16 @@ def answers_of_full_length(policy):
 def encoded_prompts(policy):
     """Contexts are prompts that have been encoded already (see `text_prompt`)."""
     policy.prepare = list                                       # hides the method
+    policy.prompt_length = tokens_of
     try:
         yield
     finally:
         del policy.prepare
+        del policy.prompt_length
+
+
+def tokens_of(prompt):
+    return len(prompt.ids)
 
 
 @contextlib.contextmanager
