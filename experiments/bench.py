@@ -187,7 +187,9 @@ def text_prompt(policy, length, seed=0):
     allowed = torch.tensor([token for token in range(vocabulary) if token not in unwanted])
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(allowed), (length,), generator=generator)
-    return encoded_text(allowed[drawn].tolist(), policy.device)
+    prompt = encoded_text(allowed[drawn].tolist(), policy.device)
+    prompt.clips = []                                           # of the context, in whose place it stands
+    return prompt
 
 
 # ================================================================ rollout

@@ -5,6 +5,7 @@ together, and all ranks then hold the same list. With one process each function 
 was given.
 """
 import datetime
+import io
 import os
 import sys
 
@@ -18,6 +19,11 @@ if RANK:                                             # rank 0 alone speaks, and 
 # Without it the rows of a rollout, each as long as it happens to be, leave gaps in the card's memory.
 # torch reads it when it is imported.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+# A file's name or a memory may hold what a terminal can't show.
+for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 try:
     import torch
