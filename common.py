@@ -25,8 +25,8 @@ from support.ranks import gather, gather_sum, my_share, progress, said_once, tor
 from support.runs import Prompt, append_jsonl, clock, per_model, read_progress, write_jsonl
 from support.text import as_text
 from support.video import frames_to_patches
-from support.weights import (FILES, check_tensors, head_in_fp32, load_model, lora_config, read_tensors,
-                             steer_key, steered_layer)
+from support.weights import (FILES, check_tensors, head_in_fp32, load_model, lora_config,
+                             read_tensors, steer_key, steered_layer)
 
 try:                                    # --help must work before anything is installed
     import numpy as np
@@ -417,14 +417,14 @@ class EncodedPrompt:
     ids: object                         # (P,)
     positions: object                   # (3, P): time, height, width
     visual: object                      # (P,) bool
-    clips: list                         # ClipFeatures, V tokens in all
+    features: list                      # ClipFeatures, V tokens in all
 
 
 def encoded_text(ids, device):
     """The EncodedPrompt of a list of ids without pictures."""
     ids = torch.tensor(ids, device=device)  # (P,)
     positions = torch.arange(len(ids), device=device).expand(3, -1)  # (3, P)
-    return EncodedPrompt(ids, positions, visual=torch.zeros_like(ids, dtype=torch.bool), clips=[])
+    return EncodedPrompt(ids, positions, visual=torch.zeros_like(ids, dtype=torch.bool), features=[])
 
 
 @dataclass
@@ -665,23 +665,28 @@ class Policy:
 
         answers: for each prompt a list of lists of ids. cache: keeps the prompts (support/decode.py).
         """
+        # ---- the row: its tokens, their places, and which of them are pictures
         parts = []
         positions = []
         visual = []
+        lengths = []
         for prompt, of_prompt in zip(prompts, answers):
             new = torch.tensor(sum(of_prompt, []), dtype=torch.long, device=self.device)
             parts += [prompt.ids, new]
             positions.append(packed_positions(prompt.positions, of_prompt))
             visual.append(F.pad(prompt.visual, (0, len(new))))
+            lengths.append((len(prompt.ids), [len(answer) for answer in of_prompt]))
         visual = torch.cat(visual)  # (T,)
         embeds = self.lm.embed_tokens(torch.cat(parts))  # (T, d)
-        clips = [clip.layers for prompt in prompts for clip in prompt.clips]
+        # ---- vision features in the place of their tokens
+        clips = []
+        for prompt in prompts:
+            clips += [clip.layers for clip in prompt.features]
         layers = [torch.cat(of_clips) for of_clips in zip(*clips)]  # (V, d): for the prompt, then the deepstack
         if layers:
             embeds = embeds.index_put((visual,), layers[0].to(embeds.dtype))
-        segments = lay_out([(len(prompt.ids), [len(answer) for answer in of_prompt])
-                            for prompt, of_prompt in zip(prompts, answers)])
-        # In training mode the layers are checkpointed.
+        # ---- the pass; in training mode the layers are checkpointed
+        segments = lay_out(lengths)
         self.lm.train(torch.is_grad_enabled() and self.S.MODEL != "tiny")
         hidden = self.lm(
             inputs_embeds=embeds[None], position_ids=torch.cat(positions, 1)[:, None],
@@ -728,10 +733,9 @@ def rollout(policy, contexts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
             answers = decode(policy, policy.prepare(some), noise, how, is_complete, width)
         for i, group in zip(numbers, answers):
             samples[i] = [as_sample(policy, ids) for ids in group]
-            clips = contexts[i].clips
-            if clips and is_grey(clips[-1]):
+            if contexts[i].clips and is_grey(contexts[i].clips[-1]):
                 for sample in samples[i]:
-                    sample.memory = None        # what was written on no frames is no memory
+                    sample.memory = None            # what was written on no frames is no memory
     return samples
 
 
