@@ -4,6 +4,7 @@ import json
 import math
 import signal
 
+from support.hours import first_measured
 from support.ranks import add_gradients, gather, progress, said_once, torch
 from support.runs import written_aside
 
@@ -24,13 +25,14 @@ class Training:
     """
 
     def __init__(self, out, params, *, steps, lr, save_every, grad_clip, batch=None,
-                 description=None):
+                 description=None, planned=None):
         self.params = params
         self.steps = steps
         self.lr = lr
         self.save_every = save_every
         self.grad_clip = grad_clip
         self.batch = batch
+        self.planned = planned                   # hours of all steps, None where there is no plan
         self.description = description or out.name
         self.checkpoint = out / "checkpoint.pt"
         self.log_file = out / "log.csv"
@@ -52,7 +54,8 @@ class Training:
         to_do = range(self.first, self.steps)
         self.bar = progress(to_do, self.description, initial=self.first, total=self.steps)
         try:
-            for step in self.bar:
+            steps = first_measured(self.bar, self.steps, self.planned, "a step", write=self.bar.write)
+            for step in steps:
                 yield step
                 # A signal may reach one rank before the others. All of them stop after the same step.
                 stop = any(gather([bool(self.signals)]))

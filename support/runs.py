@@ -26,8 +26,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 per_model = namedtuple("per_model", "tiny full")
 
 # What may change within a run. All other constants are compared with settings.json.
-NOT_COMPARED = ("RUN", "SCRIPT", "COMMAND", "SHOW", "ENVIRONMENT", "READERS", "PRINT_EVERY",
-                "SAVE_EVERY", "WORKERS", "CPU_THREADS")
+NOT_COMPARED = ("RUN", "SCRIPT", "COMMAND", "SHOW", "PLAN", "CARD", "ENVIRONMENT", "READERS",
+                "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")
 
 
 def explain_interruption(kind, error, trace):
