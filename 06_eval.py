@@ -459,8 +459,14 @@ def compare(judge, questions, pairs):
 LEVERS = ("STREAMS", "environments", "THINK_TOKENS")     # what to lower where the plan exceeds a day
 
 
-def work(plan, S, sizes, methods):
-    """What this stage does, for the plan (support/hours.py). methods: those that are for one environment each."""
+def work(plan, S, sizes, methods=0):
+    """What this stage does, for the plan (support/hours.py).
+
+    methods: how many have an examinee for each environment; 0: those that METHODS or EXPECT names.
+    """
+    if not methods:
+        names = S.METHODS or f"base+prompt,phase1+prompt,{S.EXPECT}"
+        methods = len(names.split(","))
     streams = min(S.STREAMS or sizes.streams, sizes.streams)
     share = streams / sizes.streams
     clips = round(share * sizes.clips)
@@ -492,10 +498,7 @@ FUNCTIONS_THAT_MATTER = (build_prompt, phase1.quality, collect.answer, collect.r
 def main(argv=None):
     S = settings(globals(), argv)
     if S.PLAN:
-        # Without adapters to look at, those are taken that METHODS or EXPECT names.
-        plain = "base+prompt,phase1+prompt,"
-        methods = len((S.METHODS or plain + S.EXPECT).split(","))
-        say_plan(S, functools.partial(work, methods=methods), sizes_of(S, "test"), LEVERS)
+        say_plan(S, work, sizes_of(S, "test"), LEVERS)
         return
     out = start(S, "eval", *FUNCTIONS_THAT_MATTER)
     need(S, "streams/streams.jsonl")
