@@ -7,6 +7,9 @@ rollout    common.rollout against transformers' generate(num_return_sequences=8)
 packing    log-probs of 8 answers and their gradient in a LoRA: one packed row against one row after the other (at
            the toy world's sizes), and against the usual batch of 8 rows at prompts of 256 to 8192 text tokens, there
            with the peak memory of each (in a process of its own, less what it held before).
+attention  log-probs and gradient of 8 answers, together as long as their prompt of 1024 to 8192 tokens, from the
+           parts of a packed row against one mask for all of it; and the attention of a decode step (8 answers, 32 query heads on 4 key
+           heads of 128, 8192 cached tokens) against keys repeated in a cache that is concatenated.
 experts    the 4-bit experts' forward pass, of 8 tokens (decoding a group) and of 512: unpacking the experts that
            were hit, against unpacking all, against the same weights unpacked beforehand.
 trl        a whole optimisation step on text prompts (8 samples of NEW_TOKENS for each of 4 prompts, one update)
@@ -14,7 +17,7 @@ trl        a whole optimisation step on text prompts (8 samples of NEW_TOKENS fo
 
 The full-size model is measured by full_size.py.
 
-Run: python experiments/bench.py [rollout packing experts trl] [--json=FILE] [--threads=N] [--repeats=N]
+Run: python experiments/bench.py [rollout packing attention experts trl] [--json=FILE] [--threads=N] [--repeats=N]
      (about 8 minutes with --threads=1 on an AMD EPYC; Linux, as peak memory is read from /proc)
 In:  tiny/base
 Out: FILE, if one is named; results/bench.json is such a file
@@ -42,9 +45,11 @@ sys.path.insert(0, str(ROOT))
 GROUP = 8                                      # answers to a context
 NEW_TOKENS = 40                                # in each answer: about what the base writes
 PROMPT_LENGTHS = (256, 1024, 2048, 4096, 8192)
+MASKED_LENGTHS = (1024, 4096, 8192)            # of prompts, for attention with and without a mask
+CACHED = 8192                                  # tokens that a decode step sees
 TRL_PROMPTS = 4                                # contexts of a step ...
 TRL_PROMPT_LENGTH = 500                        # ... and their tokens, before they are tokenised anew
-PARTS = ("rollout", "packing", "experts", "trl")
+PARTS = ("rollout", "packing", "attention", "experts", "trl")
 # ----------------------------------------------------------------
 
 
@@ -272,11 +277,14 @@ def compare_rollouts(policy, contexts, prompts, pixels, result, repeats):
 
 
 # ================================================================ packing
-def ways_to_train(policy, prompt):
-    """{way: function}: forward and backward of GROUP answers, packed, one by one, and as a batch of rows."""
+def ways_to_train(policy, prompt, length=NEW_TOKENS):
+    """{way: function}: forward and backward of GROUP answers, packed, one by one, and as a batch of rows.
+
+    length: tokens of an answer.
+    """
     import torch
     from common import logprobs
-    answers = [text_prompt(policy, NEW_TOKENS, 1 + i).ids.tolist() for i in range(GROUP)]
+    answers = [text_prompt(policy, length, 1 + i).ids.tolist() for i in range(GROUP)]
 
     def learn(logp):                                            # (T_i,) per answer
         torch.stack([values.mean() for values in logp]).mean().backward()
@@ -358,6 +366,80 @@ def peak(way, length, threads):
 def resident_bytes():
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+# ================================================================ attention
+def bench_attention(policy, result, repeats):
+    with new_lora(policy), encoded_prompts(policy):
+        for length in MASKED_LENGTHS:
+            # The proportions of the full-size model: 8 answers of 1350 tokens beside a prompt of 11,000.
+            answer = length // 8
+            packed = ways_to_train(policy, text_prompt(policy, length), answer)["packed"]
+            ways = {"parts": packed, "one mask": functools.partial(with_one_mask, policy, packed)}
+            turns = min(repeats, 8192 // length)                # the longest takes a minute a turn
+            measure(result, f"attention, prompt of {length}", ways, turns, GROUP * answer)
+    measure(result, f"attention of a decode step, {CACHED} cached", ways_to_decode(), repeats)
+
+
+def with_one_mask(policy, work):
+    """Runs `work` with a mask (T, T) and the library's own attention in place of the parts of a packed row."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from support.attention import NAME
+    masks = {}                                                  # one for all layers of the pass
+
+    def masked(module, q, k, v, mask, segments=None, cache=None, **usual):
+        if not masks:
+            masks[0] = mask_of(segments, q.dtype)
+        return sdpa_attention_forward(module, q, k, v, masks[0], **usual)
+    AttentionInterface.register("one mask", masked)
+    policy.lm.config._attn_implementation = "one mask"
+    try:
+        work()
+    finally:
+        policy.lm.config._attn_implementation = NAME
+
+
+def mask_of(segments, dtype):
+    """What a row's tokens see, as numbers to add to the scores: (1, 1, T, T)."""
+    import torch
+    from support.attention import visible
+    [group] = segments
+    lengths = [part.stop - part.start for part in (group.prompt, *group.answers)]
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]   # (1, T)
+    return torch.where(visible(owner, owner).tril(), torch.zeros((), dtype=dtype), -torch.inf)
+
+
+def ways_to_decode():
+    """{way: function}: the attention of a layer for the next token of GROUP answers beside one prompt."""
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from support.attention import attention_by_rows, mask_of_rows, visible
+    from support.decode import Cache
+    heads, key_heads, d = 32, 4, 128
+    config = SimpleNamespace(num_key_value_heads=key_heads, head_dim=d, num_hidden_layers=1)
+    lm = SimpleNamespace(config=config, embed_tokens=SimpleNamespace(weight=torch.zeros(1)))
+    module = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True)
+    cache = Cache(lm, [CACHED], GROUP)
+    for room in cache.layers[0]:
+        room.normal_()
+    before = [room[:, :, :CACHED].clone() for room in cache.layers[0]]
+    q = torch.randn(1, GROUP, heads, d).transpose(1, 2)                               # (1, H, W, D)
+    k, v = torch.randn(2, 1, key_heads, GROUP, d)                                     # (1, h, W, D)
+    owner_q = torch.arange(1, GROUP + 1)[None]                                        # (1, W)
+    owner_k = torch.cat([torch.zeros(1, CACHED, dtype=torch.long), owner_q], 1)       # (1, T)
+
+    def rows():
+        keys, values = cache.append(0, k, v)
+        mask = mask_of_rows(owner_q, owner_k, heads // key_heads, q.dtype)
+        return attention_by_rows(q, keys, values, mask, d ** -0.5).transpose(1, 2)
+
+    def repeated():
+        keys, values = (torch.cat([old, new], 2) for old, new in zip(before, (k, v)))
+        mask = visible(owner_q, owner_k)
+        return sdpa_attention_forward(module, q, keys, values, mask, scaling=d ** -0.5)[0]
+    assert torch.equal(rows(), repeated())
+    return {"rows": rows, "repeated": repeated}
 
 
 # ================================================================ experts
@@ -570,6 +652,11 @@ def page(result):
     for length in PROMPT_LENGTHS:
         label = f"packed row, prompt of {length} tokens, against a batch of 8 rows"
         rows.append((label, f"packed row, prompt of {length}", "batch of rows"))
+    for length in MASKED_LENGTHS:
+        rows.append((f"the same without a mask, prompt of {length} tokens, against one with a mask",
+                     f"attention, prompt of {length}", "one mask"))
+    rows.append((f"attention of a decode step, {CACHED} cached tokens, against repeated keys",
+                 f"attention of a decode step, {CACHED} cached", "repeated"))
     for label, name, other in rows + EXPERTS_ROWS:
         row = result[name]
         gain = row[f"over_{other}"]
@@ -617,6 +704,8 @@ def main():
             bench_rollout(policy, contexts, result, repeats)
         if "packing" in options.parts:
             bench_packing(policy, contexts, result, repeats, options.threads)
+        if "attention" in options.parts:
+            bench_attention(policy, result, repeats)
         if "experts" in options.parts:
             bench_experts(result, repeats)
         if "trl" in options.parts:

@@ -4,12 +4,12 @@ Nothing is downloaded. Each figure is written to OUT when it is known, so a fail
 leaves its error text. Without a GPU all parts run at small shapes, which tests the script and measures nothing.
 
   1  versions, the card, its ceilings: copy, matrix product, grouped product at the experts' shapes
-  2  a packed row without a mask (prompt, answers on prompt, answers on themselves; merged) against masked SDPA
+  2  attention of a packed row, without a mask, against masked SDPA
   3  NF4 packing on the card against an own decoder of the codes; packed experts against plain ones
-  4  attention while decoding: queries packed over the key heads against keys repeated for each query head
+  4  attention while decoding: query heads as rows against keys repeated for each query head
   5  the whole model: bytes, vision, prefill, rollout, training rows, a packed judge pass, a DPO pair
-  7  what would help: no cuDNN attention, experts of fixed shapes, a decode step as a CUDA graph
-  6  the six stages as commands, on real videos and on a rendered run of the embedded world
+  7  what would help: a decode step as a CUDA graph
+  6  the six stages as commands, on real videos and on a rendered run of the toy world
 
 Run: python experiments/full_size.py [--PARTS=1,2,3] [--OUT=results/full_size.json] [--SECONDS=500] [--SMALL=1]
      [--VIDEOS=folder of mp4 files] [--STREAMS=folder of a run of 01 with SOURCE="tiny"]
@@ -39,7 +39,8 @@ import torch.nn.functional as F                                             # no
 from torch.nn.attention import SDPBackend, sdpa_kernel                      # noqa: E402
 
 import common                                                               # noqa: E402
-import loading                                                              # noqa: E402
+from support import attention, plan                                         # noqa: E402
+from support import weights as weights_module                               # noqa: E402
 
 GPU = torch.cuda.is_available()
 OPTIONS = dict(PARTS="1,2,3,4,5,7,6", OUT=str(ROOT / "results" / "full_size.json"), SECONDS="500",
@@ -201,82 +202,15 @@ def grouped():
 
 
 # ================================================================ 2: a packed row without a mask
-def flash_forward(q, k, v, causal, scale):
-    """-> (out, lse, what its backward wants besides)"""
-    if q.device.type == "cuda":
-        out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-        return out, lse, rest[:6]
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return out, lse, []
-
-
-def flash_backward(grad, q, k, v, out, lse, rest, causal, scale):
-    if q.device.type == "cuda":
-        cum_q, cum_k, max_q, max_k, seed, offset = rest
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse.contiguous(), cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset, scale=scale)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, causal, scale=scale)
-
-
-class MergedAttention(torch.autograd.Function):
-    """Attention of a row [prompt | answer 1 | ... | answer G] where an answer sees the prompt and itself.
-
-    Three parts, none with a mask: prompt on prompt (causal), all answers on the prompt, each answer on itself
-    (causal). The last two are merged by their log-sum-exp. Given the merged out and log-sum-exp, each part's
-    backward computes its share of the exact gradient. q (1, H, T, D), k and v (1, h, T, D) with h dividing H.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, prompt, lengths, scale):
-        k_prompt, v_prompt = k[:, :, :prompt], v[:, :, :prompt]
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device, dtype=torch.float32)
-        out[:, :, :prompt], lse[:, :, :prompt], rest_prompt = flash_forward(
-            q[:, :, :prompt], k_prompt, v_prompt, True, scale)
-        out_on_prompt, lse_on_prompt, rest_answers = flash_forward(q[:, :, prompt:], k_prompt, v_prompt, False, scale)
-        rests, first = [], prompt
-        for length in lengths:
-            own = slice(first, first + length)
-            out_own, lse_own, rest = flash_forward(q[:, :, own], k[:, :, own], v[:, :, own], True, scale)
-            there = slice(first - prompt, first - prompt + length)
-            lse_there = lse_on_prompt[:, :, there].float()
-            merged = torch.logaddexp(lse_there, lse_own.float())
-            out[:, :, own] = (out_on_prompt[:, :, there] * (lse_there - merged).exp()[..., None]
-                              + out_own * (lse_own - merged).exp()[..., None]).to(out.dtype)
-            lse[:, :, own] = merged
-            rests.append(rest)
-            first += length
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.how = prompt, lengths, scale, rest_prompt, rest_answers, rests
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, lse = ctx.saved_tensors
-        prompt, lengths, scale, rest_prompt, rest_answers, rests = ctx.how
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-        def part(queries, keys, rest, causal):
-            return flash_backward(grad[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys],
-                                  out[:, :, queries], lse[:, :, queries], rest, causal, scale)
-        on_prompt, answers = slice(0, prompt), slice(prompt, None)
-        dq[:, :, on_prompt], dk_prompt, dv_prompt = part(on_prompt, on_prompt, rest_prompt, True)
-        dq[:, :, answers], dk_answers, dv_answers = part(answers, on_prompt, rest_answers, False)
-        dk[:, :, on_prompt], dv[:, :, on_prompt] = dk_prompt + dk_answers, dv_prompt + dv_answers
-        first = prompt
-        for length, rest in zip(lengths, rests):
-            own = slice(first, first + length)
-            dq_own, dk[:, :, own], dv[:, :, own] = part(own, own, rest, True)
-            dq[:, :, own] += dq_own
-            first += length
-        return dq, dk, dv, None, None, None
-
-
 def row_mask(prompt, lengths, dtype):
-    """What the repository's packed pass gives to SDPA: (1, 1, T, T) of 0 and -inf."""
+    """What a masked pass gives to SDPA: (1, 1, T, T) of 0 and -inf."""
     owner = torch.cat([torch.full((n,), i, device=DEVICE) for i, n in enumerate([prompt, *lengths])])[None]
     zero = torch.zeros((), dtype=dtype, device=DEVICE)
-    return torch.where(common.visible(owner, owner).tril(), zero, -torch.inf)
+    return torch.where(attention.visible(owner, owner).tril(), zero, -torch.inf)
+
+
+def packed_attention(q, k, v, prompt, lengths, scale):
+    return attention.PackedAttention.apply(q, k, v, attention.lay_out([(prompt, lengths)]), scale)
 
 
 def masked_attention(q, k, v, mask, scale, backend=None):
@@ -292,7 +226,7 @@ def random_row(tokens, dtype):
     return *(make(h).requires_grad_() for h in (HEADS, KV, KV)), make(HEADS)
 
 
-def merged_is_right():
+def packed_is_right():
     """Relative errors of out, dq, dk, dv against a masked pass in fp32, fresh inputs for each of the cases."""
     row, scale = {}, DIM ** -0.5
     for prompt, lengths in ((517, (170, 33, 1, 250)), (64, (64,) * 8), (1000, (7, 300))):
@@ -302,7 +236,7 @@ def merged_is_right():
         true = exact, *torch.autograd.grad(exact, wide, grad.float())
         errors = {}
         for name, attend in dict(
-                merged=lambda: MergedAttention.apply(q, k, v, prompt, lengths, scale),
+                packed=lambda: packed_attention(q, k, v, prompt, lengths, scale),
                 masked=lambda: masked_attention(q, k, v, row_mask(prompt, lengths, DTYPE), scale)).items():
             out = attend()
             mine = out, *torch.autograd.grad(out, (q, k, v), grad)
@@ -311,14 +245,14 @@ def merged_is_right():
     return row
 
 
-def merged_times(prompt, length):
+def packed_times(prompt, length):
     """Milliseconds of one layer's attention, merged and masked, forward and backward, and each one's peak."""
     row, scale, lengths = {}, DIM ** -0.5, [length] * GROUP
     tokens = prompt + sum(lengths)
     q, k, v, grad = random_row(tokens, DTYPE)
     backend = SDPBackend.EFFICIENT_ATTENTION if GPU else None
     mask = row_mask(prompt, lengths, DTYPE)
-    for name, attend in dict(merged=lambda: MergedAttention.apply(q, k, v, prompt, lengths, scale),
+    for name, attend in dict(packed=lambda: packed_attention(q, k, v, prompt, lengths, scale),
                              masked=lambda: masked_attention(q, k, v, mask, scale),
                              masked_efficient=lambda: masked_attention(q, k, v, mask, scale, backend)).items():
         reset_peak()
@@ -331,7 +265,7 @@ def merged_times(prompt, length):
         row[name] = dict(forward_ms=forward, backward_ms=back,
                          extra_gib=round((torch.cuda.max_memory_allocated() - before) / GIB, 2) if GPU else None)
     row["times_faster"] = round(sum(row["masked"][x] for x in ("forward_ms", "backward_ms"))
-                                / sum(row["merged"][x] for x in ("forward_ms", "backward_ms")), 2)
+                                / sum(row["packed"][x] for x in ("forward_ms", "backward_ms")), 2)
     row["tokens"] = tokens
     return row
 
@@ -347,7 +281,7 @@ def some_experts(E=None):
     E, d, i = E or TEXT["num_experts"], TEXT["hidden_size"], TEXT["moe_intermediate_size"]
     weights = dict(gate_up_proj=torch.randn(E, 2 * i, d, device=DEVICE, dtype=DTYPE) * 0.02,
                    down_proj=torch.randn(E, d, i, device=DEVICE, dtype=DTYPE) * 0.02)
-    packed = {name: loading.pack(w) for name, w in weights.items()}
+    packed = {name: weights_module.pack(w) for name, w in weights.items()}
     module = SimpleNamespace(hidden_dim=d, intermediate_dim=i, num_experts=E,
                              scales={n: s for n, (_, s) in packed.items()},
                              _apply_gate=lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
@@ -356,7 +290,7 @@ def some_experts(E=None):
 
 
 def unpacking_is_right():
-    """loading.unpack against a decoder of the codes written here: high half byte first, a scale a block of 64."""
+    """weights_module.unpack against a decoder of the codes written here: high half byte first, a scale a block of 64."""
     row, table = {}, torch.tensor(NF4, device=DEVICE)
     module, weights = some_experts(8)
     hit = torch.tensor([1, 2, 5], device=DEVICE)
@@ -364,11 +298,11 @@ def unpacking_is_right():
         codes, scales = getattr(module, name), module.scales[name]
         pairs = torch.stack([codes >> 4, codes & 15], -1).flatten(1).long()                     # (E, n)
         mine = (table[pairs].view(len(codes), -1, 64) * scales[..., None]).view(w.shape)        # fp32
-        theirs = loading.unpack(codes, scales, hit, w.shape[1:], DTYPE)
+        theirs = weights_module.unpack(codes, scales, hit, w.shape[1:], DTYPE)
         row[name] = dict(unequal=int((theirs != mine[hit].to(DTYPE)).sum()), of=theirs.numel(),
                          distance=distance(theirs, mine[hit]), nf4_error=distance(mine, w))
-        codes, scales = loading.pack(w, double=True)
-        row[name]["double_quant_distance"] = distance(loading.unpack(codes, scales, hit, w.shape[1:], DTYPE), mine[hit])
+        codes, scales = weights_module.pack(w, double=True)
+        row[name]["double_quant_distance"] = distance(weights_module.unpack(codes, scales, hit, w.shape[1:], DTYPE), mine[hit])
     return row
 
 
@@ -391,14 +325,14 @@ def experts_are_right():
     """Output and gradient of x: packed, plain in 16 bits, both against plain in fp32 on the same weights."""
     module, weights = some_experts()
     E, every = module.num_experts, torch.arange(module.num_experts, device=DEVICE)
-    ready = {n: loading.unpack(getattr(module, n), module.scales[n], every, w.shape[1:], DTYPE)
+    ready = {n: weights_module.unpack(getattr(module, n), module.scales[n], every, w.shape[1:], DTYPE)
              for n, w in weights.items()}
     row = {}
     for tokens in (1, 8, 300):
         x = torch.randn(tokens, module.hidden_dim, device=DEVICE, dtype=DTYPE, requires_grad=True)
         grad, (chosen, share) = torch.randn_like(x), routing(tokens, E)
         results = {}
-        for name, out in dict(packed=loading.packed_experts(module, x, chosen, share),
+        for name, out in dict(packed=weights_module.packed_experts(module, x, chosen, share),
                               plain=plain_experts(module, x, chosen, share, ready)).items():
             results[name] = out, *torch.autograd.grad(out, x, grad)
         exact_x, exact = x.detach().float().requires_grad_(), 0
@@ -418,38 +352,31 @@ def experts_times():
     """Milliseconds of one layer's experts by number of tokens: packed, and on weights that were never packed."""
     module, weights = some_experts()
     every, row = torch.arange(module.num_experts, device=DEVICE), {}
-    row["unpack_all_ms"] = milliseconds(lambda: [loading.unpack(
+    row["unpack_all_ms"] = milliseconds(lambda: [weights_module.unpack(
         getattr(module, n), module.scales[n], every, w.shape[1:], DTYPE) for n, w in weights.items()])
     for tokens in (1, 8, 64, 1360, PROMPT):
         x, (chosen, share) = torch.randn(tokens, module.hidden_dim, device=DEVICE, dtype=DTYPE), routing(
             tokens, module.num_experts)
         with torch.no_grad():
             row[f"{tokens} tokens"] = dict(
-                packed_ms=milliseconds(lambda: loading.packed_experts(module, x, chosen, share)),
+                packed_ms=milliseconds(lambda: weights_module.packed_experts(module, x, chosen, share)),
                 plain_ms=milliseconds(lambda: plain_experts(module, x, chosen, share, weights)))
     return row
 
 
 # ================================================================ 4: attention while decoding
-def rows_attention(q, k, v, mask, scale):
-    """Queries of the heads that share a key head become rows of it: nothing is repeated."""
-    B, heads, width, dim = q.shape
-    groups = heads // k.shape[1]
-    out = F.scaled_dot_product_attention(q.reshape(B, -1, groups * width, dim), k, v, scale=scale,
-                                         attn_mask=mask if mask is None else mask.repeat(1, 1, groups, 1))
-    return out.reshape(B, heads, width, dim)          # the kernels differ in the order of memory that they return
-
-
 def decode_attention(B, width, cached):
     """One layer, one step: B contexts of `width` samples, each seeing the prompt and its own columns."""
     scale, own = DIM ** -0.5, cached // 20
     q = torch.randn(B, width, HEADS, DIM, device=DEVICE, dtype=DTYPE).transpose(1, 2)
     k, v = (torch.randn(B, KV, cached, DIM, device=DEVICE, dtype=DTYPE) for _ in range(2))
     owner = torch.cat([torch.zeros(cached - own, device=DEVICE).long(), torch.arange(own, device=DEVICE) % width + 1])
-    mask = common.visible((torch.arange(width, device=DEVICE) + 1).expand(B, -1), owner.expand(B, -1))
+    owners = (torch.arange(width, device=DEVICE) + 1).expand(B, -1), owner.expand(B, -1)
+    mask = attention.visible(*owners)
+    rows_mask = attention.mask_of_rows(*owners, HEADS // KV, DTYPE)
     exact = masked_attention(q.float(), k.float(), v.float(), mask, scale, SDPBackend.MATH) if cached < 12000 else None
     ways = dict(repeated=lambda: masked_attention(q, k, v, mask, scale),
-                rows=lambda: rows_attention(q, k, v, mask, scale))
+                rows=lambda: attention.attention_by_rows(q, k, v, rows_mask, scale))
     row, outs = {}, {name: way() for name, way in ways.items()}
     row["rows_against_repeated"] = distance(outs["rows"], outs["repeated"])
     if exact is not None:
@@ -459,7 +386,7 @@ def decode_attention(B, width, cached):
     prompt = slice(0, cached - own)
     rows = q.reshape(B, KV, -1, DIM)
     row["rows_on_prompt_without_mask_ms"] = milliseconds(
-        lambda: flash_forward(rows, k[:, :, prompt], v[:, :, prompt], False, scale))
+        lambda: attention.flash(rows, k, v, slice(None), prompt, scale, causal=False))
     new = k[:, :, -width:]
     row["concatenate_k_and_v_ms"] = milliseconds(lambda: [torch.cat([x, new], 2) for x in (k, v)])
     row["gb_to_read"] = round((k.nbytes + v.nbytes) / 1e9, 3)
@@ -468,18 +395,18 @@ def decode_attention(B, width, cached):
 
 # ================================================================ 5: the whole model
 def build():
-    """(policy, figures): random weights, packed as `loading` packs what it reads, one tensor at a time."""
+    """(policy, figures): random weights, packed as `weights` packs what it reads, one tensor at a time."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3VLMoeConfig
     from transformers.quantizers.auto import AutoHfQuantizer
     S = common.settings({"__doc__": ""}, ["--MODEL=random", f"--MAX_NEW_TOKENS={NEW}"])
     S.GROUP, S.LAYER = GROUP, TEXT["num_hidden_layers"] * 22 // 48
     config = Qwen3VLMoeConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=False)
     config._attn_implementation, config._experts_implementation = "sdpa", "nf4"
-    quantization = loading.quantization()(bnb_4bit_compute_dtype=DTYPE, bnb_4bit_use_double_quant=bool(S.DOUBLE_QUANT),
+    quantization = weights_module.quantization()(bnb_4bit_compute_dtype=DTYPE, bnb_4bit_use_double_quant=bool(S.DOUBLE_QUANT),
                                           llm_int8_skip_modules=["lm_head", "model.visual"])
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=DTYPE)
-    planned = sum(size for _, size in loading.weight_bytes(model, S, DTYPE.itemsize).values())
+    planned = sum(kind.bytes for kind in plan.weight_bytes(model, S, DTYPE.itemsize).values())
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     quantizer._process_model_before_weight_loading(model, device_map=None)
     for name, p in list(model.named_parameters()):
@@ -499,16 +426,19 @@ def build():
         place, _, kind = name.rpartition(".")
         if name in buffers:
             setattr(model.get_submodule(place), kind, buffers[name].to(DEVICE))
-    for module in model.modules():                                                  # as in loading.load_model
+    for module in model.modules():                                                  # as in weights.load_model
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.eval().requires_grad_(False)
     model.model.language_model.activation_checkpointing_enable()
-    policy = common.Policy(model, AutoTokenizer.from_pretrained(ROOT / "tiny" / "base"), 8, GROUP, S)
+    attention.use_packed_attention(model.model.language_model)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    policy = common.Policy(model, AutoTokenizer.from_pretrained(ROOT / "tiny" / "base"), plan.Room(most=0), S)
     policy.prepare = lambda prompts: prompts                                          # prompts are made here
+    policy.prompt_length = lambda prompt: len(prompt.ids)
     policy.banned = torch.cat([policy.banned, torch.tensor([policy.end], device=policy.device)])      # no early end
     policy.closing = set()
-    weights = sum(x.nbytes for x in [*model.parameters(), *loading.scales_of(model)])
+    weights = sum(x.nbytes for x in [*model.parameters(), *weights_module.scales_of(model)])
     left = [n for n, p in model.named_parameters() if p.device.type == "meta"]
     return policy, dict(planned_gib=round(planned / GIB, 3), weights_gib=round(weights / GIB, 3), on_meta=left[:5],
                         allocated_gib=round(torch.cuda.memory_allocated() / GIB, 3) if GPU else None,
@@ -523,10 +453,10 @@ def random_prompt(policy, n):
     """A prompt whose middle is vision tokens, with features as the tower would give them."""
     ids, visual = random_ids(policy, n), torch.zeros(n, dtype=torch.bool, device=policy.device)
     visual[n // 20:-n // 20] = True
-    embeds = policy.lm.embed_tokens(ids).detach().clone()
-    deep = [torch.randn(int(visual.sum()), policy.hidden, device=policy.device, dtype=embeds.dtype) * 0.02
-            for _ in VISION["deepstack_visual_indexes"]]
-    return common.Prompt(ids, embeds, torch.arange(n, device=policy.device).expand(3, -1), visual, deep)
+    vision = [torch.randn(int(visual.sum()), policy.hidden, device=policy.device, dtype=DTYPE) * 0.02
+              for _ in range(1 + len(VISION["deepstack_visual_indexes"]))]
+    clip = common.ClipFeatures((1, 2, 2), [0.0], vision)
+    return common.EncodedPrompt(ids, torch.arange(n, device=policy.device).expand(3, -1), visual, [clip])
 
 
 def see(policy, clips):
@@ -549,7 +479,7 @@ def see(policy, clips):
 
 def sample(policy, contexts, samples, length, new=NEW):
     """The repository's rollout: seconds of prefill and first token, then tokens/s and ms a step of the others."""
-    prompts, policy.side = [random_prompt(policy, length) for _ in range(contexts)], (contexts, samples)
+    prompts = [random_prompt(policy, length) for _ in range(contexts)]
     row = {}
     for limit in (1, new):
         policy.S.MAX_NEW_TOKENS = limit
@@ -571,36 +501,28 @@ def sample_with_lora(policy, *how):
         policy.drop("phase1")
 
 
-def merged_interface(module, query, key, value, mask, scaling=None, segments=None, **_):
-    return MergedAttention.apply(query, key, value, *segments, scaling).transpose(1, 2), None
+def masked_interface(module, query, key, value, mask, scaling=None, segments=None, **_):
+    """The attention of a row by one mask, which is made anew in each layer: the slow reference."""
+    group = segments[0]
+    lengths = [own.stop - own.start for own in group.answers]
+    mask = row_mask(group.prompt.stop, lengths, query.dtype)
+    return masked_attention(query, key, value, mask, scaling).transpose(1, 2), None
 
 
-def merged_logprobs(policy, prompt, answers):
-    """As common.logprobs, without a mask."""
-    from torch.utils.checkpoint import checkpoint
-    P, ids = len(prompt.ids), [torch.tensor(a, device=policy.device) for a in answers]
-    own = [prompt.positions.max() + 1 + torch.arange(len(a), device=policy.device) for a in ids]
-    positions = torch.cat([prompt.positions] + [x.expand(3, -1) for x in own], 1)
-    embeds = torch.cat([prompt.embeds, policy.lm.embed_tokens(torch.cat(ids)).to(prompt.embeds.dtype)])
-    policy.attend(embeds)
-    policy.lm.config._attn_implementation = "merged"
-    hidden = policy.lm(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
-                       attention_mask=None, deepstack_visual_embeds=prompt.deep,
-                       visual_pos_masks=F.pad(prompt.visual[None], (0, len(embeds) - P)),
-                       segments=(P, [len(a) for a in ids])).last_hidden_state[0]
-    # The name stays: with checkpointing, backward runs the layers again. `attend` sets it anew before each pass.
-
-    def of_answer(rows, a):
-        logits = policy.head(rows).float().index_fill(1, policy.banned, -torch.inf)
-        return logits.gather(1, a[:, None])[:, 0] - logits.logsumexp(1)
-    first, own = hidden[P - 1:P], hidden[P:].split([len(a) for a in ids])
-    return [checkpoint(of_answer, torch.cat([first, x[:-1]]), a, use_reentrant=False) for x, a in zip(own, ids)]
+@contextlib.contextmanager
+def attention_named(policy, name):
+    """Stays on until backward has ended: with checkpointing the layers run again."""
+    policy.lm.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        policy.lm.config._attn_implementation = attention.NAME
 
 
-PASSES = dict(masked=common.logprobs, merged=merged_logprobs)
+WAYS = dict(masked="masked", packed=attention.NAME)
 
 
-def training_row(policy, kind, writer, length, answers, ways=("masked", "merged")):
+def training_row(policy, kind, writer, length, answers, ways=("masked", "packed")):
     """Forward and backward of one packed row: seconds, peak, and how far the two ways' results are apart."""
     row, kept, prompt = {}, {}, random_prompt(policy, PROMPT)
     ids = [random_ids(policy, length).tolist() for _ in range(answers)]
@@ -608,13 +530,13 @@ def training_row(policy, kind, writer, length, answers, ways=("masked", "merged"
     policy.train_only(params)
     try:
         for name in ways:
-            logprobs = PASSES[name]
             logp, loss = None, None
             gc.collect()
             reset_peak()
-            forward, logp = seconds(lambda: logprobs(policy, prompt, ids))
-            loss = torch.stack([x.mean() for x in logp]).mean()
-            backward, _ = seconds(loss.backward)
+            with attention_named(policy, WAYS[name]):
+                forward, logp = seconds(lambda: common.logprobs(policy, prompt, ids))
+                loss = torch.stack([x.mean() for x in logp]).mean()
+                backward, _ = seconds(loss.backward)
             grads = torch.cat([p.grad.flatten() for p in params if p.grad is not None])
             kept[name] = torch.cat([x.detach() for x in logp]), grads
             row[name] = dict(forward_s=forward, backward_s=backward, seconds=round(forward + backward, 3),
@@ -623,9 +545,9 @@ def training_row(policy, kind, writer, length, answers, ways=("masked", "merged"
                 p.grad = None
         row["tokens"] = PROMPT + length * answers
         if len(kept) == 2:
-            row["times_faster"] = round(row["masked"]["seconds"] / row["merged"]["seconds"], 2)
-            row["logprob_gap"] = float(f"{(kept['merged'][0] - kept['masked'][0]).abs().mean().item():.3g}")
-            row["gradient_distance"] = distance(kept["merged"][1], kept["masked"][1])
+            row["times_faster"] = round(row["masked"]["seconds"] / row["packed"]["seconds"], 2)
+            row["logprob_gap"] = float(f"{(kept['packed'][0] - kept['masked'][0]).abs().mean().item():.3g}")
+            row["gradient_distance"] = distance(kept["packed"][1], kept["masked"][1])
     finally:
         policy.drop(writer)
     return row
@@ -635,10 +557,10 @@ def forward_row(policy, length, answers):
     """Seconds and peak of a packed row without gradient (old log-probs, a reference), both ways."""
     row, prompt = dict(tokens=PROMPT + length * answers), random_prompt(policy, PROMPT)
     ids = [random_ids(policy, length).tolist() for _ in range(answers)]
-    for name, logprobs in PASSES.items():
+    for name, way in WAYS.items():
         reset_peak()
-        with torch.no_grad():
-            took, _ = seconds(lambda: logprobs(policy, prompt, ids))
+        with torch.no_grad(), attention_named(policy, way):
+            took, _ = seconds(lambda: common.logprobs(policy, prompt, ids))
         row[name] = dict(seconds=took, peak_gib=peak())
     return row
 
@@ -658,9 +580,8 @@ def judge_pass(policy):
         row[name] = dict(seconds=took, tokens=tokens, peak_gib=peak())
         return out
     whole = CLIP + len(columns) * (MEMORY + reply)
-    masked = timed("16 columns of memory and reply, masked", lambda: common.logprobs(policy, clip, columns), whole)
-    merged = timed("16 columns of memory and reply, merged", lambda: merged_logprobs(policy, clip, columns), whole)
-    row["logprob_gap"] = float(f"{(torch.cat(merged) - torch.cat(masked)).abs().mean().item():.3g}")
+    columns_logp = timed("16 columns of memory and reply",
+                         lambda: common.logprobs(policy, clip, columns), whole)
 
     # one memory, then both replies beside each other: a tree of three levels
     parts = [(0, 0, CLIP, clip.positions[0])]                                      # memory, reply, tokens, positions
@@ -670,19 +591,20 @@ def judge_pass(policy):
     memory, branch = (torch.cat([torch.full((p[2],), p[at], device=DEVICE) for p in parts]) for at in (0, 1))
     sees = (memory == 0) | (memory == memory[:, None]) & ((branch == 0) | (branch == branch[:, None]))
     ids = torch.tensor([x for m in memories for x in m + replies[0] + replies[1]], device=DEVICE)
-    embeds = torch.cat([clip.embeds, policy.lm.embed_tokens(ids)])
+    embeds = torch.cat([policy.lm.embed_tokens(clip.ids), policy.lm.embed_tokens(ids)])
+    vision, *deep = clip.clips[0].layers
+    embeds[:CLIP][clip.visual] = vision
     positions = torch.cat([p[3] for p in parts]).expand(3, -1)
 
     def tree():
-        policy.attend(embeds)
         mask = torch.where(sees.tril(), embeds.new_zeros(()), -torch.inf)[None, None]
         hidden = policy.lm(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
-                           attention_mask=mask, deepstack_visual_embeds=clip.deep,
+                           attention_mask=mask, deepstack_visual_embeds=deep,
                            visual_pos_masks=F.pad(clip.visual[None], (0, len(ids)))).last_hidden_state[0]
         logits = policy.head(hidden[CLIP - 1:-1]).float().index_fill(1, policy.banned, -torch.inf)
         return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)
     out = timed("a tree: 8 memories, each with two replies", tree, len(embeds))
-    first = torch.cat(masked).view(GROUP, 2, -1)[0, 0]
+    first = torch.cat(columns_logp).view(GROUP, 2, -1)[0, 0]
     row["tree_logprob_gap"] = float(f"{(out[:MEMORY + reply] - first).abs().mean().item():.3g}")
 
     one = [memories[0] + r for r in replies]
@@ -724,8 +646,7 @@ def split_by_events(policy, found):
 
 def decode_split(policy, contexts, samples, length, new=17):
     """Milliseconds of a decode step in attention (with its projections), experts (with the router), the rest."""
-    prompts, policy.side, policy.S.MAX_NEW_TOKENS = [random_prompt(policy, length) for _ in range(contexts)], (
-        contexts, samples), 1
+    prompts, policy.S.MAX_NEW_TOKENS = [random_prompt(policy, length) for _ in range(contexts)], 1
     keys = [(1, i) for i in range(contexts)]
     prefill, _ = seconds(lambda: common.rollout(policy, prompts, samples, keys))
     policy.S.MAX_NEW_TOKENS, found = new, {}
@@ -739,7 +660,7 @@ def decode_split(policy, contexts, samples, length, new=17):
 def kernels(policy, contexts, samples, length, new=4):
     """Busy milliseconds of the card in a decode step, by kernel, against the step's length by the clock."""
     from torch.profiler import ProfilerActivity, profile
-    prompts, policy.side = [random_prompt(policy, length) for _ in range(contexts)], (contexts, samples)
+    prompts = [random_prompt(policy, length) for _ in range(contexts)]
     keys, busy, table = [(1, i) for i in range(contexts)], {}, {}
     for limit in (1, new):
         policy.S.MAX_NEW_TOKENS = limit
@@ -758,76 +679,9 @@ def kernels(policy, contexts, samples, length, new=4):
                 table={name: dict(ms=round(ms, 3), calls=round(n)) for name, (ms, n) in top})
 
 
-def rows_interface(module, query, key, value, mask, scaling=None, **_):
-    return rows_attention(query, key, value, mask, scaling).transpose(1, 2).contiguous(), None
-
-
-@contextlib.contextmanager
-def faster_decoding(policy, room=True):
-    """The repository's rollout with queries packed over the key heads, and keys and values written in place."""
-    import transformers
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    class Roomy(DynamicLayer):
-        """Grows by 512 tokens at a time instead of by every token."""
-        def update(self, key_states, value_states, *args, **kwargs):
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-                self.keys, self.values = (x[:, :, :0] for x in (key_states, value_states))
-            n, new = self.keys.shape[2], key_states.shape[2]
-            whole = getattr(self, "whole", None)
-            if whole is None or whole[0].shape[0] != len(key_states) or whole[0].shape[2] < n + new:
-                B, heads, _, dim = key_states.shape
-                whole = [key_states.new_empty(B, heads, n + new + 512, dim) for _ in range(2)]
-                for x, old in zip(whole, (self.keys, self.values)):
-                    x[:, :, :n] = old
-                self.whole = whole
-            for x, fresh in zip(whole, (key_states, value_states)):
-                x[:, :, n:n + new] = fresh
-            self.keys, self.values = (x[:, :, :n + new] for x in whole)
-            return self.keys, self.values
-
-    class RoomyCache(DynamicCache):
-        def __init__(self, config):
-            super().__init__(config=config)
-            self.layers = [Roomy() for _ in self.layers]
-    attend, cache = policy.attend, transformers.DynamicCache
-
-    def attend_rows(mask):
-        attend(mask)
-        if mask is not None:
-            policy.lm.config._attn_implementation = "rows"
-    policy.attend = attend_rows
-    if room:
-        transformers.DynamicCache = RoomyCache
-    try:
-        yield
-    finally:
-        policy.attend, transformers.DynamicCache = attend, cache
-        policy.lm.config._attn_implementation = "sdpa"
-
-
-def sample_faster(policy, room, *how):
-    with faster_decoding(policy, room):
-        return sample(policy, *how)
-
-
-def faster_is_the_same(policy):
-    """Tokens of a greedy rollout in the repository's way and in the faster one: the share that agrees."""
-    prompts, drawn = [random_prompt(policy, 300 if not SMALL else 40) for _ in range(2)], []
-    policy.side, policy.S.MAX_NEW_TOKENS = (2, 4), 16
-    for way in (contextlib.nullcontext(), faster_decoding(policy)):
-        with way:
-            drawn.append(common.rollout(policy, prompts, 4, [(5, 0), (5, 1)]))
-    pairs = [(a, b) for x, y in zip(*drawn) for s, t in zip(x, y) for a, b in zip(s.ids, t.ids)]
-    return dict(tokens=len(pairs), equal=sum(a == b for a, b in pairs),
-                first_tokens_equal=sum(s.ids[0] == t.ids[0] for x, y in zip(*drawn) for s, t in zip(x, y)))
-
-
 def whole_model(report):
     from transformers import AttentionInterface
-    AttentionInterface.register("merged", merged_interface)
-    AttentionInterface.register("rows", rows_interface)
+    AttentionInterface.register("masked", masked_interface)
     held = {}
 
     def make():
@@ -845,75 +699,25 @@ def whole_model(report):
     measure("rollout, 1 context x 1", sampled(1, 1, PROMPT, NEW // 2))
     measure("rollout, 1 context x 8", sampled(1, GROUP, PROMPT))
     measure("rollout, 8 contexts x 8", sampled(8, GROUP, PROMPT))
-    measure("rows and room give the same", lambda: faster_is_the_same(policy))
-    measure("rollout, 8 contexts x 8, rows and room", lambda: sample_faster(policy, True, 8, GROUP, PROMPT))
+    measure("rollout, 16 contexts x 8", sampled(16, GROUP, PROMPT, NEW // 2))
     measure("training row, 8 short answers", lambda: training_row(policy, "lora", "phase1", SHORT, GROUP))
     measure("training row, 8 long answers", lambda: training_row(policy, "lora", "phase1", LONG, GROUP,
-                                                                ("merged", "masked")))
+                                                                ("packed", "masked")))
     measure("rollout, 1 context x 8, with a LoRA", lambda: sample_with_lora(policy, 1, GROUP, PROMPT, NEW // 2))
     measure("judge", lambda: judge_pass(policy))
     measure("DPO pair, forward and backward", lambda: training_row(policy, "steer", "phase2", LONG, 2))
     measure("row without gradient, 8 long answers", lambda: forward_row(policy, LONG, GROUP))
     measure("row without gradient, 8 short answers", lambda: forward_row(policy, SHORT, GROUP))
-    measure("rollout, 8 contexts x 8, rows alone", lambda: sample_faster(policy, False, 8, GROUP, PROMPT, NEW // 2))
     if GPU:
         measure("decode step, 8 x 8", lambda: decode_split(policy, 8, GROUP, PROMPT))
         measure("decode step, 1 x 8", lambda: decode_split(policy, 1, GROUP, PROMPT))
         measure("kernels, 8 x 8", lambda: kernels(policy, 8, GROUP, PROMPT))
         measure("kernels, 1 x 8", lambda: kernels(policy, 1, GROUP, PROMPT))
     measure("rollout, 64 contexts x 1, short prompts", sampled(64, 1, PROMPT // 5, NEW // 2))
-    measure("rollout, 16 contexts x 8, rows and room", lambda: sample_faster(policy, True, 16, GROUP, PROMPT, NEW // 2))
     held.clear()
 
 
 # ================================================================ 7: what would help
-@contextlib.contextmanager
-def without_cudnn():
-    """cuDNN's attention, torch's first choice on Hopper, makes a new plan for each new shape: a decode step has one."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
-
-
-def fixed_experts(module, hidden, chosen, weights):
-    """As loading.packed_experts, but shapes depend on the number of tokens alone and nothing waits for the card:
-    few pairs unpack an expert each, many unpack all. Forward pass only."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-    k, E = chosen.shape[1], module.num_experts
-    expert, order = chosen.flatten().sort(stable=True)
-    few = len(expert) < E
-    ends = (torch.arange(1, len(expert) + 1, device=hidden.device) if few else torch.searchsorted(
-        expert, torch.arange(E, device=hidden.device), right=True)).to(torch.int32)
-
-    def linear(x, name, shape):
-        codes, scales = getattr(module, name), module.scales[name]
-        if few:
-            weight = loading.unpack(codes, scales, expert, shape, x.dtype)
-        else:
-            weight = dequantize_4bit(codes.view(-1, 1), QuantState(
-                scales.flatten(), (E, *shape), dtype=x.dtype, blocksize=loading.BLOCK, quant_type="nf4"))
-        return F.grouped_mm(x, weight.mT, offs=ends)
-    d, i = module.hidden_dim, module.intermediate_dim
-    out = linear(hidden[order // k], "gate_up_proj", (2 * i, d))
-    out = linear(module._apply_gate(out), "down_proj", (d, i)) * weights.flatten()[order, None]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return out[back].view(-1, k, d).sum(1).to(hidden.dtype)
-
-
-@contextlib.contextmanager
-def experts_of_fixed_shapes(policy):
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    ALL_EXPERTS_FUNCTIONS.register("nf4 fixed", fixed_experts)
-    policy.lm.config._experts_implementation = "nf4 fixed"
-    try:
-        yield
-    finally:
-        policy.lm.config._experts_implementation = "nf4"
-
-
 def replayed(step, usual):
     """Milliseconds of step() as a CUDA graph, of its capture, and how far its result is from the usual one."""
     side = torch.cuda.Stream()
@@ -932,80 +736,61 @@ def replayed(step, usual):
 
 
 def decode_graph(policy, B, width, cached):
-    """One decode step on a random cache: the repository's way, fixed shapes, and these as a CUDA graph."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    """One decode step on a random cache: the repository's way, and with all shapes fixed, as a CUDA graph."""
     room, layers, device = cached + 64 * width, policy.layers, policy.device
     make = lambda: torch.randn(B, KV, room, DIM, device=device, dtype=DTYPE)
     store = [(make(), make()) for _ in range(layers)]
     at = torch.arange(width, device=device) + cached
 
-    class Fixed(DynamicLayer):
-        def __init__(self, keys, values):
-            super().__init__()
-            self.keys, self.values, self.is_initialized = keys, values, True
+    class Grown:
+        """The columns so far, as support.decode.Cache hands them out."""
+        def append(self, layer, *new):
+            for x, columns in zip(store[layer], new):
+                x[:, :, cached:cached + width] = columns
+            return [x[:, :, :cached + width] for x in store[layer]]
 
-        def update(self, key_states, value_states, *args, **kwargs):
-            self.keys.index_copy_(2, at, key_states)
-            self.values.index_copy_(2, at, value_states)
-            return self.keys, self.values
+    class Fixed:
+        """All of the room, whatever is written of it."""
+        def append(self, layer, *new):
+            for x, columns in zip(store[layer], new):
+                x.index_copy_(2, at, columns)
+            return store[layer]
     embeds = policy.lm.embed_tokens(random_ids(policy, B * width)).view(B, width, -1)
     positions = torch.full((3, B, width), cached, device=device)
-    mask = torch.zeros(B, 1, width, room, dtype=torch.bool, device=device)
-    mask[..., :cached] = True
-    mask[:, :, torch.arange(width), at] = True
+    owner_q = (torch.arange(width, device=device) + 1).expand(B, -1)
+    owner_k = torch.full((B, room), -1, device=device)
+    owner_k[:, :cached] = 0
+    owner_k[:, at] = owner_q
+    mask = attention.mask_of_rows(owner_q, owner_k, HEADS // KV, DTYPE)
     row, results = dict(sequences=B * width, cached=cached), {}
 
     def step(cache, mask):
-        hidden = policy.lm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                           use_cache=True).last_hidden_state
+        hidden = policy.lm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, cache=cache,
+                           use_cache=False).last_hidden_state
         return policy.head(hidden)
 
     def usual():
-        cache = DynamicCache(config=policy.lm.config)
-        for layer, (k, v) in zip(cache.layers, store):
-            layer.keys, layer.values, layer.is_initialized = k[:, :, :cached], v[:, :, :cached], True
-            layer.dtype, layer.device = k.dtype, k.device
-        return step(cache, mask[..., :cached + width])
-    with torch.no_grad(), without_cudnn():
-        policy.attend(mask)
+        return step(Grown(), mask[..., :cached + width])
+
+    def fixed():
+        return step(Fixed(), mask)
+    with torch.no_grad():
         results["usual"] = usual()
         row["usual_ms"] = milliseconds(usual, 3, 1)
-        cache = DynamicCache(config=policy.lm.config)
-        cache.layers = [Fixed(*pair) for pair in store]
-        policy.lm.config._attn_implementation = "rows"
-        with experts_of_fixed_shapes(policy):
-            results["fixed"] = step(cache, mask)
-            row["fixed_ms"] = milliseconds(lambda: step(cache, mask), 3, 1)
-            if GPU:
-                try:
-                    row |= replayed(lambda: step(cache, mask), results["usual"])
-                    row["graph_tokens_per_s"] = round(1000 * B * width / row["graph_ms"])
-                except Exception as error:
-                    row["graph_error"] = f"{type(error).__name__}: {error}"[:600]
-        policy.lm.config._attn_implementation = "sdpa"
+        results["fixed"] = fixed()
+        row["fixed_ms"] = milliseconds(fixed, 3, 1)
+        if GPU:
+            try:
+                row |= replayed(fixed, results["usual"])
+                row["graph_tokens_per_s"] = round(1000 * B * width / row["graph_ms"])
+            except Exception as error:
+                row["graph_error"] = f"{type(error).__name__}: {error}"[:600]
     row["fixed_against_usual"] = distance(results["fixed"], results["usual"])
     row["same_likeliest"] = round((results["fixed"].argmax(-1) == results["usual"].argmax(-1)).float().mean().item(), 3)
     return row
 
 
-def noise(policy, length, answers):
-    """Mean gap of the log-probs between three ways to compute one row: how far rounding alone takes them apart."""
-    prompt, out = random_prompt(policy, PROMPT // 2), {}
-    ids = [random_ids(policy, length).tolist() for _ in range(answers)]
-    with torch.no_grad():
-        out["masked"] = torch.cat(common.logprobs(policy, prompt, ids))
-        out["merged"] = torch.cat(merged_logprobs(policy, prompt, ids))
-        with without_cudnn():
-            out["masked without cuDNN"] = torch.cat(common.logprobs(policy, prompt, ids))
-    names = list(out)
-    return {f"{a} - {b}": float(f"{(out[a] - out[b]).abs().mean().item():.3g}")
-            for i, a in enumerate(names) for b in names[i + 1:]}
-
-
 def what_helps(report):
-    from transformers import AttentionInterface
-    AttentionInterface.register("merged", merged_interface)
-    AttentionInterface.register("rows", rows_interface)
     held = {}
     measure = lambda name, work: report.measure("7 what helps", name, work)
 
@@ -1017,39 +802,8 @@ def what_helps(report):
         return
     policy = held["policy"]
 
-    def sampled(*how, faster=False, fixed=False, cudnn=False):
-        with contextlib.ExitStack() as stack:
-            if not cudnn:
-                stack.enter_context(without_cudnn())
-            if faster:
-                stack.enter_context(faster_decoding(policy))
-            if fixed:
-                stack.enter_context(experts_of_fixed_shapes(policy))
-            return sample(policy, *how)
-
-    def trained(*how, cudnn=True):
-        with contextlib.nullcontext() if cudnn else without_cudnn():
-            return training_row(policy, *how)
-    half, best = NEW // 2, dict(faster=True, fixed=True)
-    masked = lambda length: trained("lora", "phase1", length, GROUP, ("masked",), cudnn=False)
-    measure("warm up", lambda: sampled(1, 2, 64 if not SMALL else 20, 4))
-    measure("rollout, 1 x 8, cuDNN, other lengths", lambda: sampled(1, GROUP, PROMPT + 333, half, cudnn=True))
-    measure("rollout, 1 x 8, no cuDNN", lambda: sampled(1, GROUP, PROMPT, half))
-    measure("rollout, 8 x 8, no cuDNN", lambda: sampled(8, GROUP, PROMPT, half))
-    measure("rollout, 8 x 8, no cuDNN, rows and room", lambda: sampled(8, GROUP, PROMPT, half, faster=True))
-    measure("the same, experts of fixed shapes", lambda: sampled(8, GROUP, PROMPT, half, **best))
-    measure("rollout, 1 x 8, no cuDNN, rows, room, fixed", lambda: sampled(1, GROUP, PROMPT, half, **best))
-    measure("rounding", lambda: noise(policy, SHORT, GROUP))
-    measure("training, warm up", lambda: trained("lora", "phase1", SHORT, 2))
-    measure("training row, 8 short, cuDNN", lambda: trained("lora", "phase1", SHORT, GROUP))
-    measure("training row, 8 short, no cuDNN", lambda: masked(SHORT))
-    measure("training row, 8 long, cuDNN", lambda: trained("lora", "phase1", LONG, GROUP))
-    measure("training row, 8 long, no cuDNN", lambda: masked(LONG))
-    measure("DPO pair, cuDNN", lambda: trained("steer", "phase2", LONG, 2))
-    measure("judge", lambda: judge_pass(policy))
     for B, width in ((1, 1), (1, GROUP), (8, GROUP), (16, GROUP)):
         measure(f"a decode step, {B} x {width}", lambda: decode_graph(policy, B, width, PROMPT))
-    measure("rollout, 16 x 8, no cuDNN, rows, room, fixed", lambda: sampled(16, GROUP, PROMPT, half, **best))
     held.clear()
 
 
@@ -1073,7 +827,7 @@ QUESTIONS = [("What moves?", ["A. a rocket", "B. a bicycle", "C. a cat", "D. not
 
 
 def dense_model(folder):
-    """A small dense Qwen3-VL with random weights, and the embedded world's tokenizer, as a folder to load."""
+    """A small dense Qwen3-VL with random weights, and the toy world's tokenizer, as a folder to load."""
     from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "base")
     token, size = tokenizer.convert_tokens_to_ids, 128 if SMALL else 512
@@ -1142,14 +896,14 @@ def stages(report, folder):
         index = [("01_make_streams", ["--SOURCE=videos", f"--DATA={folder / 'videos'}"])]
         chains["videos, dense, 16 bits, local judge"] = (
             [*TINY, *full, f"--MODEL={folder / 'dense'}", "--BITS=16", "--JUDGE=local"], index)
-        chains["videos, embedded world's model, 4 bits, local judge"] = (
+        chains["videos, toy world's model, 4 bits, local judge"] = (
             [*TINY, "--FRAMES_PER_CLIP=4", "--FRAME_PIXELS=9216", "--MEMORY_TOKENS=30", "--THINK_TOKENS=24",
              "--FEATURE_CLIPS=50", f"--MODEL={base}", "--BITS=4", "--JUDGE=local"], index)
     if OPTIONS["STREAMS"]:
         world = ["--FRAMES_PER_CLIP=4", "--FRAME_PIXELS=9216", "--MEMORY_TOKENS=17", "--THINK_TOKENS=16"]
-        chains["embedded world, its model by path, 4 bits, exact judge"] = (
+        chains["toy world, its model by path, 4 bits, exact judge"] = (
             [*TINY, *world, "--FEATURE_CLIPS=50", f"--MODEL={base}", "--BITS=4", "--JUDGE=tiny"], [])
-        chains["embedded world, MODEL=tiny"] = ([*TINY], [])
+        chains["toy world, MODEL=tiny"] = ([*TINY], [])
     threads = []
     for i, (name, (arguments, first)) in enumerate(chains.items()):
         run = folder / f"run{i}"
@@ -1177,10 +931,10 @@ def main():
         measure("1 card", "ceilings", ceilings)
         measure("1 card", "grouped_mm", grouped)
     if "2" in parts:
-        measure("2 packed row", "errors", merged_is_right)
+        measure("2 packed row", "errors", packed_is_right)
         for prompt in (PROMPT * 37 // 100, PROMPT):
             for length in (SHORT, LONG):
-                measure("2 packed row", f"{prompt} + 8 x {length}", lambda: merged_times(prompt, length))
+                measure("2 packed row", f"{prompt} + 8 x {length}", lambda: packed_times(prompt, length))
     if "3" in parts:
         measure("3 nf4", "unpacking", unpacking_is_right)
         measure("3 nf4", "experts", experts_are_right)

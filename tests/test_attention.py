@@ -162,7 +162,7 @@ def test_pairs_of_dpo_in_one_row_equal_the_masked_pass(policy, contexts, with_a_
     params = policy.add("phase2", "steer")
     torch.nn.init.normal_(params[0], std=0.05)
     policy.train_only(params)
-    pairs = [phase2.Pair(contexts[i], *answers(policy, i, (9, 6))) for i in (1, 2)]
+    pairs = [phase2.TokenPair(contexts[i], *answers(policy, i, (9, 6))) for i in (1, 2)]
 
     def work():
         return [phase2.dpo_loss(*logps, -20.0, -30.0, 0.5)[0] for logps in phase2.sequence_logps(policy, pairs)]
