@@ -56,18 +56,20 @@ class Rate:
     bound: str
 
 
-# Of Qwen3-VL-30B-A3B in NF4, fitted to results/full_size.json: what it measured is met within 15 % (tests/test_hours.py).
+# Of Qwen3-VL-30B-A3B in NF4, fitted to results/full_size.json: what was measured there is met within 15 %
+# (tests/test_hours.py).
 RATES = {"pass": Rate(0.10, "cpu"),              # prefill, judge rows and rows without gradient ...
          "token": Rate(18.5e-6, "matmul"),
          "pair": Rate(2.65e-9, "matmul"),        # ... its attention alone: 4.35 and 10.2 ms a layer
          "logp": Rate(13e-6, "bandwidth"),
-         "learned token": Rate(120e-6, "matmul"),          # training rows, merged
-         "learned pair": Rate(12.5e-9, "matmul"),
-         "launches": Rate(0.11, "cpu"),          # decoding 1 x 8 and 8 x 8: the card waits for launches
+         "learned token": Rate(120e-6, "matmul"),
+         "learned pair": Rate(12.5e-9, "matmul"),          # training rows, merged
+         "launches": Rate(0.11, "cpu"),          # decoding 1 x 8 and 8 x 8: the card waits for them
          "step": Rate(0.07, "bandwidth"),        # as a CUDA graph, 1 x 8
-         "seen": Rate(30e-9, "bandwidth"),       # 16 x 8, and the kernel at 8 x 8 with 21,000 cached
+         "seen": Rate(30e-9, "bandwidth"),       # 16 x 8, and the kernel of 8 x 8 with 21,000 cached
          "vision": Rate(25e-6, "matmul"),        # five clips
-         "frame": Rate(0.015, "cpu")}            # 20 frames of 640 x 272 on one core: 0.3 s; not on the card's host
+         # Not measured on the card's host: 20 frames of 640 x 272 take 0.3 s on one core.
+         "frame": Rate(0.015, "cpu")}
 
 
 class Speed:
@@ -161,6 +163,8 @@ class Estimate:
         self.room = room
         self.parts = []
         self.before = 0              # parts before the steps
+        self.tokens = 0              # that are written, by policy and judge
+        self.calls = 0               # of the judge
         self.answer = S.THINK_TOKENS + S.MEMORY_TOKENS
 
     # ---- a line each
@@ -169,14 +173,18 @@ class Estimate:
         prompt = prompt_tokens(self.S) if prompt is None else prompt
         tokens = self.answer if tokens is None else tokens
         clips = self.S.K if clips is None else clips
+        at_once = max(1, min(at_once, contexts))
+        self.tokens += contexts * samples * tokens
         each = f" x {samples} answers" if samples > 1 else " answers"
         work = f"{contexts:,}{each} of {tokens:,} tokens (at most {self.S.MAX_NEW_TOKENS:,})"
         if not self.speed:
             self.add(name, work, None)
             return
-        together, width = self.together(prompt, samples, min(at_once, contexts), clips)
-        batches = contexts / max(1, at_once) * math.ceil(at_once / together) * samples / width
-        step = self.speed.step(prompt, width, tokens, contexts * samples / width / batches)
+        together, width = self.together(prompt, samples, at_once, clips)
+        calls = contexts / at_once
+        turns = samples / width                  # more than one, where a group is written in parts
+        batches = calls * math.ceil(at_once / together) * turns
+        step = self.speed.step(prompt, width, tokens, contexts * turns / batches)
         last = min(LONGEST * tokens, max(tokens, self.S.MAX_NEW_TOKENS))
         # When most have ended the card waits for launches.
         of_batch = tokens * step + (last - tokens) * self.speed.of["launches"]
@@ -202,6 +210,7 @@ class Estimate:
     def judge(self, name, calls, at_once, prompt, replies, clips=0):
         """Questions to the judge: it reasons, then one of so many replies is chosen, in a pass for each question."""
         prompt += INSTRUCTION + clips * clip_tokens(self.S)
+        self.calls += calls
         judge = self.S.JUDGE
         if judge.startswith("openai") or not self.speed:
             whose = f"at {judge}" if judge.startswith("openai") else "judge calls"
@@ -286,11 +295,14 @@ def say_plan(S, work, sizes, levers=()):
     for part in result.parts:
         hours = "       " if part.seconds is None else f"{part.seconds / 3600 / WORLD:7.1f} h"
         print(f"  {hours}  {part.name:20} {part.work}")
+    total = f"in all: {result.tokens:,} tokens are written, and {result.calls:,} judge calls made"
     if not card:
-        print("  no hours: rates are known for Qwen3-VL-30B-A3B on " + ", ".join(CARDS))
+        print(f"             {total}; no hours, as rates are known for Qwen3-VL-30B-A3B on "
+              f"{', '.join(CARDS)}")
         return result
-    print(f"  {result.hours():7.1f} h  in all{' on each of ' + str(WORLD) if WORLD > 1 else ''}, planned from "
-          "rates of results/full_size.md")
+    ranks = f" on each of {WORLD} cards" if WORLD > 1 else ""
+    print(f"  {result.hours():7.1f} h{ranks}  {total}. Planned, from what was measured on an H100 "
+          "(results/full_size.md)")
     if result.hours() > DAY:
         say_how_to_save(S, work, sizes, levers, result)
     return result

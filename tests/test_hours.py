@@ -95,6 +95,7 @@ def test_a_rollout_by_hand(by_hand):
     by_hand.sample("x", 10, 8, 10, prompt=1000, tokens=100, clips=1)
     assert seconds(by_hand) == pytest.approx(3 * 150 * 0.11 + 10 * 0.119825)
     assert "4 x 8 side by side" in by_hand.parts[-1].work
+    assert by_hand.tokens == 10 * 8 * 100
     # Two calls of 5 are two batches each.
     by_hand.sample("x", 10, 8, 5, prompt=1000, tokens=100, clips=1)
     assert seconds(by_hand) == pytest.approx(4 * 150 * 0.11 + 10 * 0.119825)
@@ -131,6 +132,7 @@ def test_a_judge_by_hand(by_hand):
     by_hand.judge("x", 10, 10, 880, 2)                            # a prompt of 1000 with the instruction
     scored = H100.read(1100, 2, 8)
     assert seconds(by_hand) == pytest.approx(3 * 150 * 0.11 + 10 * 0.119825 + 10 * scored)
+    assert by_hand.calls == 10
     by_hand.S.JUDGE = "openai:x"
     by_hand.judge("x", 10, 10, 880, 2)
     assert seconds(by_hand) is None and "10 at openai:x, about 10,000 tokens" in by_hand.parts[-1].work
@@ -201,7 +203,7 @@ def test_plan_of_04_without_weights_network_or_run(tmp_path):
     said = done.stdout
     assert "weights             17.85" in said and "on one H100" in said and "the paper's sizes" in said
     total = estimated("04_train_reward", "deploy").hours()
-    assert f"{total:7.1f} h  in all" in said and "2,100,000 judge calls" in said
+    assert f"{total:7.1f} h  in all: 2,520,000,000 tokens are written, and 2,100,000 judge calls" in said
     assert re.search(r"--CACHE_CONTEXTS=\d+ in 03 instead of 2,500", said)
 
 
