@@ -3,8 +3,9 @@
 SOURCE="tiny" renders the toy world: real mp4 files whose facts are known, so all can be judged exactly. Every
 other source indexes video files in the folder DATA (support/sources.py). It copies nothing and tries a few
 frames of each; what cannot be used is skipped by name, and nothing hangs.
-  "videos"     any video file, or every video in a folder and below, a stream each. Beside it, if wanted:
-               NAME.srt, its speech. In the folder: tasks.jsonl, a question per line,
+  "videos"     any video file, or every video in a folder and below, a stream each; links are followed, hidden
+               folders are not looked into. Beside it, if wanted, its speech: NAME.srt, .vtt or .ass, also as
+               NAME.en.srt or NAME.mp4.srt. In the folder: tasks.jsonl, a question per line,
                {"video": "trip/day1.mp4", "question": "Who drove?", "options": ["A. Ann", "B. Bob"],
                "answer": "B"} with, if wanted, "time" (s of the stream, when it is asked; else at its end),
                "environment" (questions of one kind share an adapter; else all are "questions") and "task" (a
@@ -15,8 +16,8 @@ frames of each; what cannot be used is skipped by name, and nothing hangs.
                of all days, in s since DAY1 00:00; a task sees what lies before its query time
   "egotempo"   egotempo_openQA.json, and Ego4D's video_540ss/UID.mp4, or else trimmed_clips/CLIP.mp4
 
-Identity and speech are drawn into the frames, as the paper does (support/overlay.py). Speech comes from .srt,
-or by ASR where there is none. Faces come from NAME.faces.jsonl beside a video, a line per box,
+Identity and speech are drawn into the frames, as the paper does (support/overlay.py). Speech comes from
+subtitles, or by ASR where there is none. Faces come from NAME.faces.jsonl beside a video, a line per box,
     {"time": 12.5, "face": 3, "box": [left, top, right, bottom], "name": "Ann"}
 (s of the file's clock, held half a second either side; pixels of the video; "name" only if cues name their
 speaker: "Ann: hello" is then drawn as "<face_3>: hello"), or are found and told apart with FACES=1. A face
@@ -31,6 +32,7 @@ In:  nothing for "tiny", else the folder DATA
 Out: streams/streams.jsonl, tasks.jsonl; "tiny": videos/*.mp4, captions.jsonl, truth.jsonl; else files.jsonl
 Takes 10 s for the toy world; for videos 0.4 s per clip of 720p on one core, far less with --CHECK=0.
 """
+import importlib.util
 import pathlib
 import string
 from collections import Counter
@@ -38,7 +40,7 @@ from collections import Counter
 from common import settings
 from support.overlay import face_finder, put_on_clips, speech_and_faces, speech_pipeline
 from support.runs import next_command, start, write_jsonl
-from support.sources import SOURCES, SPLITS, check_files, lay_out
+from support.sources import SOURCES, SPLITS, check_files, is_unicode, lay_out
 from tiny.world import write_streams
 
 # ----------------------------------------------------------------
@@ -59,7 +61,7 @@ SPLIT = "online"         # of a video that lies below no folder named train, dep
 SHORTEST = 2             # s; a shorter rest at the end of a video is left out, unless it is all of it
 CHECK = 3                # frames tried of each clip ("videos") or file, to skip bad ones; 0: none
 WORKERS = 4              # videos checked at a time
-ASR = ""                 # a Whisper model or its folder, for videos without .srt; "": none
+ASR = ""                 # a Whisper model or its folder, for videos without subtitles; "": none
 FACES = 0                # 1: find faces where a stream has no NAME.faces.jsonl (insightface)
 FACE_SCORE = 0.6         # of the detector, at least, for a face to count
 FACE_MATCH = 0.4         # cosine to the mean of a face's embeddings, at least, to be that face
@@ -77,26 +79,27 @@ def main(argv=None):
         return
 
     # ---------------- find: what the source holds
+    check_packages()
     folder = data.parent if data.is_file() else data
     try:
-        found, questions = SOURCES[S.SOURCE](S, folder, data)
+        found = SOURCES[S.SOURCE](S, folder, data)
     except (KeyError, TypeError, ValueError, OSError) as error:
         what = f"{type(error).__name__} {error}"
         raise SystemExit(f"{data}: no {S.SOURCE} as published ({what})") from None
 
     # ---------------- check files
     # The models come first, because one that is missing should be told before an hour of checks.
-    lacks_speech = any(not stream.cues for stream in found)
+    lacks_speech = any(not stream.cues for stream in found.streams)
     recognise = speech_pipeline(S.ASR) if S.ASR and lacks_speech else None
     finder = face_finder(S.FACE_SCORE) if S.FACES else None
-    files = check_files(S, out / "files.jsonl", found)
-    skipped = []
+    files = check_files(S, out / "files.jsonl", found.streams)
+    skipped = found.skipped
     for file, row in files.items():
         skipped += [(file.relative_to(folder), reason) for reason in row["skipped"]]
 
     # ---------------- clips, and what is drawn on them
     streams = []
-    for stream in found:
+    for stream in found.streams:
         clips, pieces = lay_out(stream, files)
         cues, boxes, failed = speech_and_faces(S, out, stream, pieces, recognise, finder)
         put_on_clips(clips, cues, boxes)
@@ -106,14 +109,12 @@ def main(argv=None):
                             "clips": clips})
 
     # ---------------- tasks
-    tasks, left_out = as_tasks(questions, streams)
+    tasks, left_out = as_tasks(found.questions, streams)
     write(S, out, streams, tasks, skipped + left_out)
 
 
 def checked_data(S):
     """The path of DATA. SystemExit where it, or another constant, cannot be."""
-    if min(S.CLIP_SECONDS, S.WORKERS, S.SAVE_EVERY) < 1:
-        raise SystemExit("CLIP_SECONDS, WORKERS and SAVE_EVERY must be 1 or more")
     for name, possible in (("SOURCE", ["tiny", *SOURCES]), ("SPLIT", SPLITS)):
         value = getattr(S, name)
         if value not in possible:
@@ -123,7 +124,15 @@ def checked_data(S):
     if S.SOURCE != "tiny" and not (S.DATA and is_there):
         raise SystemExit(f"SOURCE={S.SOURCE} needs --DATA=FOLDER, see the head of this file; "
                          f"DATA={S.DATA}: no such file or folder (looked at {data})")
+    if not is_unicode(data):
+        raise SystemExit(f"DATA={ascii(S.DATA)}: a name in this path is not UTF-8: rename it")
     return data
+
+
+def check_packages():
+    for package in ("av", "pysubs2", "charset_normalizer"):
+        if importlib.util.find_spec(package) is None:
+            raise SystemExit(f"{package} is missing: ./run.sh setup (or pip install -r requirements.txt)")
 
 
 # ---------------------------------------------------------------- tasks
@@ -143,7 +152,9 @@ def as_tasks(questions, streams):
         options = with_letters(question.options)
         answer = in_one_line(question.answer)
         mistake = ""
-        if options and answer not in [option[0] for option in options]:
+        if len(question.options) > len(string.ascii_uppercase):
+            mistake = f"{len(question.options)} options, and there are letters for 26"
+        elif options and answer not in [option[0] for option in options]:
             mistake = f"the answer {answer!r} is no letter of {options}"
         if question.place and mistake:
             raise SystemExit(f"{question.place}: {mistake}")

@@ -15,15 +15,15 @@ Out: tasks/memories.jsonl, memories/STREAM.txt (to be read), recent.json, cache.
 """
 import math
 
-from common import (Group, build_prompt, load_judge, load_policy, make_context, per_model, rollout,
-                    settings, stage, watch)
+from common import (Group, Sample, build_prompt, load_judge, load_policy, make_context, per_model,
+                    rollout, settings, stage, watch)
 from support.hours import LETTERS, QUESTION, STAMP, Sizes, first_measured, say_plan, sizes_of
 from support.judges import INSUFFICIENT, Answer, Verdict
-from support.ranks import gather, is_first_rank, my_share, once, progress
+from support.ranks import gather, is_first_rank, my_share, once, progress, said_once
 from support.reader import Retriever
-from support.runs import (append_jsonl, clock, fingerprint, load_streams, need, next_command,
-                          read_json, read_jsonl, read_progress, say_what_differs, start,
-                          write_json, write_jsonl, write_text)
+from support.runs import (append_jsonl, as_written, clock, fingerprint, load_streams, need,
+                          next_command, read_json, read_jsonl, read_progress, say_what_differs,
+                          slug, start, write_json, write_jsonl, write_text)
 from support.weights import load_adapter, load_tokenizer
 
 phase1 = stage("02_phase1_train")
@@ -225,29 +225,71 @@ def check_recent(S, streams):
 def fill_cache(S, out, policy, judge, streams, memories, limits, planned=None):
     """GROUP samples of every context, with their format and quality rewards, appended chunk by chunk."""
     part = out / "cache.part"
-    done = read_progress(part)
+    before = read_progress(part) or read_progress(out / "cache.jsonl")
+    done = {(row["stream"], row["clip"]): row for row in before}
     places = chosen_clips(streams, S.CACHE_CONTEXTS)
-    contexts = []
-    environments = []                            # that may learn from the context
-    for stream, t in places:
-        written = [row["memory"] for row in memories[stream["stream"]]]
-        contexts.append(make_context(stream, t, written, k=S.K))
-        environments.append(learners(stream, stream["clips"][t], limits))
-    firsts = range(len(done), len(places), S.CHUNK)
+    names = [(stream["stream"], t) for stream, t in places]
+    written = {}
+    for stream, rows in memories.items():
+        written[stream] = [row["memory"] for row in rows]
+    firsts = range(0, len(places), S.CHUNK)
     chunks = progress(firsts, "rollout cache")
-    count = math.ceil(len(places) / S.CHUNK)
-    for first in first_measured(chunks, count, planned, f"for {S.CHUNK} contexts"):
-        indices = my_share(range(first, min(first + S.CHUNK, len(places))))
-        keys = [(S.SEED, 8, i) for i in indices]
-        samples = rollout(policy, [contexts[i] for i in indices], S.GROUP, keys)
-        groups = [Group(contexts[i], row) for i, row in zip(indices, samples)]
+    for first in first_measured(chunks, len(firsts), planned, f"for {S.CHUNK} contexts"):
+        chunk = range(first, min(first + S.CHUNK, len(places)))
+        # A chunk in which a verdict failed is judged again as a whole: an endpoint has kept all others, and a
+        # few clips that it refuses are still a few among many.
+        again = any(has_unjudged(done[names[i]]) for i in chunk if names[i] in done)
+        indices = my_share([i for i in chunk if again or names[i] not in done])
+        groups = []
+        environments = []                        # that may learn from a context
+        to_sample = []                           # (group, key)
+        for i in indices:
+            stream, t = places[i]
+            context = make_context(stream, t, written[stream["stream"]], k=S.K)
+            group = Group(context, saved_samples(done.get(names[i])))
+            groups.append(group)
+            environments.append(learners(stream, stream["clips"][t], limits))
+            if not group.samples:
+                to_sample.append((group, (S.SEED, 8, i)))
+        contexts = [group.context for group, _ in to_sample]
+        samples = rollout(policy, contexts, S.GROUP, [key for _, key in to_sample])
+        for (group, _), answers in zip(to_sample, samples):
+            group.samples = answers
         phase1.quality(groups, judge, S.MEMORY_TOKENS)
-        rows = gather([cache_row(group, environments[i]) for i, group in zip(indices, groups)])
-        append_jsonl(part, rows)
-        done += rows
-    write_jsonl(out / "cache.jsonl", done)
+        rows = gather(list(map(cache_row, groups, environments)))
+        if rows:
+            append_jsonl(part, rows)
+        done |= {(row["stream"], row["clip"]): row for row in rows}
+    rows = [done[name] for name in names]
+    failed = count_unjudged(rows)
+    if failed * 2 > len(rows) * S.GROUP:
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(rows) * S.GROUP} cached samples; "
+                                   "mend it and run the same command again"))
+    write_jsonl(out / "cache.jsonl", rows)
     if is_first_rank():
-        part.unlink()
+        part.unlink(missing_ok=True)
+
+
+def saved_samples(row):
+    """The samples of a row of the cache, to be judged again; none without a row."""
+    samples = []
+    for saved in row["samples"] if row else ():
+        fields = {name: saved[name] for name in SAMPLED}
+        samples.append(Sample(**fields))
+    return samples
+
+
+def has_unjudged(row):
+    """Whether a judge failed on a sample of a row of the cache."""
+    return any(sample["quality"] is None for sample in row["samples"])
+
+
+def count_unjudged(rows):
+    """Samples in rows of the cache whose quality is missing."""
+    count = 0
+    for row in rows:
+        count += [sample["quality"] for sample in row["samples"]].count(None)
+    return count
 
 
 def chosen_clips(streams, limit):
@@ -260,14 +302,15 @@ def chosen_clips(streams, limit):
     return [places[i * len(places) // limit] for i in range(limit)]
 
 
+# What a row of the cache keeps of a sample beside its rewards.
+SAMPLED = ("ids", "text", "memory", "thinking_tokens", "memory_tokens", "truncated")
+
+
 def cache_row(group, environments):
     context = group.context
     samples = []
     for sample in group.samples:
-        samples.append({
-            "ids": sample.ids, "text": sample.text, "memory": sample.memory,
-            "thinking_tokens": sample.thinking_tokens, "memory_tokens": sample.memory_tokens,
-            "truncated": sample.truncated,
+        samples.append({name: getattr(sample, name) for name in SAMPLED} | {
             "format": 0.0 if sample.memory else phase1.FORMAT,
             "quality": sample.quality})
     return {"stream": context.stream, "clip": context.clip, "history": context.history,
@@ -339,29 +382,44 @@ def main(argv=None):
         return
 
     # ---- the recent questions, answered from memory
-    for environment, asked in recent.items():
-        answer_recent(S, judge, environment, asked, memories)
+    answer_recent(S, judge, recent, memories)
     write_json(out / "recent.json", recent)
 
     # ---- the rollout cache
     limits = learns_until(tasks, recent, S.RECENT)
     hours = planned.hours_of("cache", "judge")
     fill_cache(S, out, policy, judge, cached_streams, memories, limits, hours)
+    say_what_failed(out)
     print(f"memories, answers and the rollout cache are in {out}; "
           f"next: {next_command(S, '04_train_reward.py')}")
 
 
 def finished_before(S, out, streams, tasks):
     """Whether this folder is complete; if not, remembers of which streams and tasks it will be made."""
-    made_of = fingerprint(streams, tasks)
-    if not (out / "cache.jsonl").exists():
+    made_of = fingerprint(as_written(S, streams), tasks)
+    if not (out / "cache.jsonl").exists() or not (out / "recent.json").exists():
         write_json(out / "made_of.json", made_of)
         return False
-    if made_of != read_json(out / "made_of.json"):
+    file = out / "made_of.json"
+    has_changed = file.exists() and made_of != read_json(file)
+    if has_changed:
         print(f"*** streams or tasks have changed since {out} was made, and are not in it. To take "
               "them up: --RUN=NEWNAME, from 01 on ***")
+    elif say_what_failed(out):
+        return False
     print(f"finished before: {out}; next: {next_command(S, '04_train_reward.py')}")
     return True
+
+
+def say_what_failed(out):
+    """Whether the judge has failed on a part of what is published, which is said."""
+    tasks = sum(read_json(out / "recent.json").values(), [])
+    unanswered = [task["correct"] for task in tasks].count(None)
+    unjudged = count_unjudged(read_jsonl(out / "cache.jsonl"))
+    if unanswered or unjudged:
+        print(f"*** the judge has failed on {unanswered} recent questions and {unjudged} samples, which "
+              "are left out from here on; this command asks for them again ***")
+    return unanswered + unjudged > 0
 
 
 def say_what_is_to_come(streams, tasks, recent, is_online):
@@ -382,31 +440,37 @@ def write_readable(folder, memories):
     """A text for each stream, with the times of its clips."""
     written = 0
     for stream, rows in memories.items():
-        text = ""
+        entries = [stream + "\n"] if slug(stream) != stream else []
         for row in rows:
-            text += f"{clock(row['start'])}-{clock(row['end'])}\n{row['memory'] or '(nothing)'}\n\n"
+            nothing = "(the video is damaged here)" if row.get("grey") else "(nothing)"
+            memory = row["memory"] or nothing
+            entries.append(f"{clock(row['start'])}-{clock(row['end'])}\n{memory}\n")
             written += bool(row["memory"])
-        write_text(folder / f"{stream}.txt", text)
+        write_text(folder / f"{slug(stream)}.txt", "\n".join([*entries, ""]))
     clips = sum(len(rows) for rows in memories.values())
     print(f"memories of {written} of {clips} clips: {folder}")
 
 
-def answer_recent(S, judge, environment, asked, memories):
+def answer_recent(S, judge, recent, memories):
     """Adds to each task its "reply", whether it is "correct", and "retrieved" where a part was read."""
-    replies, retrieved = answer(S, judge, asked, memories)
-    correct = right(judge, asked, replies)
-    for i, task in enumerate(asked):
+    tasks = sum(recent.values(), [])
+    replies, retrieved = answer(S, judge, tasks, memories)
+    correct = right(judge, tasks, replies)
+    failed = correct.count(None)
+    if failed * 2 > len(tasks):
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(tasks)} recent questions; mend it "
+                                   "and run the same command again"))
+    for i, task in enumerate(tasks):
         task["reply"] = None if correct[i] is None else replies[i]
         task["correct"] = correct[i]
         if retrieved[i]:
             task["retrieved"] = True
-    first = asked[:S.RECENT]
-    first_right = sum(task["correct"] is True for task in first)
-    example = f"{asked[0]['question']!r} -> {asked[0]['reply']}"
-    failed = correct.count(None)
-    lost = f"; {failed} without a verdict" if failed else ""
-    print(f"  {environment:24} {first_right} of the first {len(first)} answered right, "
-          f"e.g. {example}{lost}")
+    for environment, asked in recent.items():
+        first = asked[:S.RECENT]
+        first_right = sum(task["correct"] is True for task in first)
+        example = f"{asked[0]['question']!r} -> {asked[0]['reply']}"
+        print(f"  {environment:24} {first_right} of the first {len(first)} answered right, "
+              f"e.g. {example}")
 
 
 if __name__ == "__main__":

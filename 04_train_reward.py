@@ -13,7 +13,6 @@ In:  streams/streams.jsonl (01), tasks/recent.json, cache.jsonl (03), and what t
 Out: reward/verdicts/, preferences.jsonl, pairs.jsonl, pairs_trl.jsonl (the same pairs in TRL's preference
      format), log.csv, checkpoint.pt, model/, report.json
 """
-import math
 import random
 import sys
 import time
@@ -25,10 +24,11 @@ from common import (TASK_PROMPT, F, build_prompt, encoded_text, load_judge, load
 from support.checkpoint import Training
 from support.hours import INSTRUCTION, QUESTION, Sizes, first_measured, say_plan, sizes_of
 from support.judges import Preference
-from support.ranks import gather_sum, my_share, once, progress
+from support.ranks import gather_sum, my_share, once, progress, said_once
 from support.runs import (append_jsonl, load_streams, need, next_command, read_json, read_jsonl,
-                          read_progress, slug, start, write_json, write_jsonl, written_aside)
-from support.weights import save_adapter
+                          read_progress, slug, start, write_json, write_jsonl)
+from support.text import as_text
+from support.weights import check_tensors, read_tensors, save_adapter, write_tensors
 
 collect = stage("03_collect_tasks")
 
@@ -174,34 +174,51 @@ def comparable(samples):
 def compare(judge, cache, questions, path, chunk, planned=None):
     """Per row of the cache its verdicts: [[i, j, what `agreed` says]].
 
-    What the file `path` holds is not asked again. Raises SystemExit when the judge fails on most of a call;
-    the calls before it are kept.
+    What the file `path` holds is not asked again, unless a verdict failed: then its chunk is, and a judge that
+    keeps its replies asks for what is missing alone. Without a judge a failed verdict stays one. Raises
+    SystemExit when the judge fails on most of a chunk; the chunks before it are kept.
     """
-    done = read_progress(path)                             # in the order of the cache
-    firsts = range(len(done), len(cache), chunk)
+    done = {}
+    for row in read_progress(path):                        # a later row takes the place of an earlier one
+        done[row["stream"], row["clip"]] = row["verdicts"]
+    firsts = range(0, len(cache), chunk)
     chunks = progress(firsts, f"judge {path.stem}", leave=False)
-    count = math.ceil(len(cache) / chunk)
-    for first in first_measured(chunks, count, planned, f"for {chunk} contexts"):
+    for first in first_measured(chunks, len(firsts), planned, f"for {chunk} contexts"):
         rows = cache[first:first + chunk]
-        pairs = [comparable(row["samples"]) for row in rows]
-        items = []
-        for row, pairs_of_row in zip(rows, pairs):
-            for i, j in pairs_of_row:
-                items.append(comparison(questions, row["samples"], i, j))
-                items.append(comparison(questions, row["samples"], j, i))
-        answers = once(lambda: judge.ask(PREFER, items))
-        failed = answers.count(None)
-        if failed * 2 > len(answers):
-            raise SystemExit(f"the judge failed on {failed} of {len(answers)} comparisons; mend it and "
-                             f"run again: it goes on from {path}")
-        said = map(agreed, answers[::2], answers[1::2])
-        judged = []
-        for row, pairs_of_row in zip(rows, pairs):
-            verdicts = [[i, j, next(said)] for i, j in pairs_of_row]
-            judged.append({"stream": row["stream"], "clip": row["clip"], "verdicts": verdicts})
-        append_jsonl(path, judged)
-        done += judged
-    return [row["verdicts"] for row in done]
+        if judge and not all(is_judged(row, done) for row in rows):
+            judged = compare_chunk(judge, rows, questions)
+            append_jsonl(path, judged)
+            for row in judged:
+                done[row["stream"], row["clip"]] = row["verdicts"]
+    return [done[row["stream"], row["clip"]] for row in cache]
+
+
+def is_judged(row, done):
+    """Whether there is a verdict for each pair of memories in a row of the cache."""
+    verdicts = done.get((row["stream"], row["clip"]), [])
+    judged = [(i, j) for i, j, said in verdicts if said != "failed"]
+    return (row["stream"], row["clip"]) in done and judged == comparable(row["samples"])
+
+
+def compare_chunk(judge, rows, questions):
+    """Rows {stream, clip, verdicts}."""
+    pairs = [comparable(row["samples"]) for row in rows]
+    items = []
+    for row, pairs_of_row in zip(rows, pairs):
+        for i, j in pairs_of_row:
+            items.append(comparison(questions, row["samples"], i, j))
+            items.append(comparison(questions, row["samples"], j, i))
+    answers = once(lambda: judge.ask(PREFER, items))
+    failed = answers.count(None)
+    if failed * 2 > len(answers):
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(answers)} comparisons; mend it "
+                                   "and run the same command again: it goes on from there"))
+    said = map(agreed, answers[::2], answers[1::2])
+    judged = []
+    for row, pairs_of_row in zip(rows, pairs):
+        verdicts = [[i, j, next(said)] for i, j in pairs_of_row]
+        judged.append({"stream": row["stream"], "clip": row["clip"], "verdicts": verdicts})
+    return judged
 
 
 def comparison(questions, samples, i, j):
@@ -345,7 +362,6 @@ class RewardModel:
 
     def __init__(self, policy, *, history, rows, folder=None):
         """history: earlier memories that R reads; rows: readings per pass; folder: what `save` wrote."""
-        from safetensors.torch import load_file
         self.policy = policy
         self.history = history
         self.rows = rows
@@ -354,7 +370,9 @@ class RewardModel:
         with policy.using("reward"):                       # afterwards the writer is who it was
             self.params = policy.add("reward", "lora", folder)
         if folder:
-            saved = load_file(str(folder / "head.safetensors"))
+            file = folder / "head.safetensors"
+            saved = read_tensors(file)
+            check_tensors(file, saved, {"weight": weight, "spread": torch.tensor(self.spread)})
             weight = saved["weight"]
             self.spread = float(saved["spread"])
         self.head = torch.nn.Parameter(weight.to(policy.device))                      # (d,)
@@ -369,11 +387,12 @@ class RewardModel:
         first = max(0, len(reading.history) - self.history)
         earlier = [memory or "(nothing)" for memory in reading.history[first:]]
         content = "\n".join([TASK_PROMPT.strip("\n"), *reading.questions, "", *earlier])
-        turn = {"role": "user", "content": content}
+        turn = {"role": "user", "content": as_text(content, self.policy.tokenizer)}
         text = self.policy.tokenizer.apply_chat_template(
             [turn], tokenize=False, add_generation_prompt=True)
         shared = self.ids(text + "\n</think>\n\n")
-        return shared, [self.ids(memory) + [self.policy.end] for memory in reading.memories]
+        memories = [as_text(memory, self.policy.tokenizer) for memory in reading.memories]
+        return shared, [self.ids(memory) + [self.policy.end] for memory in memories]
 
     def ids(self, text):
         return self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -414,17 +433,15 @@ class RewardModel:
         return [R / self.spread for R in values.tolist()]
 
     def save(self, folder):
-        from safetensors.torch import save_file
         save_adapter(self.policy, "reward", folder)
-        head = {"weight": self.head.detach().cpu(), "spread": torch.tensor(self.spread)}
-        with written_aside(folder / "head.safetensors") as aside:
-            save_file(head, str(aside))
+        head = {"weight": self.head, "spread": torch.tensor(self.spread)}
+        write_tensors(folder / "head.safetensors", head)
 
 
 def load_reward_model(S, policy):
     """The reward model of runs/RUN (or FROM) as one more adapter on `policy`, whose writer stays on."""
     folder = need(S, "reward/model/head.safetensors").parent
-    saved = read_json(folder.parent / "settings.json")
+    saved = read_json(need(S, "reward/settings.json"))
     return RewardModel(policy, history=saved["HISTORY"], rows=saved["ROWS"], folder=folder)
 
 
@@ -596,17 +613,19 @@ def main(argv=None):
     cache = [row for row in read_jsonl(need(S, "tasks/cache.jsonl")) if row["environments"]]
     held_out = hold_out(cache, S.HELD_OUT)
     test_cache = [row for row in cache if (row["stream"], row["clip"]) in held_out]
-    comparisons = count_comparisons(cache) / max(1, len(cache) * len(recent))
+    # A reward model that has begun to learn keeps to the verdicts that there were.
+    has_begun = (out / "checkpoint.pt").exists()
+    comparisons = 0 if has_begun else count_comparisons(cache) / max(1, len(cache) * len(recent))
     sizes = Sizes("03's cache", len({row["stream"] for row in cache}), len(cache), len(cache),
                   len(recent), comparisons=comparisons)
     planned = say_plan(S, work, sizes, LEVERS)
     # ---------------- preferences and pairs
+    judge = None if has_begun else load_judge(S, lambda: policy, shows_frames=False)
     policy = load_policy(S)
-    judge = load_judge(S, lambda: policy)
     hours = planned.hours_of("judge", shares=(1 + S.HELD_OUT) * len(recent))
     contexts, pairs, yields = find_preferences(
         judge, cache, asked, out / "verdicts", S.CHUNK, planned=hours)
-    tests, _, _ = find_preferences(judge, test_cache, later, out / "verdicts", S.CHUNK, "-later")
+    tests, _, _ = find_preferences(judge, test_cache, later, out / "verdicts", S.CHUNK, ".later")
     yields["all"] = summed(yields)
     print_yields(yields)
     write_jsonl(out / "preferences.jsonl", preference_rows(contexts))

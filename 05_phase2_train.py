@@ -26,8 +26,8 @@ from support.checkpoint import Training
 from support.hours import PAIRED, Sizes, say_plan, sizes_of
 from support.plan import prompt_tokens
 from support.ranks import gather, my_share
-from support.runs import (load_streams, need, next_command, read_json, read_jsonl, say_what_differs,
-                          slug, start)
+from support.runs import (hold, load_streams, need, next_command, read_json, read_jsonl,
+                          say_what_differs, slug, start)
 from support.weights import load_adapter, save_adapter
 
 phase1 = stage("02_phase1_train")
@@ -235,8 +235,12 @@ def main(argv=None):
             sizes.environments = 1
         say_plan(S, work, sizes, LEVERS[S.ALGORITHM])
         return
+    if not re.fullmatch(r"[\w+-]{0,60}", S.NAME):
+        raise SystemExit(f"NAME={S.NAME}: take at most 60 letters, digits and -, + or _, for the "
+                         "name of a folder")
     variant = f"{S.ALGORITHM}-{S.ADAPTER}" + (f"-{S.NAME}" if S.NAME else "")
-    out = start(S, f"phase2/{variant}", *functions_that_matter(S))
+    # Several processes may train environments of their own side by side.
+    out = start(S, f"phase2/{variant}", *functions_that_matter(S), alone=False)
     # ---------------- what is to be done
     recent = read_json(need(S, "tasks/recent.json"))
     streams = load_streams(S, "deploy")
@@ -253,22 +257,24 @@ def main(argv=None):
     phase1_adapter = need(S, "phase1/adapter")
     need(S, "reward/pairs.jsonl" if S.ALGORITHM == "dpo" else "reward/model")
     say_what_differs(phase1_adapter.parent, "02_phase1_train.py", build_prompt, phase1.rewards)
+    is_judged = S.ALGORITHM == "dpo"                          # its pairs are, by 04
+    judge = None if is_judged else load_judge(S, lambda: policy)
     cached = len(read_jsonl(need(S, "tasks/cache.jsonl")))
     clips = sum(len(stream["clips"]) for stream in streams)
     sizes = Sizes("those of the cache", len(streams), clips, cached, len(environments))
     planned = say_plan(S, work, sizes, LEVERS[S.ALGORITHM])
     policy = load_policy(S)
     load_adapter(policy, "phase1", phase1_adapter)
-    judge = None                                              # pairs are judged already
     reward_model = None
     if S.ALGORITHM == "grpo":
-        judge = load_judge(S, lambda: policy)
         reward_model = reward_stage.load_reward_model(S, policy)
     print(f"learning rate of {S.ADAPTER}: {rates[S.ADAPTER]:g}")
     # ---------------- train
     for environment in environments:
         folder = out / slug(environment)
         folder.mkdir(exist_ok=True)
+        if not S.SHOW:
+            hold(folder)
         # So that an adapter doesn't depend on which ones were trained before it.
         torch.manual_seed(S.SEED)
         policy.drop("phase2")

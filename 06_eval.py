@@ -34,10 +34,10 @@ from common import (build_prompt, load_judge, load_policy, make_context, per_mod
                     settings, stage, watch)
 from support import figures, report
 from support.hours import QUESTION, say_plan, sizes_of
-from support.ranks import gather, my_share, once, progress
-from support.runs import (NOT_COMPARED, ROOT, fingerprint, load_streams, need, next_command,
-                          read_json, read_jsonl, say_what_differs, slug, start, write_json,
-                          write_jsonl, write_text)
+from support.ranks import gather, my_share, once, progress, said_once
+from support.runs import (NOT_COMPARED, ROOT, as_written, fingerprint, load_streams, need,
+                          next_command, read_json, read_jsonl, say_what_differs, slug, start,
+                          write_json, write_jsonl, write_text)
 from support.weights import load_adapter
 
 phase1 = stage("02_phase1_train")
@@ -69,7 +69,7 @@ class Examinee:
 
     @property
     def slug(self):
-        return slug(f"{self.method}.{self.environment}" if self.environment else self.method)
+        return f"{self.method}.{slug(self.environment)}" if self.environment else self.method
 
     @property
     def is_prompted(self):
@@ -177,7 +177,7 @@ def load_exam(S, out, phase1_adapter):
     tasks = [task for task in tasks if task["stream"] in names]
     constants = {name: value for name, value in vars(S).items() if name not in NOT_COMPARED}
     early = sorted(figures.early_tasks(recent))
-    key = fingerprint(constants, phase1_adapter, streams, questions, early)
+    key = fingerprint(constants, phase1_adapter, as_written(S, streams), questions, early)
     return Exam(S, out, LazyPolicy(S, phase1_adapter), streams, tasks, recent, questions, key)
 
 
@@ -269,23 +269,34 @@ def written_before(exam, examinee, memories):
     if not examinee.environment:
         return {}
     plain = BASE if examinee.writer == "base" else PHASE1
-    begun = {}
-    for stream, seconds in collect.last_asked(exam.recent[examinee.environment]).items():
-        rows = [row for row in memories[plain.slug] if row["stream"] == stream]
-        begun[stream] = [row for row in rows if row["end"] <= seconds]
+    last = collect.last_asked(exam.recent[examinee.environment])
+    begun = {stream: [] for stream in last}
+    for row in memories[plain.slug]:
+        if row["end"] <= last.get(row["stream"], -1):
+            begun[row["stream"]].append(row)
     return begun
 
 
 # ================================================================ answer
 def answer_tasks(exam, judge, examinee, tasks, memories, folder):
     """Rows of `answer`, stored in a folder."""
-    key = fingerprint(exam.key_of(examinee), tasks)
-    path = folder / f"{examinee.slug}.jsonl"
-    rows = read_stored(path, key)
+    rows = stored_answers(exam, examinee, tasks, folder)
     if rows is None:
         rows = answer(exam.S, judge, tasks, memories)
-        store(path, key, rows)
+        key = fingerprint(exam.key_of(examinee), tasks)
+        store(folder / f"{examinee.slug}.jsonl", key, rows)
     return rows
+
+
+def stored_answers(exam, examinee, tasks, folder):
+    """What `answer_tasks` has stored; None where an answer is missing, so that all are asked for again.
+
+    An endpoint asks for what is missing alone, because it keeps its replies.
+    """
+    key = fingerprint(exam.key_of(examinee), tasks)
+    rows = read_stored(folder / f"{examinee.slug}.jsonl", key)
+    is_whole = rows is not None and all(row["correct"] is not None for row in rows)
+    return rows if is_whole else None
 
 
 def answer(S, judge, tasks, memories):
@@ -301,8 +312,8 @@ def answer(S, judge, tasks, memories):
     replies, retrieved = collect.answer(S, judge, tasks, of_stream)
     failed = replies.count(None)
     if 2 * failed > len(replies):
-        raise SystemExit(f"the judge failed on {failed} of {len(replies)} questions: mend it and "
-                         "run again")
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(replies)} questions: mend it "
+                                   "and run the same command again"))
     correct = collect.right(judge, tasks, replies)
     rows = []
     for task, reply, is_correct, is_retrieved in zip(tasks, replies, correct, retrieved):
@@ -317,17 +328,37 @@ def answer(S, judge, tasks, memories):
     return rows
 
 
-def ask_reader(exam, name, examinees, memories):
-    """{slug: rows of `answer`} by another reader, about what an examinee's environment asks."""
-    reader = load_judge(SimpleNamespace(**vars(exam.S) | {"JUDGE": name}), exam.policy.load)
+def load_readers(exam, examinees):
+    """{name: another reader}; None in the place of one whose answers are all stored."""
+    readers = {}
+    for name in exam.S.READERS.split(","):
+        if not name:
+            continue
+        folder = exam.out / "answers" / slug(name)
+        stored = [stored_answers(exam, examinee, tasks_of_reader(exam, examinee), folder)
+                  for examinee in examinees]
+        S = SimpleNamespace(**vars(exam.S) | {"JUDGE": name})
+        readers[name] = None
+        if None in stored:
+            readers[name] = load_judge(S, exam.policy.load, shows_frames=False)
+    return readers
+
+
+def ask_reader(exam, name, reader, examinees, memories):
+    """{slug: rows of `answer`} by another reader."""
     folder = exam.out / "answers" / slug(name)
     answers = {}
     for examinee in progress(examinees, name, leave=False):
-        tasks = tasks_for(exam, examinee)
-        tasks = [task for task in tasks if examinee.is_for(task["environment"])]
+        tasks = tasks_of_reader(exam, examinee)
         answers[examinee.slug] = answer_tasks(
             exam, reader, examinee, tasks, memories[examinee.slug], folder)
     return answers
+
+
+def tasks_of_reader(exam, examinee):
+    """What another reader is asked: what is asked of the examinee's own environment."""
+    tasks = tasks_for(exam, examinee)
+    return [task for task in tasks if examinee.is_for(task["environment"])]
 
 
 # ================================================================ validate, in the same contexts
@@ -378,12 +409,22 @@ def validate(exam, judge, examinee, contexts, reference):
     rows = read_stored(path, key)
     if rows is None:
         rows = write_memories(exam, examinee, contexts, attempt=0)
+        store(path, key, rows)
+    if not are_judged(rows):
         judge_quality(judge, rows, contexts)
         for environment, questions in exam.questions.items():
             if examinee.is_for(environment):
                 judge_relevance(judge, rows, reference, environment, questions)
         store(path, key, rows)
     return rows
+
+
+def are_judged(rows):
+    """Whether no verdict is missing. Where one is, all are asked for again, as in `stored_answers`."""
+    verdicts = []
+    for row in rows:
+        verdicts += [row["faithful"], row["clean"], *row["verdicts"].values()]
+    return None not in verdicts
 
 
 def write_memories(exam, examinee, contexts, attempt):
@@ -396,13 +437,15 @@ def write_memories(exam, examinee, contexts, attempt):
         share = rollout(policy, my_share(contexts), 1, my_share(keys), exam.S.VALIDATE_TEMPERATURE)
     rows = []
     for context, (sample,) in zip(contexts, gather(share)):
+        # A malformed response is neither faithful nor clean; of the others it is not known yet.
+        unjudged = None if sample.memory else False
         rows.append({
             "stream": context.stream,
             "clip": context.clip,
             "memory": sample.memory or "",
             "tokens": sample.memory_tokens,
-            "faithful": False,      # a malformed response is neither faithful nor clean
-            "clean": False,
+            "faithful": unjudged,
+            "clean": unjudged,
             "verdicts": {},         # environment -> "win", "tie" or "loss"
         })
     return rows
@@ -506,7 +549,8 @@ def main(argv=None):
     say_what_differs(phase1_adapter.parent, "02_phase1_train.py", build_prompt, phase1.quality)
     exam = load_exam(S, out, phase1_adapter)
     examinees = find_examinees(S, exam.environments)
-    judge = load_judge(S, exam.policy.load)
+    judge = None if is_all_judged(exam, examinees) else load_judge(S, exam.policy.load)
+    readers = load_readers(exam, examinees)
     say_cost(exam, examinees)
     methods = len({examinee.method for examinee in examinees if examinee.environment})
     say_plan(S, functools.partial(work, methods=methods), sizes_of(S, "test"), LEVERS)
@@ -527,9 +571,8 @@ def main(argv=None):
         checked[examinee.slug] = validate(exam, judge, examinee, contexts, reference)
     # ---------------- other readers of the same memories
     other_answers = {}
-    for name in S.READERS.split(","):
-        if name:
-            other_answers[name] = ask_reader(exam, name, examinees, memories)
+    for name, reader in readers.items():
+        other_answers[name] = ask_reader(exam, name, reader, examinees, memories)
     # ---------------- figures with intervals, files, report
     results = figures_of(exam, examinees, answers, other_answers, checked)
     write_json(out / "results.json", results)
@@ -543,6 +586,18 @@ def main(argv=None):
     print(f"made in {out}: results.json, results.md, memories.jsonl, report.html (opens offline)\n"
           f"next: an ablation (README), or another adapter:\n"
           f"  {another_adapter} && {next_command(S, '06_eval.py')}")
+
+
+def is_all_judged(exam, examinees):
+    """Whether all that the judge is asked for is stored: then the report needs no judge."""
+    for examinee in examinees:
+        tasks = tasks_for(exam, examinee)
+        checked = read_stored(exam.out / "checked" / f"{examinee.slug}.jsonl", exam.key_of(examinee))
+        if checked is None or not are_judged(checked):
+            return False
+        if stored_answers(exam, examinee, tasks, exam.out / "answers") is None:
+            return False
+    return True
 
 
 def say_cost(exam, examinees):

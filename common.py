@@ -21,11 +21,13 @@ from support import judges, runs
 from support.attention import lay_out, packed_positions, share_rows
 from support.decode import HowToSample, decode
 from support.hours import first_measured
-from support.overlay import clip_frames
+from support.overlay import clip_frames, is_grey
 from support.ranks import gather, gather_sum, my_share, progress, said_once, torch
-from support.runs import Prompt, append_jsonl, clock, per_model, read_progress
+from support.runs import Prompt, append_jsonl, clock, per_model, read_progress, write_jsonl
+from support.text import as_text
 from support.video import frames_to_patches
-from support.weights import FILES, head_in_fp32, load_model
+from support.weights import (FILES, check_tensors, head_in_fp32, load_model, lora_config,
+                             read_tensors, steer_key, steered_layer)
 
 try:                                    # --help must work before anything is installed
     import numpy as np
@@ -156,14 +158,15 @@ def make_context(stream, t, memories, questions=(), k=5):
     """Context of clip t: `memories[i]` is the memory of clip i ("" or missing where there is none)."""
     first = max(0, t - k + 1)
     if not isinstance(memories, dict):
-        memories = dict(enumerate(memories))
+        memories = dict(enumerate(memories[first:t], first))
     history = [memories.get(i, "") for i in range(first, t)]
     return Context(stream["stream"], stream["clips"][first:t + 1], history, list(questions))
 
 
 def build_prompt(context, video, tokenizer):
     """Prompt text up to where the answer begins: the instruction; of each clip its time, its frame pairs and its
-    memory; the questions. video: per clip a list of (seconds in the clip, vision tokens) per frame pair."""
+    memory; the questions. video: per clip a list of (seconds in the clip, vision tokens) per frame pair.
+    Memories and questions are text, whatever they hold (support/text.py)."""
     text = PROMPT + "\n"
     for i, (clip, pairs) in enumerate(zip(context.clips, video)):
         text += f"\n{clock(clip['start'])}-{clock(clip['end'])} "
@@ -171,9 +174,9 @@ def build_prompt(context, video, tokenizer):
             vision = "<|video_pad|>" * tokens
             text += f"<{seconds:.1f} seconds><|vision_start|>{vision}<|vision_end|>"
         if i < len(context.history):
-            text += "\n" + (context.history[i] or "(nothing)")
+            text += "\n" + as_text(context.history[i] or "(nothing)", tokenizer)
     if context.questions:
-        text += TASK_PROMPT + "\n".join(context.questions)
+        text += TASK_PROMPT + as_text("\n".join(context.questions), tokenizer)
     prompt = as_chat(text, tokenizer)
     if prompt.endswith("<think>\n"):
         return prompt
@@ -361,16 +364,18 @@ def fill_in_advantages(group, gate):
 
 
 def split_evenly(groups, size):
-    """Mini-batches of at most `size`, as even as can be: flat groups leave, and a small rest would weigh too much.
+    """Mini-batches of at most `size`, whose sizes differ by one at most: in a small rest a group would weigh too much.
 
-    >>> [len(part) for part in split_evenly(list(range(9)), 8)]
-    [5, 4]
+    >>> [len(part) for part in split_evenly(list(range(13)), 4)]
+    [4, 3, 3, 3]
     """
-    if not groups:
-        return []
-    parts = math.ceil(len(groups) / size)
-    even = math.ceil(len(groups) / parts)
-    return [groups[i:i + even] for i in range(0, len(groups), even)]
+    waiting = list(groups)
+    mini_batches = []
+    for left in range(math.ceil(len(groups) / size), 0, -1):
+        share = math.ceil(len(waiting) / left)
+        mini_batches.append(waiting[:share])
+        waiting = waiting[share:]
+    return mini_batches
 
 
 def share_of_each(batches):
@@ -415,14 +420,14 @@ class EncodedPrompt:
     ids: object                         # (P,)
     positions: object                   # (3, P): time, height, width
     visual: object                      # (P,) bool
-    clips: list                         # ClipFeatures, V tokens in all
+    features: list                      # ClipFeatures, V tokens in all
 
 
 def encoded_text(ids, device):
     """The EncodedPrompt of a list of ids without pictures."""
     ids = torch.tensor(ids, device=device)  # (P,)
     positions = torch.arange(len(ids), device=device).expand(3, -1)  # (3, P)
-    return EncodedPrompt(ids, positions, visual=torch.zeros_like(ids, dtype=torch.bool), clips=[])
+    return EncodedPrompt(ids, positions, visual=torch.zeros_like(ids, dtype=torch.bool), features=[])
 
 
 @dataclass
@@ -472,45 +477,45 @@ class Policy:
         folder: what `save_adapter` wrote; without it the adapter is new and has no effect yet.
         Raises SystemExit where the model has no such layer, or can't be trained as a whole.
         """
-        from safetensors.torch import load_file
-        saved = load_file(str(folder / FILES[kind]), str(self.device)) if folder else {}
+        saved = read_tensors(folder / FILES[kind], self.device) if folder else {}
         if kind == "lora":
             params = self._add_lora(writer, folder, saved)
         elif kind == "steer":
-            params = self._add_steering_vector(saved)
+            params = self._add_steering_vector(folder, saved)
         else:
-            params = self._add_decoder(writer, saved)
+            params = self._add_decoder(writer, folder, saved)
         self.kind[writer] = kind
         self.use(writer)
         return params
 
     def _add_lora(self, writer, folder, saved):
-        from peft import LoraConfig, set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
         name = f"{writer}_{time.time_ns()}"                         # a name that was never used
+        try:
+            self.model.add_adapter(lora_config(folder, self.S.LORA_RANK), name)
+        except ValueError as error:
+            raise SystemExit(f"{folder} does not fit this model: {error}") from None
         self.lora[writer] = name
-        if folder:
-            config = LoraConfig.from_pretrained(str(folder))
-        else:
-            rank = self.S.LORA_RANK
-            attention = r".*language_model.*self_attn\.[qkvo]_proj"
-            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=attention)
-        self.model.add_adapter(config, name)
         params = [p for key, p in self.model.named_parameters() if f".{name}." in key]
         # In bf16 the updates of a low learning rate would round to nothing.
         for p in params:
             p.data = p.data.float()
         if folder:
             state = {key.removeprefix("base_model.model."): value for key, value in saved.items()}
+            needed = get_peft_model_state_dict(
+                self.model, adapter_name=name, save_embedding_layers=False)
+            check_tensors(folder / FILES["lora"], state, needed)
             set_peft_model_state_dict(self.model, state, name)
         return params
 
-    def _add_steering_vector(self, saved):
-        if saved:
-            (key, vector), = saved.items()                          # ...layers.N.adapter.steer
-            self.layer = int(re.search(r"layers\.(\d+)\.", key)[1])
-        else:
+    def _add_steering_vector(self, folder, saved):
+        vector = torch.zeros(self.hidden)
+        if not folder:
             self.layer = self.S.LAYER
-            vector = torch.zeros(self.hidden)
+        else:
+            self.layer = min(steered_layer(saved), self.layers - 1)
+            check_tensors(folder / FILES["steer"], saved, {steer_key(self.layer): vector})
+            vector = saved[steer_key(self.layer)]
         if not 0 <= self.layer < self.layers:
             raise SystemExit(
                 f"LAYER={self.layer}: this model has the layers 0 to {self.layers - 1}; "
@@ -522,11 +527,13 @@ class Policy:
         self.hook = self.lm.layers[self.layer].register_forward_hook(add_vector)
         return [self.steer]
 
-    def _add_decoder(self, writer, saved):
+    def _add_decoder(self, writer, folder, saved):
         if self.model.dtype != torch.float32 or self.S.BITS == 4:
             raise SystemExit('training all parameters needs a model in fp32: '
                              'use TRAIN="lora" or ADAPTER="steer"')
         params = self._decoder()
+        if folder:
+            check_tensors(folder / FILES["all"], saved, params)
         if "base" not in self.whole:
             self.whole["base"] = {name: p.data for name, p in params.items()}
         self.whole[writer] = saved or {name: p.data.clone() for name, p in params.items()}
@@ -661,23 +668,28 @@ class Policy:
 
         answers: for each prompt a list of lists of ids. cache: keeps the prompts (support/decode.py).
         """
+        # ---- the row: its tokens, their places, and which of them are pictures
         parts = []
         positions = []
         visual = []
+        lengths = []
         for prompt, of_prompt in zip(prompts, answers):
             new = torch.tensor(sum(of_prompt, []), dtype=torch.long, device=self.device)
             parts += [prompt.ids, new]
             positions.append(packed_positions(prompt.positions, of_prompt))
             visual.append(F.pad(prompt.visual, (0, len(new))))
+            lengths.append((len(prompt.ids), [len(answer) for answer in of_prompt]))
         visual = torch.cat(visual)  # (T,)
         embeds = self.lm.embed_tokens(torch.cat(parts))  # (T, d)
-        clips = [clip.layers for prompt in prompts for clip in prompt.clips]
+        # ---- vision features in the place of their tokens
+        clips = []
+        for prompt in prompts:
+            clips += [clip.layers for clip in prompt.features]
         layers = [torch.cat(of_clips) for of_clips in zip(*clips)]  # (V, d): for the prompt, then the deepstack
         if layers:
             embeds = embeds.index_put((visual,), layers[0].to(embeds.dtype))
-        segments = lay_out([(len(prompt.ids), [len(answer) for answer in of_prompt])
-                            for prompt, of_prompt in zip(prompts, answers)])
-        # In training mode the layers are checkpointed.
+        # ---- the pass; in training mode the layers are checkpointed
+        segments = lay_out(lengths)
         self.lm.train(torch.is_grad_enabled() and self.S.MODEL != "tiny")
         hidden = self.lm(
             inputs_embeds=embeds[None], position_ids=torch.cat(positions, 1)[:, None],
@@ -724,6 +736,9 @@ def rollout(policy, contexts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
             answers = decode(policy, policy.prepare(some), noise, how, is_complete, width)
         for i, group in zip(numbers, answers):
             samples[i] = [as_sample(policy, ids) for ids in group]
+            if contexts[i].clips and is_grey(contexts[i].clips[-1]):
+                for sample in samples[i]:
+                    sample.memory = None            # what was written on no frames is no memory
     return samples
 
 
@@ -822,19 +837,17 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch", pl
     """The policy watches streams side by side, clip by clip, with its own memories as history
     -> {stream: [row per clip]}.
 
-    Rows are {stream, clip, start, end, memory, text}; a malformed answer leaves the memory "". path: a JSONL that
-    rows are appended to as they come; an interrupted watch goes on from it. begun: {stream: rows of its first
-    clips} that another policy wrote; this one goes on after them. planned: hours, which the first measured round
-    corrects. Sampling as for inference (paper, section 1).
+    Rows are {stream, clip, start, end, memory, text}, and "grey" where the clip is damaged; that, and a
+    malformed answer, leaves the memory "". path: a JSONL that rows are appended to as they come; an interrupted
+    watch goes on from it. begun: {stream: rows of its first clips} that another policy wrote; this one goes on
+    after them. planned: hours, which the first measured round corrects. Sampling as for inference (paper,
+    section 1).
     """
     memories = {stream["stream"]: [] for stream in streams}
     for name, rows in (begun or {}).items():
         if name in memories:
             memories[name] += rows
-    for row in read_progress(path):
-        rows = memories.get(row["stream"])                          # None: a stream that has gone
-        if rows is not None and row["clip"] == len(rows):
-            rows.append(row)
+    go_on(memories, path)
     longest = max((len(stream["clips"]) for stream in streams), default=0)
     rounds = progress(range(longest), desc, leave=False)
     # The first contexts have fewer clips than K.
@@ -847,7 +860,8 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch", pl
         contexts = []
         keys = []
         for stream in share:
-            history = [row["memory"] for row in memories[stream["stream"]]]
+            latest = memories[stream["stream"]][-policy.S.K:]
+            history = {row["clip"]: row["memory"] for row in latest}
             contexts.append(make_context(stream, t, history, questions, policy.S.K))
             number = zlib.crc32(stream["stream"].encode())
             keys.append((policy.S.SEED, 7, number, t))              # 7: noise of its own, not training's
@@ -855,15 +869,32 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch", pl
         rows = []
         for stream, (sample,) in zip(share, groups):
             clip = stream["clips"][t]
-            rows.append({
+            row = {
                 "stream": stream["stream"], "clip": t, "start": clip["start"], "end": clip["end"],
-                "memory": sample.memory or "", "text": sample.text})
+                "memory": sample.memory or "", "text": sample.text}
+            rows.append(row | {"grey": True} if is_grey(clip) else row)
         rows = gather(rows)
         for row in rows:
             memories[row["stream"]].append(row)
         if path and rows:
             append_jsonl(path, rows)
     return memories
+
+
+def go_on(memories, path):
+    """Adds to memories {stream: rows} what an interrupted watch has written to `path`: each clip once, in order."""
+    written = {}
+    before = read_progress(path)
+    for row in before:
+        written.setdefault((row["stream"], row["clip"]), row)
+    used = []
+    for stream, rows in memories.items():
+        while (stream, len(rows)) in written:
+            rows.append(written[stream, len(rows)])
+            used.append(rows[-1])
+    if len(used) < len(before):                  # of another hand: clips twice, after a gap, of no stream here
+        print(f"*** {path} held {len(before) - len(used)} rows that don't fit: they are left out ***")
+        write_jsonl(path, sorted(used, key=lambda row: row["clip"]))
 
 
 # ================================================================ the judge
@@ -883,6 +914,6 @@ class LocalModel:
         return logprobs(self.policy, question, answers)
 
 
-def load_judge(S, get_policy):
+def load_judge(S, get_policy, shows_frames=True):
     """Who judges memories and answers questions, by S.JUDGE (support/judges.py)."""
-    return judges.load_judge(S, LocalModel(get_policy))
+    return judges.load_judge(S, LocalModel(get_policy), shows_frames)

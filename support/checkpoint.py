@@ -1,12 +1,18 @@
 """Training that survives Ctrl-C, SIGTERM and SIGKILL: the same command goes on to the same weights, bit by bit."""
 import csv
+import io
 import json
 import math
+import os
 import signal
+import time
 
 from support.hours import first_measured
-from support.ranks import add_gradients, gather, progress, said_once, torch
-from support.runs import written_aside
+from support.ranks import WORLD, add_gradients, gather, progress, said_once, torch
+from support.runs import write_text, written_aside
+
+# s after a signal in which another one is the same: torchrun passes on what a terminal has sent to all ranks.
+PASSED_ON = 2.0 if WORLD > 1 else 0.0
 
 
 class Training:
@@ -20,8 +26,9 @@ class Training:
 
     It resumes from out/checkpoint.pt, which is written every `save_every` steps, after the last one and, on
     Ctrl-C or SIGTERM, after the step in hand. A step's noise must derive from its number alone, so no state
-    of a random generator is kept. What else a step depends on is `batch.state` (any JSON), which is kept.
-    Raises SystemExit where the checkpoint holds other parameters than `params`.
+    of a random generator is kept. What else a step depends on is `batch.state` (any JSON), which is kept. log.csv
+    is written and never read: the checkpoint holds its rows too.
+    Raises SystemExit where the checkpoint is damaged, or holds other parameters than `params`.
     """
 
     def __init__(self, out, params, *, steps, lr, save_every, grad_clip, batch=None,
@@ -40,7 +47,7 @@ class Training:
         self.first = 0
         self.rows = []                           # of log.csv: {column: text}
         self.bar = None                          # shown while the steps run
-        self.signals = []                        # those received since the steps began
+        self.signals = []                        # s of those received since the steps began
         if self.checkpoint.exists():
             self.resume()
 
@@ -70,7 +77,14 @@ class Training:
                 signal.signal(number, handler)
 
     def note_signal(self, number, frame):
-        self.signals.append(number)
+        """The first signal is noted. The second ends the process at once, whatever that is waiting for."""
+        now = time.monotonic()
+        if self.signals and now - self.signals[0] >= PASSED_ON:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signals.append(now)
+        if len(self.signals) == 1:
+            print("\nstopping after this step, which is saved; once more stops without it", flush=True)
 
     def optimizer_step(self, lr=None):
         """One optimizer step with the clipped sum of all ranks' gradients -> the norm before it was clipped.
@@ -93,10 +107,11 @@ class Training:
         """Adds a row, {column: number}, to log.csv; the columns `shown` stand beside the bar."""
         self.rows.append({name: f"{value:.6g}" for name, value in row.items()})
         self.bar.set_postfix({name: f"{row[name]:.3f}" for name in shown})
-        with written_aside(self.log_file) as aside, open(aside, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[-1]))
-            writer.writeheader()
-            writer.writerows(self.rows)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, list(self.rows[-1]))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.log_file, table.getvalue())
 
     # ---- the checkpoint
     def save(self, done):
@@ -104,12 +119,16 @@ class Training:
         saved = {"step": done,
                  "params": [p.detach().cpu() for p in self.params],
                  "optimizer": self.optimizer.state_dict(),
-                 "state": json.dumps(self.batch.state if self.batch else None)}
+                 "state": json.dumps(self.batch.state if self.batch else None),
+                 "rows": json.dumps(self.rows)}
+        # By way of memory, because torch's own writing does not say why a disk refused.
+        data = io.BytesIO()
+        torch.save(saved, data)
         with written_aside(self.checkpoint) as aside:
-            torch.save(saved, aside)
+            aside.write_bytes(data.getbuffer())
 
     def resume(self):
-        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        saved = self.read()
         shapes = [tuple(p.shape) for p in self.params]
         saved_shapes = [tuple(values.shape) for values in saved["params"]]
         if shapes != saved_shapes:
@@ -124,9 +143,21 @@ class Training:
         self.first = saved["step"]
         if self.batch:
             self.batch.state = json.loads(saved["state"])
-        # log.csv may be ahead of the checkpoint: those steps are done again.
-        lines = self.log_file.read_text().splitlines()
-        self.rows = list(csv.DictReader(lines))[:self.first]
+        self.rows = json.loads(saved["rows"])
+
+    def read(self):
+        """What `save` wrote."""
+        try:
+            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            missing = {"step", "params", "optimizer", "state", "rows"} - saved.keys()
+            if missing:
+                raise ValueError(f"without {', '.join(sorted(missing))}")
+        except Exception as error:               # a damaged file can raise almost anything
+            what = str(error).partition("\n")[0][:200]
+            raise SystemExit(said_once(
+                f"{self.checkpoint} can't be read ({type(error).__name__}: {what}): it was cut or "
+                "damaged. Delete it, and the training begins anew at step 0")) from None
+        return saved
 
 
 def describe(shapes):

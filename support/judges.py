@@ -15,6 +15,7 @@ JUDGE = "tiny"           the toy world's exact one, which knows a clip's facts a
                          reasons greedily, then the likeliest of the allowed replies is its verdict
         "openai:MODEL"   an OpenAI-compatible endpoint (vLLM, Gemini, GPT) by the optional package `openai`;
                          address and key from OPENAI_BASE_URL and OPENAI_API_KEY alone, never printed or saved
+                         (support/endpoint.py)
 
 A judge question of your own:
   1. In the stage: SHORT = Verdict("short", 'Is "{memory}" short? Answer with {{"verdict": true}} or ...').
@@ -24,32 +25,27 @@ A judge question of your own:
      clip, and the text may also say {heard} and {previous}.
   5. The toy judge reads no prompts: it needs a method short(self, memory) in tiny/world.py, named as in 1.
 """
-import atexit
-import base64
-import hashlib
-import io
 import json
+import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from support.overlay import clip_frames
+from support.endpoint import Endpoint
 from support.ranks import torch
 from support.reader import printed
-from support.runs import ROOT, Prompt, need, read_json, read_jsonl, write_json
+from support.runs import ROOT, Prompt, need, read_jsonl
+from support.text import as_text
 
-FRAMES = 8               # of the newest clip, that an endpoint sees; "local" sees FRAMES_PER_CLIP
 TRIES = 3                # a reply that can't be parsed is asked for again, then its verdict is None
-AT_ONCE = 8              # requests under way at a time
-RETRIES = 6              # of a failed request, each after a longer wait
-TIMEOUT = 120            # s of one request
+MANY = 20                # failures of one kind of question, none of which was ever answered, stop a run
 INSUFFICIENT = "insufficient"
 
 
-def load_judge(S, model=None):
-    """The judge and reader of S.JUDGE; model: for "local" (common.LocalModel).
+def load_judge(S, model=None, shows_frames=True):
+    """The judge and reader of S.JUDGE; model: for "local" (common.LocalModel). shows_frames: to be judged.
 
-    SystemExit for an unknown one, or where the package or the key of an endpoint is missing.
+    SystemExit for an unknown one, or where an endpoint does not answer a first question. So load the judge
+    before all that takes time.
     """
     kind, _, name = S.JUDGE.partition(":")
     if S.JUDGE == "tiny":
@@ -57,7 +53,9 @@ def load_judge(S, model=None):
     if S.JUDGE == "local":
         return TextJudge(Local(model))
     if kind == "openai" and name:
-        return TextJudge(Endpoint(name, ROOT / "runs" / S.RUN / "judge"))
+        endpoint = Endpoint(name, ROOT / "runs" / S.RUN / "judge")
+        endpoint.check(Question(READY, {}), TRIES, shows_frames)
+        return TextJudge(endpoint)
     raise SystemExit(f'JUDGE={S.JUDGE} is unknown: take "tiny" (for the toy world), "local" or '
                      '"openai:MODEL"')
 
@@ -105,22 +103,29 @@ class JudgePrompt(Prompt):
         return replies[values.index(max(values))]
 
     def parse(self, reply, item):
-        """The verdict in a reply, or None: after any thinking it must be a JSON object with the one key.
+        """The verdict in a reply, or None: after any thinking it must be a JSON object that has the key.
+
+        It may stand within prose if a Markdown fence tells which text is meant.
 
         >>> CLEAN = Verdict("clean", "...")
         >>> CLEAN.parse('It is fine.\\n</think>\\n{"verdict": true}', {}), CLEAN.parse('yes', {})
         (True, None)
+        >>> CLEAN.parse('So:\\n```json\\n{"why": "a box", "verdict": false}\\n```\\nThat is all.', {})
+        False
         >>> Ranking("rank", "...").parse('{"best_first": [2, 1, 3]}', {"memories": "abc"})
         [2.0, 1.0, 3.0]
         >>> Preference("prefer", "...").parse('{"better": "both"}', {})
         """
-        text = reply.rpartition("</think>")[2].strip()
-        text = text.removeprefix("```json").removeprefix("```").removesuffix("```")
+        text = reply.rpartition("</think>")[2]
+        text = re.sub(r"<\|\w+\|>", "", text)    # control tokens, such as <|begin_of_box|> of GLM
+        fenced = re.findall(r"```\w*(.*?)(?:```|$)", text, re.DOTALL)
+        if len(fenced) == 1:
+            text = fenced[0]
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(found, dict) or list(found) != [self.key]:
+        if not isinstance(found, dict) or self.key not in found:
             return None
         return self.verdict(found[self.key], item)
 
@@ -138,6 +143,10 @@ class Verdict(JudgePrompt):
 
     def verdict(self, value, item):
         return value if isinstance(value, bool) else None
+
+
+# What an endpoint is asked before any work.
+READY = Verdict("ready", """Are you ready to judge? Answer with {{"verdict": true}} or {{"verdict": false}}.""")
 
 
 class Ranking(JudgePrompt):
@@ -237,7 +246,7 @@ class Question:
             for seconds, tokens in pairs:
                 pads = "<|video_pad|>" * tokens
                 frames += f"<{seconds:.1f} seconds><|vision_start|>{pads}<|vision_end|>"
-        turn = {"role": "user", "content": f"{frames}\n{self.text}"}
+        turn = {"role": "user", "content": f"{frames}\n{as_text(self.text, tokenizer)}"}
         text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         return text + self.reasoning
 
@@ -247,8 +256,11 @@ class TextJudge:
 
     def __init__(self, send):
         self.send = send
+        self.asked = Counter()                   # {name of a prompt: questions so far}
+        self.failed = Counter()                  # of these, without a verdict
 
     def ask(self, prompt, items):
+        """A verdict for each item, None where it failed. SystemExit where all MANY of a kind did."""
         questions = [Question(prompt, item) for item in items]
         verdicts = [None] * len(items)
         for attempt in range(TRIES):
@@ -259,7 +271,17 @@ class TextJudge:
             for i, reply in zip(missing, replies):
                 if reply is not None:
                     verdicts[i] = questions[i].parse(reply)
+        self.asked[prompt.name] += len(items)
+        self.failed[prompt.name] += verdicts.count(None)
+        self.stop_where_all_failed(prompt.name)
         return verdicts
+
+    def stop_where_all_failed(self, name):
+        """Where most have failed, the stages stop by rules of their own. A clip that is refused ends no run."""
+        failed = self.failed[name]
+        if failed == self.asked[name] and failed >= MANY:
+            raise SystemExit(f"the judge failed on all of {failed} questions {name!r}; mend it and run the "
+                             "same command again: what was answered is kept")
 
 
 # ---------------------------------------------------------------- the model itself
@@ -284,80 +306,7 @@ class Local:
             return text
         tokenizer = self.model.policy.tokenizer
         ids = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
-        reasoning = text.partition("</think>")[0] + "\n</think>\n\n"
+        reasoning = as_text(text.partition("</think>")[0], tokenizer) + "\n</think>\n\n"
         reasoned = Question(question.judge_prompt, question.item, reasoning)
         values = [logp.sum().item() for logp in self.model.logprobs(reasoned, ids)]
         return question.judge_prompt.likeliest(replies, values)
-
-
-# ---------------------------------------------------------------- an OpenAI-compatible endpoint
-class Endpoint:
-    """Replies of `model` at OPENAI_BASE_URL, several at a time.
-
-    Each is kept in `folder` under the hash of what was asked, so a resumed run pays nothing twice. Tokens and
-    failures are printed at the end.
-    """
-
-    def __init__(self, model, folder):
-        try:
-            import openai
-        except ImportError:
-            raise SystemExit('JUDGE="openai:MODEL" needs a package: pip install openai') from None
-        try:
-            self.client = openai.OpenAI(max_retries=RETRIES, timeout=TIMEOUT)
-        except openai.OpenAIError as error:
-            raise SystemExit(f"JUDGE=openai:{model}: {error}") from None
-        self.failures = (openai.OpenAIError, IndexError, AttributeError, TypeError)
-        self.model = model
-        self.folder = folder
-        self.used = Counter()
-        atexit.register(self.report)
-
-    def __call__(self, questions, attempt):
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(lambda question: self.reply(question, attempt), questions))
-
-    def reply(self, question, attempt):
-        text = question.text
-        content = [*pictures(question), {"type": "text", "text": text}]
-        messages = [{"role": "user", "content": content}]
-        asked = json.dumps([self.model, attempt, messages])
-        file = self.folder / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
-        if file.exists():
-            self.used["kept"] += 1
-            return read_json(file)["reply"]
-        try:
-            answer = self.client.chat.completions.create(
-                model=self.model, messages=messages, temperature=min(attempt, 1))
-            reply = answer.choices[0].message.content or ""
-        except self.failures as error:
-            self.used["failed"] += 1
-            self.used[type(error).__name__] += 1
-            return None
-        self.used["asked"] += 1
-        self.used["tokens_in"] += getattr(answer.usage, "prompt_tokens", 0) or 0
-        self.used["tokens_out"] += getattr(answer.usage, "completion_tokens", 0) or 0
-        write_json(file, {"reply": reply, "prompt": text})
-        return reply
-
-    def report(self):
-        if self.used:
-            print("judge: " + ", ".join(f"{name} {count}" for name, count in self.used.items()))
-
-
-def pictures(question):
-    """The frames of the question's clip as parts of a message."""
-    parts = []
-    for clip in question.clips:
-        frames, _ = clip_frames(clip, FRAMES)
-        for frame in frames:
-            parts.append({"type": "image_url", "image_url": {"url": data_address(frame)}})
-    return parts
-
-
-def data_address(frame):
-    """A frame (H, W, 3) as an address that holds its own data."""
-    from PIL import Image
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

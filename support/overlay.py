@@ -1,12 +1,14 @@
 """Speech and faces, drawn on the frames as in the paper, so that a memory can say who spoke.
 
-Speech comes from NAME.srt beside a video, or by a Whisper model (ASR). Faces come from NAME.faces.jsonl
+Speech comes from subtitles beside a video, or by a Whisper model (ASR). Faces come from NAME.faces.jsonl
 beside it, or are found and told apart by the optional package insightface (FACES). In rows, a cue is [start,
 end, text] and a box is [time, face, left, top, right, bottom], in s and in pixels of the video.
 """
 import bisect
+import codecs
 import contextlib
 import functools
+import html
 import json
 import operator
 import re
@@ -16,8 +18,10 @@ from dataclasses import dataclass
 
 from support.ranks import progress
 from support.runs import fingerprint, read_json, stamp, write_json, written_aside
-from support.video import DECODE_SECONDS, VideoError, frame_times, np, read_frames, torch
+from support.video import DECODE_SECONDS, LostVideo, VideoError, frame_times, np, read_frames, torch
 
+GREY_SHARE = 0.03            # of a stage's clips that may be grey, of the first 100 three: 01 has tried frames
+                             # of each, so what it missed is rare, and more is a fault that goes on
 FACE_HELD = 0.5              # s that a box stands before and after its time
 FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc")    # the last has the most
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
@@ -28,8 +32,8 @@ SOUND_RATE = 16000           # samples a second, as Whisper hears
 def clip_frames(clip, n):
     """Frames (n, H, W, 3) uint8 of a clip, its speech and faces on them, and their times, s from its start.
 
-    A clip that cannot be read gives grey frames, and says so: 01 tried some of its frames, and others are
-    broken.
+    A clip that is damaged gives grey frames, and says so: 01 tried some of its frames, and others are broken.
+    Where the whole file is lost, or more than a few clips are grey, the stage stops.
     """
     times = frame_times(clip, n)
     try:
@@ -37,10 +41,41 @@ def clip_frames(clip, n):
         if clip.get("speech") or clip.get("faces"):
             in_stream = [t - clip["offset"] + clip["start"] for t in times]
             frames = draw(frames, in_stream, clip)
+        _was_grey[place_of(clip)] = False
+    except LostVideo as error:
+        raise SystemExit(f"{clip['file']}: {error.fault}, though 01 could read it. Put it back (is its disk "
+                         "mounted?) and run the same command again; or make the streams anew without it: "
+                         "01_make_streams.py under another --RUN") from None
     except VideoError as error:
-        print(f"*** {error}. Clip {clip['clip']} is watched as grey frames ***")
         frames = np.full((len(times), 64, 64, 3), 127, np.uint8)
+        _was_grey[place_of(clip)] = True
+        say_grey(clip, error)
     return frames, [t - clip["offset"] for t in times]
+
+
+# {place of a clip: whether its frames were grey}, of the clips that this process has watched
+_was_grey = {}
+
+
+def place_of(clip):
+    return clip["file"], clip["offset"]
+
+
+def is_grey(clip):
+    """Whether the clip was watched as grey frames, so that nothing that is written on it is true."""
+    return _was_grey.get(place_of(clip), False)
+
+
+def say_grey(clip, error):
+    """Says that a clip is grey, and how many are. SystemExit where they are too many."""
+    grey = sum(_was_grey.values())
+    watched = len(_was_grey)
+    print(f"*** {error}. Clip {clip['clip']} is watched as grey frames and leaves no memory: "
+          f"{grey} grey clips of {watched} so far ***")
+    if grey > GREY_SHARE * max(watched, 100):
+        raise SystemExit(f"{grey} of {watched} clips cannot be read, though 01 could read some frames of "
+                         "each. Look at the disk; then run 01 anew under another name, with a higher --CHECK, "
+                         "so that it leaves them out")
 
 
 # ---------------------------------------------------------------- what is drawn
@@ -174,40 +209,110 @@ def lacking(font, text):
     return {character for character, pixels in drawn.items() if pixels == unknown}
 
 
-# ---------------------------------------------------------------- NAME.srt
-CUE_TIME = r"(\d+):(\d\d?):(\d\d?)(?:[,.](\d{1,3}))?"
-CUE_TIMES = re.compile(rf"^[ \t]*{CUE_TIME}[ \t]*-->[ \t]*{CUE_TIME}.*$", re.MULTILINE)
+# ---------------------------------------------------------------- subtitles
+SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")
+
+# Times as people and programs write them: without hours or fractions, with spaces, with many decimals ...
+A_TIME = r"(-?)(?:(\d+)[ \t]*:[ \t]*)?(\d\d?)[ \t]*:[ \t]*(\d\d?)(?:[ \t]*[,.:][ \t]*(\d+))?"
+# ... with arrows of several kinds between them, and positions behind.
+TWO_TIMES = rf"^[ \t]*{A_TIME}[ \t]*[-=\u2013\u2014 ]*[>\u2192][ \t]*{A_TIME}.*$"
+A_NUMBER = r"(?:^[ \t]*\d+[ \t]*\n\s*)?"
+NO_TIMES = r"^(?!\d\d:\d\d:\d\d,\d{3} -->).*-->.*$"
+UNTIMED = re.compile(r"\n[ \t]*\n[ \t]*\d+[ \t]*\n(?!\d\d:\d\d:\d\d,\d{3} -->)(?=[ \t]*\S)")
+UNREADABLE = "00:00:00,000 --> 00:00:00,000"          # stands for the times of a cue that has none
 
 
-def read_srt(path):
-    """The cues of an .srt file, by start; [] where there is none. Cues that overlap stay so.
+def read_subtitles(path):
+    """(cues by start, what is wrong with the file or ""). Cues that overlap stay so.
 
-    Such files are mended by hand, and one bad cue must not cost the others: a block without times is skipped.
+    pysubs2 reads them, once the times are written as it expects. A cue without times costs no other one.
     """
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    hits = list(CUE_TIMES.finditer(text))
+    import pysubs2
+    text, encoding = decode_text(path.read_bytes())
+    if encoding is None:
+        return [], "is no text in any encoding that is known: write it as UTF-8"
+    text = re.sub(r"\r*\n|\r", "\n", text)
+    is_vtt = text.lstrip().startswith("WEBVTT")
+    text = re.sub(r"<[\d:.]+>", "", text)               # of karaoke: when a word is sung
+    number = "" if is_vtt else A_NUMBER
+    text, timed = re.subn(number + TWO_TIMES, plain_times, text, flags=re.MULTILINE)
+    text = re.sub(number + NO_TIMES, f"0\n{UNREADABLE}", text, flags=re.MULTILINE)
+    if not is_vtt:
+        text = UNTIMED.sub(f"\n\n0\n{UNREADABLE}\n", text)
+    try:
+        # The last cue is ours, because pysubs2 takes a last line of digits for the number of another cue.
+        if timed:
+            text += f"\n\n0\n{UNREADABLE}\n"
+            *events, _ = pysubs2.SSAFile.from_string(text, "srt", keep_html_tags=True)
+        else:
+            events = list(pysubs2.SSAFile.from_string(text))
+    except (pysubs2.exceptions.Pysubs2Error, ValueError):
+        events = []
     cues = []
-    for n, hit in enumerate(hits):
-        is_last = n + 1 == len(hits)
-        body = text[hit.end():None if is_last else hits[n + 1].start()]
-        # A blank line ends a cue; where it is forgotten, the number of the next cue does.
-        body = re.split(r"\n[ \t]*\n", body)[0]
-        if not is_last:
-            body = re.sub(r"\n[ \t]*\d+[ \t]*\n\Z", "", body)
+    unread = 0
+    for event in events:
+        body = re.sub(r"\\[Nn]", "\n", event.text).replace("\\h", " ")
+        if is_vtt:                                      # a blank line ends a cue; a note may follow
+            body = body.split("\n\n")[0]
         words = cue_words(body)
-        start = cue_seconds(*hit.groups()[:4])
-        end = cue_seconds(*hit.groups()[4:])
-        if words and end > start:
-            cues.append([start, end, words])
-    return sorted(cues)
+        if event.end <= event.start:
+            unread += 1
+        elif words and not event.is_comment and not event.is_drawing:
+            cues.append([event.start / 1000, event.end / 1000, words])
+    wrong = []
+    if unread:
+        wrong.append(f"{unread} of {len(events)} cues have no times that can be read")
+    if not cues and not unread:
+        wrong.append("holds no cue that can be read")
+    if encoding != "utf-8":
+        wrong.append(f"is not UTF-8, but by all appearances {encoding}")
+    return sorted(cues), "; ".join(wrong)
 
 
-def cue_seconds(hours, minutes, seconds, fraction):
-    whole = int(hours) * 3600 + int(minutes) * 60 + int(seconds)
-    return round(whole + float(f"0.{fraction or 0}"), 3)
+def decode_text(data):
+    """(text, its encoding) of a file that people write, without a BOM; ("", None) where it is no text."""
+    import charset_normalizer
+    for bom, encoding in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"),
+                          (codecs.BOM_UTF16_BE, "utf-16-be")):
+        if data.startswith(bom):
+            return data[len(bom):].decode(encoding, "replace"), "utf-8"
+    with contextlib.suppress(UnicodeDecodeError):
+        if b"\0" not in data:
+            return data.decode(), "utf-8"
+    text = data.decode(errors="replace")
+    bad = text.count("\ufffd")
+    if 10 * bad <= len(data) - len(text):               # a few bad bytes among letters of more than one byte
+        return text.replace("\ufffd", ""), f"UTF-8 with {bad} bad bytes"
+    guesses = list(charset_normalizer.from_bytes(data))
+    if not guesses:
+        return "", None
+    best = guesses[0]
+    for guess in guesses:
+        # Of those that are as likely, the one that most programs write.
+        if guess.encoding == "cp1252" and guess.chaos <= best.chaos:
+            best = guess
+    return str(best), best.encoding
+
+
+def plain_times(match):
+    """The two times of a cue as pysubs2 reads them, below a number, which it takes off."""
+    parts = match.groups()
+    times = [as_milliseconds(*parts[:5]), as_milliseconds(*parts[5:])]
+    if max(times) >= 100 * 3600 * 1000:                 # more than the format can hold
+        return f"0\n{UNREADABLE}"
+    written = []
+    for time in times:
+        seconds, fraction = divmod(time, 1000)
+        written.append(f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02},{fraction:03}")
+    return "0\n" + " --> ".join(written)
+
+
+def as_milliseconds(sign, hours, minutes, seconds, fraction):
+    """A time of a cue; what lies before 0 begins at 0."""
+    if sign:
+        return 0
+    whole = int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds)
+    return whole * 1000 + round(1000 * float(f"0.{fraction or 0}"))
 
 
 def cue_words(body):
@@ -220,7 +325,7 @@ def cue_words(body):
     others = [line for line in lines if not CJK.search(line)]
     if others:
         lines = others
-    return " ".join(" ".join(lines).split())
+    return " ".join(html.unescape(" ".join(lines)).split())
 
 
 # ---------------------------------------------------------------- NAME.faces.jsonl
@@ -231,7 +336,7 @@ def read_faces(path):
     """
     boxes = []
     names = {}
-    lines = path.read_text(encoding="utf-8-sig").split("\n") if path.exists() else []
+    lines = decode_text(path.read_bytes())[0].split("\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -375,16 +480,16 @@ def transcribe(file, recognise):
 def read_sound(file):
     """Samples (n,) float32 in [-1, 1] at SOUND_RATE, from 0 s of the file's clock on; none without sound.
 
-    Where the file has a gap or damage there is silence. It is read by PyAV, because decord's AudioReader
-    closes gaps, so that what follows comes too early.
+    Where the file has a gap or damage there is silence.
     """
     import av
     pieces = []                                          # (s, samples)
     with av.open(str(file), timeout=DECODE_SECONDS) as container:
-        # What decord calls 0 s: the first frame, even where the sound starts earlier.
+        # 0 s is the first frame, even where the sound starts earlier.
         first = 0.0
-        for stream in container.streams.video[:1]:
-            first = float((stream.start_time or 0) * stream.time_base)
+        video = container.streams.best("video")
+        if video:
+            first = float((video.start_time or 0) * video.time_base)
         resampler = av.AudioResampler("flt", "mono", SOUND_RATE)
         packets = container.demux(audio=0) if container.streams.audio else []
         for packet in packets:

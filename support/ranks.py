@@ -5,6 +5,7 @@ together, and all ranks then hold the same list. With one process each function 
 was given.
 """
 import datetime
+import io
 import os
 import sys
 
@@ -14,6 +15,11 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 if RANK:                                             # rank 0 alone speaks, and draws bars
     sys.stdout = open(os.devnull, "w")
     os.environ["TQDM_DISABLE"] = "1"                 # for libraries' bars; read as tqdm is imported
+
+# A file's name or a memory may hold what a terminal can't show.
+for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 # Without it the rows of a rollout, each as long as it happens to be, leave gaps in the card's memory.
 # torch reads it when it is imported.

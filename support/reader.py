@@ -77,6 +77,7 @@ class Retriever:
         for (_, _, memory), tokens_of_entry in zip(entries, ids):
             tokens.append(len(tokens_of_entry) if memory else 0)    # a lost memory is never printed
         self.tokens = np.array(tokens, int)                                           # (n,)
+        self.starts = np.array([start for start, _, _ in entries], float)             # (n,) s
         self.ends = np.array([end for _, end, _ in entries], float)                   # (n,) s
 
     def __call__(self, question, options, time, budget):
@@ -94,8 +95,11 @@ class Retriever:
         before = np.append(0, relevance[:-1])
         score = relevance + SHARE * (after + before)                                  # (written,)
         chosen = []
+        shortest = self.tokens[written].min()
         best_first = np.argsort(-score, kind="stable")              # of equals, the earlier comes first
         for i in written[best_first]:
+            if budget < shortest:
+                break
             if self.tokens[i] <= budget:
                 budget -= self.tokens[i]
                 chosen.append(i)
@@ -107,9 +111,8 @@ class Retriever:
             self.index = self.make_index()
         searched = words(query)
         for time in times_in(query):
-            for start, end, _ in self.entries:
-                if start <= time < end:             # the clip that a time falls into
-                    searched.append(starts_at(start))
+            for i in np.flatnonzero((self.starts <= time) & (time < self.ends)):
+                searched.append(starts_at(self.entries[i][0]))      # the clip that a time falls into
         return self.index.get_scores_from_ids(self.index.get_tokens_ids(searched))
 
     def make_index(self):

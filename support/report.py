@@ -560,14 +560,21 @@ def read_log(adapter):
     path = adapter.parent / "log.csv"
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
         return list(csv.DictReader(file))
 
 
 def read_line(rows, column):
-    """[(step, value)] of a column, where it has a value."""
-    return [(float(row["step"]), float(row[column])) for row in rows
-            if row.get(column) not in (None, "", "nan", "inf")]
+    """[(step, value)] of a column, where it has a value. A line that was cut has none."""
+    line = []
+    for row in rows:
+        try:
+            point = float(row["step"]), float(row[column])
+        except (KeyError, TypeError, ValueError):
+            continue
+        if all(map(math.isfinite, point)):
+            line.append(point)
+    return line
 
 
 # ---------------------------------------------------------------- examples

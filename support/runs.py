@@ -6,19 +6,25 @@ killed goes on where it was.
 import ast
 import contextlib
 import difflib
+import errno
+import fcntl
 import hashlib
 import inspect
 import json
+import math
 import os
 import pathlib
 import re
 import shlex
+import signal
+import socket
 import sys
 import textwrap
 from collections import namedtuple
 from types import SimpleNamespace
 
 from support.ranks import RANK, is_first_rank, once, said_once, torch
+from support.text import whole_characters
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -29,12 +35,32 @@ per_model = namedtuple("per_model", "tiny full")
 NOT_COMPARED = ("RUN", "SCRIPT", "COMMAND", "SHOW", "PLAN", "CARD", "ENVIRONMENT", "READERS",
                 "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")
 
+# What a number may be. All are finite, at most LARGEST, and not negative unless their default is. Beyond that:
+LARGEST = 2**53                                  # up to here, floats tell all integers apart
+AT_LEAST_1 = (                                   # nothing can be cut into or drawn from 0
+    "K", "FRAMES_PER_CLIP", "FRAME_PIXELS", "MEMORY_TOKENS", "THINK_TOKENS", "MAX_NEW_TOKENS",
+    "CPU_THREADS", "READER_TOKENS", "LORA_RANK", "CLIP_SECONDS", "CLIPS", "WORKERS", "SAVE_EVERY",
+    "PRINT_EVERY", "GROUP", "CONTEXTS", "MINI_BATCH", "ROWS", "CHUNK", "CACHE_STREAMS",
+    "CACHE_CONTEXTS", "WARMUP", "RECENT", "PAIRS", "DPO_STEPS", "GRPO_STEPS", "VALIDATE", "BOOTSTRAP")
+AT_MOST_1 = (                                    # shares, and what is 0 or 1
+    "GATE", "DOUBLE_QUANT", "TRANSFER", "FACES", "SHOW", "RESAMPLE", "HELD_OUT", "CLIP_LOW")
+ONE_OF = {"BITS": (4, 16), "VISION_BITS": (4, 16)}
+
+
+class DamagedFile(ValueError):
+    """A file of ours that is cut or damaged."""
+
 
 def explain_interruption(kind, error, trace):
     """Ctrl-C outside of a training loop ends in a sentence and not in a traceback, and so does another rank's end."""
     if kind is KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)     # a second one does not wait for what is cleaned up
         if is_first_rank():
             print("\nstopped; the same command goes on", file=sys.stderr)
+    elif kind is DamagedFile:
+        if is_first_rank():
+            print(f"{error}\nThis file was cut or damaged: delete it, or mend it if it is your own, "
+                  "and run the script that made it again", file=sys.stderr)
     elif issubclass(kind, RuntimeError) and "Connection closed by peer" in str(error):
         print(f"rank {RANK} stops, because another rank has stopped, which says why", file=sys.stderr)
     else:
@@ -71,6 +97,7 @@ def read_constants(shared, script, argv):
         if isinstance(default, per_model):
             default = default.full if is_full else default.tiny
         values[name] = convert(name, given[name], default) if name in given else default
+        check_range(name, values[name], default)
     command = []
     for name, text in given.items():
         if name in shared and (name == "RUN" or name not in NOT_COMPARED):
@@ -102,17 +129,38 @@ def parse_arguments(argv, names):
 
 
 def convert(name, text, default):
-    """`text` as the type of `default`; an int may be written as 1e3. SystemExit where it can't be."""
+    """`text` as the type of `default`; an int may be written as 1e3, and ~ is the home folder. SystemExit where it
+    can't be."""
     kind = type(default)
+    if kind is str:
+        return os.path.expanduser(text)
     try:
-        if kind is int:
+        if kind is float or not re.fullmatch(r"[+-]?\d{1,99}", text):
             number = float(text)
-            if number != int(number):
-                raise ValueError
-            return int(number)
-        return kind(text)
-    except (ValueError, OverflowError):
+        else:
+            number = int(text)                   # a float would round the long ones
+        if not math.isfinite(number) or kind(number) != number:
+            raise ValueError
+        return kind(number)
+    except ValueError:
         raise SystemExit(f"--{name}={text}: expected {kind.__name__}, like {default!r}") from None
+
+
+def check_range(name, value, default):
+    """SystemExit, with what is allowed, where a constant is out of its range."""
+    if name == "RUN" and not value:
+        raise SystemExit("RUN is empty: name the run, like --RUN=mine")
+    if isinstance(value, str):
+        return
+    if name in ONE_OF and value not in ONE_OF[name]:
+        raise SystemExit(f"{name}={value}: expected {' or '.join(map(str, ONE_OF[name]))}")
+    least = 1 if name in AT_LEAST_1 else 0
+    most = 1 if name in AT_MOST_1 else LARGEST
+    if default < 0:
+        least = -LARGEST
+    if not least <= value <= most:
+        limit = f"{least} or more" if value < least else f"{most} or less"
+        raise SystemExit(f"{name}={value}: it must be {limit}")
 
 
 def next_command(S, script, *more):
@@ -183,16 +231,20 @@ def without_addresses(table):
     return re.sub(r" at 0x[0-9a-f]+", "", repr(table))
 
 
-def start(S, stage, *functions):
+def start(S, stage, *functions, alone=True):
     """The folder runs/RUN/stage, once S and `functions` were found the same as in the settings saved there.
 
     functions: those whose edit asks for a new run, such as the reward (see `sources`). SystemExit on a difference.
+    alone: no other process may work there meanwhile; SystemExit where one does.
     """
     if torch is None:
         raise SystemExit("torch and numpy are missing: ./run.sh setup "
                          "(or pip install -r requirements.txt)")
     out = ROOT / "runs" / S.RUN / stage                             # an absolute RUN stays as it is
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    if alone:
+        hold(out)
     now = {name: value for name, value in vars(S).items() if name not in NOT_COMPARED}
     now["SOURCES"] = sources(*functions)
     file = out / "settings.json"
@@ -214,7 +266,7 @@ def has_results(out):
 
     What 01 has looked up in videos does not, nor does 03's list of what it is about to read.
     """
-    harmless = ("settings.json", "made_of.json", "files.jsonl", "speech", "faces")
+    harmless = ("settings.json", "made_of.json", "files.jsonl", "speech", "faces", LOCK)
     return any(path.name not in harmless for path in out.iterdir())
 
 
@@ -275,7 +327,7 @@ def need(S, name):
 def load_streams(S, split):
     """Rows of streams.jsonl of one split, "online" ones too unless it is "train"; clips get absolute files.
 
-    Raises SystemExit if there are none.
+    Raises SystemExit if there are none, or where a video has gone.
     """
     path = need(S, "streams/streams.jsonl")
     splits = {split} if split == "train" else {split, "online"}
@@ -283,31 +335,118 @@ def load_streams(S, split):
     if not rows:
         raise SystemExit(f"{path} holds no stream of the split {split!r}: "
                          "see SPLIT in 01_make_streams.py")
+    files = set()
     for row in rows:
         for clip in row["clips"]:
             clip["file"] = str(path.parent / clip["file"])         # an absolute path stays as it is
+            files.add(clip["file"])
+    lost = sorted(file for file in files if not os.path.isfile(file))
+    if lost:
+        raise SystemExit(f"{len(lost)} of the {len(files)} video files of {path} are not there, such as "
+                         f"{lost[0]}. Put them back (is their disk mounted?) and run the same command "
+                         "again, or make the streams anew: 01_make_streams.py under another --RUN")
     return rows
+
+
+def as_written(S, streams):
+    """The streams with the files of their clips as streams.jsonl names them, or relative to this repository.
+
+    So what is kept under a hash of them stays in use where the run or the repository has moved.
+    """
+    places = [f"{need(S, 'streams/streams.jsonl').parent}{os.sep}", f"{ROOT}{os.sep}"]
+    rows = []
+    for stream in streams:
+        clips = []
+        for clip in stream["clips"]:
+            file = clip["file"]
+            for place in places:
+                file = file.removeprefix(place)
+            clips.append(clip | {"file": file})
+        rows.append(stream | {"clips": clips})
+    return rows
+
+
+# ---------------------------------------------------------------- one process a folder
+LOCK = "lock"                                    # says who works in a folder, or did so last
+held = {}                                        # {folder: its open lock file}, while this process lives
+
+
+def hold(folder):
+    """Keeps other processes out of a folder, for all ranks. SystemExit where one works in it.
+
+    The system lets go of it when this process ends, in whatever way.
+    """
+    refusal = once(lambda: take_lock(folder.resolve()))
+    if refusal:
+        raise SystemExit(said_once(refusal))
+
+
+def take_lock(folder):
+    """Why the folder can't be held, "" if it can."""
+    if folder in held:
+        return ""
+    with writing(folder / LOCK):
+        file = open(folder / LOCK, "a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            print(f"*** {folder} can't be locked ({error.strerror}): start nothing else in it ***")
+            return ""
+        file.seek(0)
+        return (f"{folder} is in use by {file.read().strip() or 'another process'}. Wait for it, or "
+                "take another --RUN")
+    held[folder] = file
+    with writing(folder / LOCK):
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    return ""
 
 
 # ---------------------------------------------------------------- files
 @contextlib.contextmanager
-def written_aside(path):
-    """Yields a temporary path that takes the place of `path` when the block ends well. Rank 0 alone writes."""
+def writing(path):
+    """Around what writes `path`: where the disk refuses it, SystemExit says which file, and why."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise SystemExit(f"{path} can't be written: {why}. What was there before is whole; "
+                         "mend that, and the same command goes on") from None
+
+
+@contextlib.contextmanager
+def written_aside(path, every_rank=False):
+    """Yields a temporary path that takes the place of `path` when the block ends well.
+
+    Rank 0 alone writes, unless every rank has something of its own to write.
+    """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.aside{RANK or ''}")
-    yield aside
-    if not is_first_rank():
-        aside.unlink()
-        return
-    with open(aside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield aside
+            if is_first_rank() or every_rank:
+                with open(aside, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(aside, path)
+    finally:
+        with contextlib.suppress(OSError):       # after the replacement there is none
+            aside.unlink()
 
 
 def write_text(path, text):
     with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(as_bytes(text))
+
+
+def as_bytes(text):
+    """In UTF-8, which can't hold half a surrogate pair: U+FFFD stands for it."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return whole_characters(text).encode()
 
 
 def write_json(path, value):
@@ -315,7 +454,19 @@ def write_json(path, value):
 
 
 def read_json(path):
-    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    """Raises DamagedFile where it is no JSON."""
+    try:
+        return parse_json(pathlib.Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFile(f"{path}: {error}") from None
+
+
+def parse_json(text):
+    """The value of a JSON text, with U+FFFD for half a surrogate pair, which no file of ours can hold."""
+    value = json.loads(text)
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        value = json.loads(whole_characters(json.dumps(value, ensure_ascii=False)))
+    return value
 
 
 def write_jsonl(path, rows):
@@ -325,8 +476,8 @@ def write_jsonl(path, rows):
 def append_jsonl(path, rows):
     """For work in progress. A kill may tear the last line, so read it back with torn=True."""
     if is_first_rank():
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(as_lines(rows))
+        with writing(path), open(path, "ab") as file:
+            file.write(as_bytes(as_lines(rows)))
 
 
 def as_lines(rows):
@@ -336,20 +487,29 @@ def as_lines(rows):
 def read_jsonl(path, torn=False):
     """Rows of a JSONL file. torn: a last line without its line end is cut off the file first.
 
-    Raises ValueError naming the line that is no JSON.
+    Raises DamagedFile naming the line that is no JSON.
     """
-    text = pathlib.Path(path).read_text(encoding="utf-8")
-    if torn and not text.endswith("\n"):
-        text = text[:text.rfind("\n") + 1]
+    data = pathlib.Path(path).read_bytes()
+    whole = data[:data.rfind(b"\n") + 1] if torn else data        # a cut may go through a letter
+    try:
+        text = whole.decode()
+    except ValueError as error:
+        raise DamagedFile(f"{path}: {error}") from None
+    if len(whole) < len(data):
         write_text(path, text)
+    return parse_jsonl(text, path)
+
+
+def parse_jsonl(text, path):
+    """The rows of a text that stands in `path`. Raises DamagedFile naming the line that is no JSON."""
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            raise DamagedFile(f"{path}, line {number}: {error}") from None
     return rows
 
 
@@ -380,8 +540,19 @@ def stamp(file):
 
 # ---------------------------------------------------------------- names and times
 def slug(name):
-    """An environment's name as the name of a folder."""
-    return re.sub(r"[^\w+.-]+", "_", name)
+    """A name of an environment, a stream or a reader as that of a file: safe, short, and of no other name.
+
+    A plain name stays as it is. Of any other a part is kept, for the eye, before a hash. Where small letters and
+    capitals are one to a disk, or two names have the same plain part, the hash tells them apart.
+
+    >>> slug("place"), slug("OCR Problems"), slug("..")
+    ('place', 'OCR_Problems.b10609ce', '_.5ec1f7e7')
+    """
+    if re.fullmatch(r"[a-z0-9_+-]{1,60}", name):
+        return name
+    plain = re.sub(r"[^\w+-]+", "_", name)
+    code = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{plain[:30] or '_'}.{code[:8]}"
 
 
 def clock(seconds):

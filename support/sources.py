@@ -4,20 +4,24 @@ A source is a function of (S, folder, data) that gives the streams that it found
 questions about them. S.DATA is `data`, and `folder` is it, or the folder around it where it is one file. To
 add a source, write such a function and put it into SOURCES.
 """
+import importlib.metadata
 import importlib.util
 import math
+import os
 import pathlib
 import re
 import time
+import unicodedata
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from support.overlay import read_srt
+from support.overlay import SUBTITLES, decode_text, read_subtitles
 from support.ranks import progress
-from support.runs import clock, read_json, read_jsonl, stamp, write_jsonl
-from support.video import DECODE_SECONDS, VideoError, frame_times, probe_video, read_frames
+from support.runs import clock, parse_jsonl, read_json, read_jsonl, stamp, write_jsonl
+from support.video import (DECODE_SECONDS, VideoError, check_seeks, frame_times, probe_video,
+                           read_frames)
 
 # The splits, and the stages that read them.
 SPLITS = {"train": "02", "deploy": "03 to 05", "test": "06", "online": "03 to 06"}
@@ -41,7 +45,15 @@ class Stream:
     name: str
     split: str
     parts: list
-    cues: list = field(default_factory=list)    # as `read_srt` gives them, on the stream's clock
+    cues: list = field(default_factory=list)    # [start, end, text], on the stream's clock
+
+
+@dataclass
+class Found:
+    """What a source has found. skipped: [(name, reason)] of what could not be used, or not all of it."""
+    streams: list = field(default_factory=list)
+    questions: list = field(default_factory=list)
+    skipped: list = field(default_factory=list)
 
 
 @dataclass
@@ -58,60 +70,167 @@ class Question:
 
 
 # ---------------------------------------------------------------- any videos
+# What a folder's name begins with that holds no videos of the user's: of programs, of wastebaskets, of NAS boxes.
+HIDDEN = (".", "@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX")
+
 TASK_NEEDS = {"video", "question", "answer"}
 TASK_MAY_HAVE = {"options", "time", "environment", "task"}
 
 
 def videos(S, folder, data):
     """Any video file, or all in a folder and below; the questions of its tasks.jsonl."""
+    found = Found()
     if data.is_file():
+        there = [file for file in folder.iterdir() if is_unicode(file.name)]
         files = [data]
     else:
-        # A name with a leading dot is no video: macOS leaves ._NAME.mp4 beside NAME.mp4 on other disks.
-        files = sorted(file for file in folder.rglob("[!.]*") if is_video(file))
+        there, found.skipped = files_below(folder)
+        files = [file for file in there if is_video(file)]
     if not files:
         suffixes = " ".join(sorted(SUFFIXES))
-        raise SystemExit(f"{data}: no video file in it or below (looked for {suffixes})")
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in found.skipped)
+        raise SystemExit(f"{data}: no video file in it or below (looked for {suffixes}){reasons}")
     if S.LIMIT:
         files = files[:S.LIMIT]
-    streams = []
+    subtitles = subtitles_by_name(there)
     called = {}                                  # {what a task may call the video: its stream}
     for file, name in stream_names(folder, files).items():
         inside = file.relative_to(folder)
         first_folder = inside.with_suffix("").parts[0]
         split = first_folder if first_folder in SPLITS else S.SPLIT
-        cues = read_srt(file.with_suffix(".srt"))
-        streams.append(Stream(name, split, [Part(file)], cues))
+        cues = cues_of(file, subtitles, folder, found)
+        found.streams.append(Stream(name, split, [Part(file)], cues))
         for alias in (name, inside, file):
-            called[pathlib.PurePath(alias)] = name
+            called[as_seen(alias)] = name
     tasks = written_tasks(folder / "tasks.jsonl")
     questions = [written_question(place, row, called) for place, row in tasks]
-    return streams, chosen("TYPES", S.TYPES, questions, lambda question: question.environment)
+    found.questions = chosen("TYPES", S.TYPES, questions, lambda question: question.environment)
+    return found
 
 
 def is_video(file):
-    return file.suffix.lower() in SUFFIXES and file.is_file()
+    # A name with a leading dot is no video: macOS leaves ._NAME.mp4 beside NAME.mp4 on other disks.
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
+def is_unicode(name):
+    """False for the name of a file that was written in another encoding than UTF-8: no JSON can hold it."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def as_seen(path):
+    """A path as people see it: a letter with its accent is one letter on every disk, a backslash is a slash."""
+    text = unicodedata.normalize("NFC", str(path)).replace("\\", "/")
+    return pathlib.PurePosixPath(text)
+
+
+def files_below(folder):
+    """(the files in a folder and below, in order; [(name, reason)] of what is not looked into).
+
+    Links to folders are followed, yet no folder is read twice: its own name counts, whatever links to it.
+    """
+    files = []
+    skipped = []
+    waiting = [folder]
+    links = []
+    seen = set()
+    while waiting or links:
+        place = waiting.pop() if waiting else links.pop(0)
+        real = place.resolve()
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            inside = sorted(place.iterdir())
+        except OSError as error:
+            skipped.append((place.relative_to(folder), f"cannot be looked into ({error.strerror})"))
+            continue
+        for path in inside:
+            if not is_unicode(path.name):
+                shown = os.fsencode(path.name).decode(errors="replace")
+                skipped.append((shown, "has a name that is not UTF-8, so it is left out: rename it"))
+            elif not path.is_dir():
+                files.append(path)
+            elif path.name.startswith(HIDDEN):
+                skipped.append((path.relative_to(folder), "is a hidden folder, which is not looked into"))
+            elif path.is_symlink():
+                links.append(path)
+            else:
+                waiting.append(path)
+    return sorted(files), skipped
 
 
 def stream_names(folder, files):
     """{file: name}: its path without the suffix, or with it where a.mp4 lies beside a.mkv, or a.mp4.mkv."""
-    bare = {file: file.relative_to(folder).with_suffix("") for file in files}
+    bare = {file: as_seen(file.relative_to(folder).with_suffix("")) for file in files}
     count = Counter(bare.values())
     names = {}
+    taken = set()
     for file, path in bare.items():
         is_unique = count[path] == 1 and folder / path not in bare
         if not is_unique:
-            path = file.relative_to(folder)
-        names[file] = path.as_posix()
+            path = as_seen(file.relative_to(folder))
+        name = path.as_posix()
+        if name in taken:                        # another spelling of what looks the same
+            name = file.relative_to(folder).as_posix()
+        taken.add(name)
+        names[file] = name
     return names
 
 
+# ---------------------------------------------------------------- subtitles
+LANGUAGE = r"\.[A-Za-z]{2,3}([-_]\w+)?(\.(forced|sdh|cc))?$"
+
+
+def subtitles_by_name(files):
+    """{(folder, name of a video, with or without its suffix): the subtitles for it, the best first}.
+
+    Of a.mp4 these are a.srt, a.mp4.srt, a.en.srt, and so on: of several languages English, or else the first.
+    """
+    ranked = {}
+    for file in sorted(files):
+        if file.suffix.lower() not in SUBTITLES:
+            continue
+        name = file.stem
+        ranked.setdefault((file.parent, name), []).append((0, file))
+        language = re.search(LANGUAGE, name)
+        if language:
+            rank = 1 if language[0].lower().startswith(".en") else 2
+            plain = name[:language.start()]
+            ranked.setdefault((file.parent, plain), []).append((rank, file))
+    by_name = {}
+    for key, of_name in ranked.items():
+        by_name[key] = [file for _, file in sorted(of_name)]
+    return by_name
+
+
+def cues_of(file, subtitles, folder, found):
+    """The cues of a video's subtitles; what is wrong with them is added to found.skipped."""
+    for name in (file.stem, file.name):
+        for path in subtitles.get((file.parent, name), []):
+            return read_cues(path, folder, found)
+    return []
+
+
+def read_cues(path, folder, found):
+    cues, wrong = read_subtitles(path)
+    if wrong:
+        found.skipped.append((path.relative_to(folder), wrong))
+    return cues
+
+
+# ---------------------------------------------------------------- a user's tasks
 def written_tasks(path):
     """[(place, row)] of a user's tasks.jsonl; [] where there is none. SystemExit on a row of another form."""
     if not path.exists():
         return []
     try:
-        rows = read_jsonl(path)
+        text, _ = decode_text(path.read_bytes())
+        rows = parse_jsonl(text, path)
     except ValueError as error:
         raise SystemExit(f"not one JSON object per line: {error}") from None
     tasks = []
@@ -134,7 +253,7 @@ def written_tasks(path):
 def written_question(place, row, called):
     """The Question of a row of a user's tasks.jsonl."""
     return Question(
-        stream=called.get(pathlib.PurePath(row["video"]), row["video"]),
+        stream=called.get(as_seen(row["video"]), row["video"]),
         environment=row.get("environment", "questions"),
         text=row["question"],
         answer=row["answer"],
@@ -155,22 +274,22 @@ def videomme(S, folder, data):
     rows = chosen("TYPES", S.TYPES, rows, lambda row: row["task_type"])
     files = videos_by_stem(folder, "data", "video")
     names = limited([row["videoID"] for row in rows], files, S.LIMIT)
-    streams = []
+    found = Found()
     for name in names:
         if name in files:
-            cues = read_srt(folder / "subtitle" / f"{name}.srt")
-            streams.append(Stream(name, S.SPLIT, [Part(files[name])], cues))
-    questions = []
+            path = folder / "subtitle" / f"{name}.srt"
+            cues = read_cues(path, folder, found) if path.exists() else []
+            found.streams.append(Stream(name, S.SPLIT, [Part(files[name])], cues))
     for row in rows:
         if row["videoID"] in names:
-            questions.append(Question(
+            found.questions.append(Question(
                 stream=row["videoID"],
                 environment=row["task_type"],
                 text=row["question"],
                 answer=row["answer"],
                 options=row["options"],
                 name=row["question_id"]))
-    return streams, questions
+    return found
 
 
 def videomme_rows(folder):
@@ -199,8 +318,7 @@ def egolife(S, folder, data):
     """EgoLife: all files of one wearer are one stream, with gaps, in s since DAY1 00:00."""
     usual = folder / "EgoLifeQA" / "EgoLifeQA_A1_JAKE.json"
     tables = sorted(usual.parent.glob("EgoLifeQA_*.json"))
-    streams = []
-    questions = []
+    found = Found()
     for table in tables or [usual]:
         wearer = re.match(r"EgoLifeQA_(\w+)", table.name)[1]
         videos_of_days = folder.glob(f"{wearer}/DAY*/DAY*_{wearer}_{EIGHT_DIGITS}.mp4")
@@ -213,9 +331,11 @@ def egolife(S, folder, data):
             files = files[:S.LIMIT]
         if files:
             parts = [Part(file, at=file_instant(file)) for file in files]
-            streams.append(Stream(wearer, S.SPLIT, parts, egolife_cues(folder, wearer)))
-        questions += asked
-    return streams, chosen("TYPES", S.TYPES, questions, lambda question: question.environment)
+            cues = egolife_cues(folder, wearer, found)
+            found.streams.append(Stream(wearer, S.SPLIT, parts, cues))
+        found.questions += asked
+    found.questions = chosen("TYPES", S.TYPES, found.questions, lambda question: question.environment)
+    return found
 
 
 def egolife_questions(wearer, rows):
@@ -234,13 +354,14 @@ def egolife_questions(wearer, rows):
     return sorted(questions, key=lambda question: question.time)
 
 
-def egolife_cues(folder, wearer):
+def egolife_cues(folder, wearer, found):
     """Speech of the hourly transcripts, whose times count from the hour, on the stream's clock."""
     cues = []
     transcripts = folder / "EgoLifeCap" / "Transcript" / wearer
     for path in transcripts.glob(f"DAY*/{wearer}_DAY*_{EIGHT_DIGITS}.srt"):
         hour = file_instant(path)
-        cues += [[start + hour, end + hour, text] for start, end, text in read_srt(path)]
+        for start, end, text in read_cues(path, folder, found):
+            cues.append([start + hour, end + hour, text])
     return sorted(cues)
 
 
@@ -282,17 +403,16 @@ def egotempo(S, folder, data):
         elif name in trimmed:
             parts[name] = Part(trimmed[name])
     names = limited([row["clip_id"] for row in rows], parts, S.LIMIT)
-    streams = [Stream(name, S.SPLIT, [parts[name]]) for name in names if name in parts]
-    questions = []
+    found = Found([Stream(name, S.SPLIT, [parts[name]]) for name in names if name in parts])
     for row in rows:
         if row["clip_id"] in names:
-            questions.append(Question(
+            found.questions.append(Question(
                 stream=row["clip_id"],
                 environment=row["question_type"],
                 text=row["question"],
                 answer=row["answer"],
                 name=row["question_id"]))
-    return streams, questions
+    return found
 
 
 SOURCES = {"videos": videos, "videomme": videomme, "egolife": egolife, "egotempo": egotempo}
@@ -346,8 +466,6 @@ def check_files(S, index, streams):
 
     index: path of files.jsonl, which keeps the rows. A later run looks only at files that are new or changed.
     """
-    if importlib.util.find_spec("decord") is None:
-        raise SystemExit("decord is missing: ./run.sh setup (or pip install -r requirements.txt)")
     spans = {}                                   # {file: [[start, end] of each part]}
     for stream in streams:
         for part in stream.parts:
@@ -362,7 +480,7 @@ def check_files(S, index, streams):
         else:
             new.append(file)
     print(f"{len(spans)} video files, {len(rows)} of them known from {index}")
-    # Threads are enough, because decord works outside of Python's lock.
+    # Threads are enough, because FFmpeg works outside of Python's lock.
     pool = ThreadPoolExecutor(S.WORKERS)
     checked = pool.map(lambda file: check_video(file, spans[file], S), new)
     try:
@@ -387,15 +505,15 @@ def is_current(row, file, spans, S):
 
 
 def how_checked(S):
-    """The constants that a row of files.jsonl depends on."""
-    return [S.SOURCE, S.CLIP_SECONDS, S.SHORTEST, S.CHECK]
+    """What a row of files.jsonl depends on: constants, and PyAV, of which a newer version may read more."""
+    return [S.SOURCE, S.CLIP_SECONDS, S.SHORTEST, S.CHECK, importlib.metadata.version("av")]
 
 
 def check_video(file, spans, S):
     """A row of files.jsonl: {file, stamp, spans, clips: [[clip ..] per span], skipped: [reasons], how}.
 
-    Times are the file's own, by its time stamps, in which subtitles count too; decord calls the first frame 0
-    s even where the sound starts earlier. Raises nothing: a file that cannot be used has no clips.
+    Times are the file's own, by its time stamps, in which subtitles count too; the first frame is at 0 s even
+    where the sound starts earlier. Raises nothing: a file that cannot be used has no clips.
     """
     clips = [[] for _ in spans]
     skipped = []
@@ -403,6 +521,8 @@ def check_video(file, spans, S):
         seen = probe_video(file)
         first = seen["start"]
         last = first + seen["duration"]
+        if S.CHECK:
+            check_seeks(file, frame_times({"start": first, "end": last, "offset": first}, S.CHECK))
         for n, (start, end) in enumerate(spans):
             start = math.floor(first) if start is None else max(start, first)
             end = last if end is None else min(last, end)

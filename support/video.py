@@ -1,10 +1,11 @@
-"""Frames that can be trusted: of any video file, by their real times, and as patches for the vision tower.
+"""Frames that can be trusted: read from any video file by their real times; and patches for the vision tower.
 
-decord decodes fast, but on damaged or oddly cut files it hangs for ever, gives wrong frames, or fails a whole
-batch for one of them. So each call runs under a time limit, frames are found by their own time stamps and not
-by the frame rate, and whatever cannot be read ends in a VideoError that names the file, the reason and the
-cure.
+There is one rule for all formats, after which PyAV (FFmpeg) reads them: begin at the last key frame before the
+wanted frame, and decode until a frame bears the wanted time stamp. Neither the frame rate nor the seek of a
+container is trusted. Each call runs under a time limit, and whatever cannot be read ends in a VideoError that
+names the file, the reason and the cure.
 """
+import contextlib
 import math
 import os
 import threading
@@ -18,97 +19,185 @@ try:
 except ImportError:          # --help works before anything is installed
     np = torch = F = None
 
-DECODE_SECONDS = 60          # s that one call may take; decord 0.6.0 hangs for ever on some files
+DECODE_SECONDS = 60          # s that one call may take; a slow disk or a broken file can hold it for ever
 MOST_OPEN = 8                # files that stay open, because opening one scans all of it
-TRIES = 3                    # for one frame, each on a fresh reader
+KEYS_BACK = 3                # key frames that are tried for one frame, each before the last
+SEEK_EARLY = 1               # s before a key frame that is looked for, because in MPEG-TS seeks end too late
+SAME_FRAME = 3               # of 255, mean difference at most between two ways of decoding one frame
 
-# {(file, size, time of the last change, process): OpenVideo}, in the order of their last use
+# {(file, bytes, time of the last change, process): OpenVideo}, in the order of their last use
 _open_videos = {}
 
 
 class VideoError(ValueError):
-    """A video that cannot be read; the text holds the file, the reason and the cure."""
+    """A video, or a part of it, that cannot be read; the text holds the file, the reason and the cure."""
 
-    def __init__(self, file, reason):
-        self.reason = f"{reason}. Leave it out, fetch it again, or re-encode it to H.264 in mp4"
+    def __init__(self, file, fault):
+        self.fault = fault
+        self.reason = f"{fault}. Leave it out, fetch it again, or re-encode it to H.264 in mp4"
         super().__init__(f"{file}: {self.reason}")
+
+
+class LostVideo(VideoError):
+    """A file of which nothing can be read: it is not there, or is no video."""
 
 
 # ---------------------------------------------------------------- an open file
 @dataclass
 class OpenVideo:
-    """A file that decord has open. Times are in s on the file's own clock."""
+    """A file that PyAV has open. A stamp is a time as the file has it, in units of the stream."""
     file: str
-    size: tuple | None       # (height, width) that frames are resized to; None: as they are
-    reader: object           # of decord
-    times: object            # (n,) of the frames
-    end: float               # of the last frame
-    key_frames: object       # (m,) indices of the key frames; empty where they are not known
+    container: object
+    stream: object
+    stamps: object           # (n,) of the frames that are shown, ascending
+    times: object            # (n,) the same in s, on the file's own clock
+    end: float               # of the last frame, in s
+    keys: object             # (m,) stamps of the key frames, ascending
+    is_counted: bool         # the file has no time stamps: frames are counted from a key frame on
+    decoding: object = None  # what decoded the last frame, and goes on after it
+    at: int | None = None    # the stamp of that frame
 
-    def reopen(self):
-        """Takes a fresh reader, because after a failure the old one may give wrong frames."""
-        self.reader = open_video(self.file, self.size).reader
+    def __post_init__(self):
+        from av.video.reformatter import VideoReformatter
+        self.colours = VideoReformatter()
+        self.width = self.stream.codec_context.width
+        self.height = self.stream.codec_context.height
 
+    def frames_from(self, key, stamp):
+        """(stamp, frame) from key frame number `key` on, or from the last frame on where it lies in between.
 
-def open_video(file, size):
-    """file: a str. Raises VideoError, or whatever decord raises."""
-    import decord
-    decord.logging.set_level(decord.logging.QUIET)
-    with open(file, "rb") as opened:
-        head = opened.read(189)
-    resized = {}
-    if size:
-        resized = {"height": size[0], "width": size[1]}
-    # One thread, because with more of them damage costs more good frames, and short reads gain little.
-    reader = decord.VideoReader(file, num_threads=1, **resized)
-    spans = reader.get_frame_timestamp(range(len(reader)))      # (n, 2) start and end of each frame
-    if len(spans) == 1:
-        spans = np.array([[0, 0.04]])                           # a picture, whose time may be missing
-    # Seen on real files: a key frame too late in MPEG-TS, and the wrong frame after a seek in such AVI.
-    is_transport_stream = head[:1] == b"G" and head[188:] == b"G"
-    lacks_times = abs(spans[0, 0]) > 1e6
-    if is_transport_stream or lacks_times:
-        what = "is MPEG-TS or lacks time stamps (H.264 in AVI)"
-        raise VideoError(file, f"{what}: decord gives wrong frames")
-    key_frames = np.array(reader.get_key_indices())
-    # Of a file cut without re-encoding, decord counts the frames before 0 and never delivers them. Its index
-    # i is then the i-th frame from 0 on, as it is in PyAV; asked for a higher one, it hangs.
-    if spans[0, 0] < -1e-3:
-        spans = spans[spans[:, 0] >= -1e-3]
-        key_frames = key_frames[:0]
-    return OpenVideo(file, size, reader, spans[:, 0], float(spans[-1, 1]), key_frames)
+        stamp: of the frame that is looked for.
+        """
+        is_on_the_way = self.at is not None and self.keys[key] <= self.at < stamp
+        if not is_on_the_way:
+            self.decoding = decoded(self, self.keys[key])
+        for self.at, frame in self.decoding:
+            yield self.at, frame
+        self.at = None       # nothing follows
 
 
-def in_time(file, size, work):
-    """work(OpenVideo), under a time limit. Raises VideoError.
+def open_video(file):
+    """The OpenVideo of a path. Raises LostVideo, or an error of PyAV."""
+    import av
+    # A relative path with a colon in it would be taken for an address.
+    container = av.open(os.path.abspath(file))
+    stream = container.streams.best("video")
+    if stream is None:
+        raise LostVideo(file, "holds no video")
+    # With more threads damage costs more good frames, and short reads gain little.
+    stream.codec_context.thread_count = 1
+    # AVI has no time stamps. What FFmpeg makes up for these codecs is the order in which frames are stored,
+    # which is not the one in which they are shown.
+    is_avi = container.format.name == "avi"
+    is_counted = is_avi and stream.codec.canonical_name in ("h264", "hevc")
+    shown, keys, length = scan(container, stream, is_counted)
+    if None in shown + keys:
+        raise LostVideo(file, "has frames without a time stamp")
+    if keys != sorted(keys):
+        raise LostVideo(file, "has time stamps that begin anew, like files joined without encoding")
+    # What comes before the first key frame cannot be decoded.
+    stamps = np.unique([stamp for stamp in shown if keys and stamp >= keys[0]])
+    if not len(stamps):
+        raise LostVideo(file, "holds no frame")
+    first = stamps[0] if is_avi else (stream.start_time or 0)
+    times = (stamps - first) * float(stream.time_base)
+    length = float(length * stream.time_base) or 0.04    # of a single picture it may be missing
+    return OpenVideo(file, container, stream, stamps, times, float(times[-1]) + length,
+                     np.array(keys), is_counted)
 
-    The work runs in a thread, because no signal ends a hang of decord: where it hangs, a sleeping thread is
+
+def stamp_of(packet, is_counted):
+    return packet.dts if is_counted else packet.pts
+
+
+def scan(container, stream, is_counted):
+    """Stamps of the frames that are shown and of the key frames, as they are stored; how long the last one lasts.
+
+    Nothing is decoded. Of a file that is cut off, these are the frames before that.
+    """
+    import av
+    shown = []
+    keys = []
+    length = 0
+    with contextlib.suppress(av.FFmpegError):
+        for packet in container.demux(stream):
+            if not packet.size:          # the last one, which asks for the rest of the frames
+                continue
+            stamp = stamp_of(packet, is_counted)
+            if packet.is_keyframe:
+                keys.append(stamp)
+            if not packet.is_discard:    # those before a cut that was made without encoding are
+                shown.append(stamp)
+                length = packet.duration or length
+    return shown, keys, length
+
+
+def decoded(video, key):
+    """(stamp, frame) from the key frame with the stamp `key` on, in the order in which frames are shown."""
+    import av
+    count = np.searchsorted(video.stamps, key)           # of the frames before it
+    has_begun = False
+    # What comes after damage builds on it, up to the next key frame, so an error is the end.
+    with contextlib.suppress(av.FFmpegError):
+        for packet in packets_near(video, key):
+            if packet.is_keyframe and stamp_of(packet, video.is_counted) == key:
+                has_begun = True
+            if not has_begun:
+                continue
+            if packet.is_corrupt:
+                return
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    return
+                stamp = frame.pts
+                if video.is_counted:
+                    stamp = video.stamps[min(count, len(video.stamps) - 1)]
+                    count += 1
+                if stamp is not None:
+                    yield stamp, frame
+
+
+def packets_near(video, key):
+    """The packets from somewhere before the key frame with the stamp `key` on."""
+    import av
+    early = int(key - SEEK_EARLY / video.stream.time_base)
+    try:
+        video.container.seek(early, stream=video.stream)
+    except av.FFmpegError:                               # before the beginning, which some refuse
+        video.container.seek(int(key), stream=video.stream)
+    return video.container.demux(video.stream)
+
+
+def in_time(file, work):
+    """work(OpenVideo), under a time limit. Raises VideoError, and LostVideo where the file cannot be opened.
+
+    The work runs in a thread, because nothing else ends a call that hangs: where it does, a sleeping thread is
     left.
     """
     file = os.fspath(file)
     if not os.path.isfile(file):
-        raise VideoError(file, "is not a file")
+        raise LostVideo(file, "is not a file")
     if not os.path.getsize(file):
-        raise VideoError(file, "is empty")
-    # The process is part of the key, because decord's threads do not survive a fork.
-    key = (file, size, os.stat(file).st_mtime_ns, os.getpid())
-    # The file is taken out while it is in use, because a reader serves one thread at a time.
+        raise LostVideo(file, "is empty")
+    # The process is part of the key, because what FFmpeg has open does not survive a fork.
+    key = (file, os.path.getsize(file), os.stat(file).st_mtime_ns, os.getpid())
+    # The file is taken out while it is in use, because a decoder serves one thread at a time.
     already_open = _open_videos.pop(key, None)
     results = []
     errors = []
 
     def body():
+        video = already_open
         try:
-            video = already_open
             if video is None:
-                video = open_video(file, size)
+                video = open_video(file)
             results.append((video, work(video)))
         except VideoError as error:
             errors.append(error)
-        except Exception as error:       # decord's own DECORDError is a bare Exception
-            message = " ".join(str(error).split())[-90:]
-            reason = f"not decodable, or no video, or AV1 ({message})"
-            errors.append(VideoError(file, reason))
+        except Exception as error:       # PyAV's are of many kinds
+            message = " ".join(str(error).split())[:90]
+            kind = LostVideo if video is None else VideoError
+            errors.append(kind(file, f"not decodable, or no video ({message})"))
 
     thread = threading.Thread(target=body, daemon=True)
     thread.start()
@@ -129,7 +218,7 @@ def probe_video(file):
     """-> {duration, start: s, frames, width, height}; decodes the first frame. Raises VideoError."""
 
     def work(video):
-        frame = one_frame(video, 0)
+        frame = frame_at(video, 0)
         if frame is None:
             raise VideoError(video.file, "gives no first frame")
         height, width = frame.shape[:2]
@@ -137,84 +226,99 @@ def probe_video(file):
         return {"duration": video.end - start, "start": start, "frames": len(video.times),
                 "width": width, "height": height}
 
-    return in_time(file, None, work)
+    return in_time(file, work)
 
 
-def read_frames(file, times, size=None):
+def read_frames(file, times):
     """The frames nearest to `times` by their real time stamps -> uint8 (n, H, W, 3).
 
-    times: s on the file's own clock, which begins at probe_video's start; in any order. size: (H, W) to
-    resize to. Where the file is damaged, the nearest other wanted frame stands in, with a warning. Raises
-    VideoError where less than half of the frames decode, or a time lies more than 1 s outside of the video.
+    times: s on the file's own clock, which begins at probe_video's start; in any order. Where the file is
+    damaged, the nearest other wanted frame stands in, with a warning. Raises VideoError where less than half of
+    the frames decode, or a time lies more than 1 s outside of the video.
     """
     times = np.asarray(times, dtype=float)
-    return in_time(file, size, lambda video: nearest_frames(video, times))
+    return in_time(file, lambda video: nearest_frames(video, times))
 
 
 def nearest_frames(video, times):
     """`read_frames` of an open file."""
-    first, last = times.min(), times.max()
-    start = video.times[0]
-    asked_for = f"from {first:.1f} to {last:.1f} s"
-    if first < start - 1 or last > video.end + 1:
-        there = f"only from {start:.1f} to {video.end:.1f} s"
-        raise VideoError(video.file, f"has no frames {asked_for}, {there}")
-    distances = np.abs(video.times - times[:, None])            # (n, frames of the file)
-    wanted, place = np.unique(distances.argmin(1), return_inverse=True)
-    indices = with_lead(video.key_frames, wanted)
-    try:
-        frames = video.reader.get_batch(indices).asnumpy()
-        return frames[np.searchsorted(indices, wanted)][place]
-    except Exception:                    # decord's own; one bad frame fails the whole batch
-        video.reopen()
-    # They are read one by one, so that only the bad ones are lost.
+    wanted, place = nearest(video, times)
     good = {}
     for i in wanted.tolist():
-        frame = one_frame(video, i)
+        frame = frame_at(video, i)
         if frame is not None:
             good[i] = frame
-    lost = f"is damaged: {len(wanted) - len(good)} of {len(wanted)} frames {asked_for} are lost"
-    if 2 * len(good) < len(wanted):
-        raise VideoError(video.file, lost)
-    warnings.warn(f"{video.file} {lost}")
+    if len(good) < len(wanted):
+        asked_for = f"from {times.min():.1f} to {times.max():.1f} s"
+        lost = f"is damaged: {len(wanted) - len(good)} of {len(wanted)} frames {asked_for} are lost"
+        if 2 * len(good) < len(wanted):
+            raise VideoError(video.file, lost)
+        warnings.warn(f"{video.file} {lost}")
     frames = []
     for i in wanted:
-        nearest = min(good, key=lambda j: abs(j - i))
-        frames.append(good[nearest])
+        stands_in = min(good, key=lambda j: abs(j - i))
+        frames.append(good[stands_in])
     return np.stack(frames)[place]
 
 
-def with_lead(key_frames, wanted):
-    """The wanted indices, and before some of them those that must be read with them; sorted, each once.
+def nearest(video, times):
+    """(indices of the frames nearest to `times`, ascending, each once; for each time its place among them)."""
+    first, last = times.min(), times.max()
+    start = video.times[0]
+    if first < start - 1 or last > video.end + 1:
+        there = f"only from {start:.1f} to {video.end:.1f} s"
+        raise VideoError(video.file, f"has no frames from {first:.1f} to {last:.1f} s, {there}")
+    distances = np.abs(video.times - times[:, None])     # (n, frames of the file)
+    return np.unique(distances.argmin(1), return_inverse=True)
 
-    A seek to the key frame of an open group, as HEVC has them, drops the frames that lead up to it, and
-    decord miscounts from there. So what follows a key frame at once is read on from the last frame of the
-    group before.
+
+def frame_at(video, i, keys_back=0):
+    """Frame i (H, W, 3), or None where it cannot be decoded.
+
+    keys_back: how many key frames before the last one decoding begins. Where that one gives nothing, because its
+    group is damaged or is open, those before it are tried.
     """
-    groups = np.searchsorted(key_frames, wanted, "right") - 1
-    runs = [wanted]
-    for i, group in zip(wanted, groups):
-        if group <= 0:
-            continue
-        behind_key = i - key_frames[group]
-        length_before = key_frames[group] - key_frames[group - 1]
-        if behind_key < 8 < length_before:
-            runs.append(np.arange(key_frames[group] - 1, i))
-    return np.unique(np.concatenate(runs))
-
-
-def one_frame(video, i):
-    """Frame i (H, W, 3), or None where it cannot be read.
-
-    It is tried several times, because decord's worker runs ahead: whether it meets the damage behind a frame
-    before it hands out that frame is a matter of luck.
-    """
-    for _ in range(TRIES):
-        try:
-            return video.reader[i].asnumpy()
-        except Exception:                # decord's own DECORDError is a bare Exception
-            video.reopen()
+    stamp = video.stamps[i]
+    last_key = np.searchsorted(video.keys, stamp, "right") - 1 - keys_back
+    for key in range(last_key, last_key - KEYS_BACK, -1):
+        if key < 0:
+            break
+        for found, frame in video.frames_from(key, stamp):
+            if found == stamp:
+                return picture(video, frame)
+            if found > stamp:
+                break
     return None
+
+
+def picture(video, frame):
+    """A frame as an array (H, W, 3), uint8, upright."""
+    # All have the size of the first, though it may change within a file.
+    shape = {"width": video.width, "height": video.height}
+    array = video.colours.reformat(frame, format="rgb24", **shape).to_ndarray()
+    quarters = round(frame.rotation / 90) % 4                  # as a phone notes them
+    return np.ascontiguousarray(np.rot90(array, quarters)) if quarters else array
+
+
+def check_seeks(file, times):
+    """Raises VideoError where a frame is another one when decoding begins at an earlier key frame.
+
+    So a format whose seeks or stamps deceive is found, whatever it is, and does not give wrong frames.
+    """
+    times = np.asarray(times, dtype=float)
+
+    def work(video):
+        for i in nearest(video, times)[0]:
+            frame = frame_at(video, i)
+            again = frame_at(video, i, keys_back=1)
+            if frame is None or again is None:
+                continue                 # damage, which is found otherwise; or in the first group of frames
+            difference = np.abs(frame.astype(int) - again).mean()
+            if difference > SAME_FRAME:
+                at = f"at {video.times[i]:.1f} s"
+                raise VideoError(video.file, f"gives another frame {at} after a seek than without one")
+
+    in_time(file, work)
 
 
 def frame_times(clip, n):

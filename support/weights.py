@@ -32,8 +32,8 @@ from collections import namedtuple
 
 from support.attention import use_packed_attention
 from support.plan import BLOCK, Room, check_plan, is_expert
-from support.ranks import Function, is_first_rank, join, torch
-from support.runs import ROOT, read_json, written_aside
+from support.ranks import Function, is_first_rank, join, said_once, torch
+from support.runs import ROOT, read_json, writing, written_aside
 
 # What an adapter's folder holds, by the kind of adapter.
 FILES = {"lora": "adapter_model.safetensors",
@@ -266,6 +266,8 @@ def load_model(S):
     torch.manual_seed(S.SEED)                # PEFT draws a new LoRA's A from the global generator
     join()
     on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        refuse_an_old_card(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     # cuDNN's attention plans anew for each new length of a row, and in sampling every step has one.
     torch.backends.cuda.enable_cudnn_sdp(False)
     device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
@@ -293,6 +295,13 @@ def load_model(S):
     add_steering(model, name)
     print_model(model, name, S)
     return model, tokenizer, room
+
+
+def refuse_an_old_card(name, capability):
+    if capability < (8, 0):
+        major, minor = capability
+        raise SystemExit(f"{name} has compute capability {major}.{minor}, and attention "
+                         "(support/attention.py) needs 8.0: an A100, an RTX 30 or a later card")
 
 
 def silence_libraries(S):
@@ -433,22 +442,93 @@ def file_of_model(name, file):
 def save_adapter(policy, writer, folder):
     """Saves what `Policy.add` made: a PEFT folder, a vector under the authors' key, a decoder's weights."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
     kind = policy.kind[writer]
     if kind == "lora":
         name = policy.lora[writer]
         if is_first_rank():
-            policy.model.peft_config[name].save_pretrained(str(folder))
+            with writing(folder):
+                policy.model.peft_config[name].save_pretrained(str(folder))
         state = {}
         for key, value in get_peft_model_state_dict(policy.model, adapter_name=name).items():
             state[f"base_model.model.{key}"] = value
     elif kind == "steer":
-        state = {f"model.language_model.layers.{policy.layer}.adapter.steer": policy.steer}
+        state = {steer_key(policy.layer): policy.steer}
     else:
         state = policy.whole[writer]
-    tensors = {key: value.detach().contiguous().cpu() for key, value in state.items()}
-    with written_aside(folder / FILES[kind]) as aside:
-        save_file(tensors, str(aside))
+    write_tensors(folder / FILES[kind], state)
+
+
+def write_tensors(file, tensors):
+    from safetensors.torch import save
+    tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+    # The library's own writing hides it from others, and does not say why a disk refused.
+    with written_aside(file) as aside:
+        aside.write_bytes(save(tensors))
+
+
+def read_tensors(file, device="cpu"):
+    """{name: tensor} of a safetensors file. SystemExit where it is broken."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(str(file), str(device))
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(said_once(f"{file} can't be read ({error}): it was cut or damaged. Delete "
+                                   "its folder, and run the script that made it again")) from None
+
+
+def check_tensors(file, saved, needed):
+    """SystemExit unless what a file holds is what is needed: {name: tensor} each, the same names and shapes.
+
+    Otherwise the model would go on without a part of it, or with none, and nobody would see that.
+    """
+    missing = [name for name in needed if name not in saved]
+    unknown = [name for name in saved if name not in needed]
+    misshapen = []
+    for name, tensor in saved.items():
+        if name in needed and tensor.shape != needed[name].shape:
+            shape = tuple(tensor.shape)
+            misshapen.append(f"{name} {shape} in the place of {tuple(needed[name].shape)}")
+    wrong = []
+    for what, names in (("missing", missing), ("unknown to this model", unknown),
+                        ("of another shape", misshapen)):
+        if names:
+            wrong.append(f"{len(names)} {what}, such as {names[0]}")
+    if wrong:
+        raise SystemExit(said_once(
+            f"{file} does not fit this model. It holds {len(saved)} tensors, {len(needed)} are "
+            f"needed: {'; '.join(wrong)}. Name the model that it was made for (--MODEL), or make it "
+            "anew for this one (--RUN=NEWNAME)"))
+
+
+def lora_config(folder, rank):
+    """The configuration of the LoRA in a folder; without one, of a new LoRA on the decoder's attention."""
+    from peft import LoraConfig, PeftConfig
+    if not folder:
+        attention = r".*language_model.*self_attn\.[qkvo]_proj"
+        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=attention)
+    file = folder / "adapter_config.json"
+    if not file.exists():
+        raise SystemExit(said_once(f"{file} is missing: a LoRA is {FILES['lora']} and that file"))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SystemExit(said_once(f"{file} can't be read ({type(error).__name__}: {error}). Delete its "
+                                   "folder, and run the script that made it again")) from None
+    if not isinstance(config, LoraConfig):
+        raise SystemExit(said_once(f"{file} is of the kind {config.peft_type}: take a LoRA"))
+    return config
+
+
+def steer_key(layer):
+    """The authors' name of a steering vector after this layer."""
+    return f"model.language_model.layers.{layer}.adapter.steer"
+
+
+def steered_layer(tensors):
+    """The layer that such a name among `tensors` speaks of; 0 where there is none."""
+    layers = re.findall(r"layers\.(\d+)\.adapter\.steer", " ".join(tensors))
+    return int(layers[0]) if layers else 0
 
 
 def load_adapter(policy, writer, folder):

@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +77,30 @@ def test_a_signal_finishes_the_step(number, tmp_path):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     resumed, run = train(tmp_path / "cut")
     assert run.first == 3 and same(resumed, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_process_at_once(number, tmp_path):
+    """The first is noted while the step waits for something, such as a judge that never answers."""
+    script = f"""
+import os, pathlib, sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from support.checkpoint import Training
+p = torch.nn.Parameter(torch.ones(2))
+for step in Training(pathlib.Path({str(tmp_path)!r}), [p], steps=9, lr=0.1, save_every=9, grad_clip=1.0):
+    print("waiting", flush=True)
+    threading.Event().wait()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               text=True)
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(number)
+    assert process.stdout.readline() + process.stdout.readline() == \
+        "\nstopping after this step, which is saved; once more stops without it\n"
+    began = time.time()
+    process.send_signal(number)
+    assert process.wait(timeout=20) == -number and time.time() - began < 1
 
 
 def test_a_finished_run_does_nothing(tmp_path, capsys):

@@ -297,6 +297,8 @@ def run(tmp_path, monkeypatch):
                  "offset": 10.0 * t, "speech": []} for t in range(6)]})
             tasks += world.make_tasks(name, truth[name], random.Random(i), 2)
     runs.write_jsonl(tmp_path / "streams" / "streams.jsonl", rows)
+    for row in rows:
+        (tmp_path / "streams" / row["clips"][0]["file"]).touch()
     runs.write_jsonl(tmp_path / "streams" / "tasks.jsonl", tasks)
     known = [{"stream": s, "clip": t, "facts": truth[s][t]} for s in truth for t in range(6)]
     runs.write_jsonl(tmp_path / "streams" / "truth.jsonl", known)

@@ -516,7 +516,7 @@ def test_a_dense_model_takes_the_same_path(bits, contexts, tmp_path):
                 num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=4096,
                 rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[6, 5, 5],
                                      mrope_interleaved=True))
-    vision = VISION | dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=64,
+    vision = plan.VISION | dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=64,
                            num_position_embeddings=36, deepstack_visual_indexes=[0])
     torch.manual_seed(0)
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(

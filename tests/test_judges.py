@@ -1,16 +1,19 @@
 """Judges by prompts: strict replies, the model as its own judge, and an OpenAI-compatible endpoint on loopback."""
 import importlib
-import json
 import re
-import threading
+import shutil
+import signal
+import subprocess
+import sys
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import zlib
 
 import pytest
 
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
-from support import judges, runs                                            # noqa: E402
+from cases import bad_endpoint                                              # noqa: E402
+from support import endpoint, judges, runs                                  # noqa: E402
 
 phase1 = common.stage("02_phase1_train")
 collect = common.stage("03_collect_tasks")
@@ -33,7 +36,7 @@ def items(contexts):
 
 @pytest.mark.parametrize("kind, reply, want", [
     ("faithful", '{"verdict": true}', True), ("clean", 'so\n</think>\n```json\n{"verdict": false}\n```', False),
-    ("clean", '{"verdict": "true"}', None), ("clean", '{"verdict": true, "why": ""}', None), ("clean", "true", None),
+    ("clean", '{"verdict": "true"}', None), ("clean", '{"verdict": true, "why": ""}', True), ("clean", "true", None),
     ("clean", 'Sure: {"verdict": true}', None), ("clean", '[{"verdict": true}]', None), ("grade", "", None),
     ("rank", '{"best_first": [3, 1, 2]}', [2.0, 3.0, 1.0]), ("rank", '{"best_first": [1, 2]}', None),
     ("rank", '{"best_first": [1, 1, 2]}', None), ("rank", '{"best_first": "312"}', None),
@@ -141,79 +144,183 @@ def test_the_model_judges_itself(policy, contexts):
 # ================================================================ an endpoint
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """An endpoint on loopback that answers, fails, waits and talks nonsense, as `plan` says; `seen`: requests."""
+    """An endpoint on loopback, which misbehaves as `server.mode` says (cases/bad_endpoint.py)."""
     pytest.importorskip("openai")
-    monkeypatch.setattr(judges.atexit, "register", lambda report: None)     # the tests' end is no run's end
-    seen, plan = [], []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append((self.path, self.headers["Authorization"], body))
-            what = plan.pop(0) if plan else "good"
-            text = body["messages"][0]["content"][-1]["text"]
-            notes = re.search(r"notes, (.*) \(first\) or (.*) \(second\)", text)
-            better = "tie" if not notes or len(notes[1]) == len(notes[2]) else \
-                "first" if len(notes[1]) > len(notes[2]) else "second"
-            candidates = len(re.findall(r"^\d+\. ", text, re.M))
-            keys = dict(verdict=True, best_first=list(range(1, candidates + 1)), better=better, answer="A")
-            key = re.findall(r'\{"(\w+)":', text)[-1]
-            reply = json.dumps({key: keys[key]}) if what in ("good", "slow") else "I would rather not say."
-            if what == "slow":
-                time.sleep(0.3)
-            code = what if isinstance(what, int) else 200
-            data = json.dumps({"error": {"message": "no"}} if code != 200 else {
-                "id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
-                "choices": [{"index": 0, "finish_reason": "stop",
-                             "message": {"role": "assistant", "content": reply}}],
-                "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}}).encode()
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    monkeypatch.setattr(endpoint.atexit, "register", lambda report: None)   # the tests' end is no run's end
+    http = bad_endpoint.serve("good")
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{http.server_port}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    yield seen, plan, common.settings({"__doc__": ""}, ["--JUDGE=openai:some-model", f"--RUN={tmp_path}"])
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    monkeypatch.setattr(endpoint, "FIRST_RETRIES", 0)
+    http.S = common.settings({"__doc__": ""}, ["--JUDGE=openai:some-model", f"--RUN={tmp_path}"])
+    yield http
+    http.released.set()
     http.shutdown()
 
 
+def clean_items(*names):
+    return [{"previous": "", "memory": name} for name in names]
+
+
+def kept(run):
+    return sorted((run / "judge").glob("*"))
+
+
 def test_an_endpoint_judges_every_kind_and_is_paid_once(server, contexts, tmp_path, capsys):
-    seen, plan, S = server
-    judge = judges.load_judge(S)
+    judge = judges.load_judge(server.S)
+    assert len(server.seen) == 1                                              # the first question, before any work
     want = {"faithful": True, "clean": True, "rank": [1.0, 2.0, 3.0], "prefer": "first", "answer": "A", "grade": True}
     for kind, item in items(contexts).items():
         assert judge.ask(PROMPTS[kind], [item]) == [want[kind]]
-    assert len(seen) == 6 and {body["model"] for _, _, body in seen} == {"some-model"}
-    pictures = [sum(c["type"] == "image_url" for c in body["messages"][0]["content"]) for _, _, body in seen]
-    assert pictures == [judges.FRAMES, 0, judges.FRAMES, 0, 0, 0]
+    assert len(server.seen) == 7 and {body["model"] for body in server.seen} == {"some-model"}
+    pictures = [sum(part["type"] == "image_url" for part in body["messages"][0]["content"]) for body in server.seen]
+    assert pictures == [endpoint.FRAMES, endpoint.FRAMES, 0, endpoint.FRAMES, 0, 0, 0]
     for kind, item in items(contexts).items():                                # a resumed run asks nothing again
-        assert judges.load_judge(S).ask(PROMPTS[kind], [item]) == [want[kind]]
-    assert len(seen) == 6
-    kept = "".join(f.read_text() for f in (tmp_path / "judge").iterdir())
+        assert judges.load_judge(server.S).ask(PROMPTS[kind], [item]) == [want[kind]]
+    assert len(server.seen) == 7 + 6                                          # but the first question
     judge.send.report()
     said = capsys.readouterr().out
     assert "tokens_in 42" in said and "tokens_out 18" in said
-    assert KEY not in kept + said and "127.0.0.1" not in kept + said
+    assert KEY not in said + "".join(file.read_text() for file in kept(tmp_path)) and "127.0.0.1" not in said
 
 
-def test_errors_and_nonsense_are_asked_again_then_none(server, contexts, monkeypatch):
-    seen, plan, S = server
-    item = items(contexts)["clean"]
-    ask = lambda n: judges.load_judge(S).ask(phase1.CLEAN, [item | {"memory": f"{n} {i}"} for i in range(3)])
-    plan[:] = [500, "nonsense", 429, "slow"]
-    assert ask(1) == [True] * 3                                 # retried by the package, or asked again
-    plan[:] = ["nonsense"] * 9
-    assert ask(2) == [None] * 3 and len(plan) == 0
-    monkeypatch.setattr(judges, "RETRIES", 0)
-    plan[:] = [400] * 9
-    assert ask(3) == [None] * 3
-    assert ask(3) == [True] * 3                                               # a failure is not kept
+@pytest.mark.parametrize("mode", [*bad_endpoint.READABLE, *bad_endpoint.USAGES, "temperature", "no_temperature"])
+def test_what_is_unambiguous_is_read(server, contexts, mode, tmp_path):
+    server.mode = mode
+    judge = judges.load_judge(server.S)
+    want = {"faithful": True, "rank": [1.0, 2.0, 3.0], "prefer": "first", "answer": "A"}
+    for kind, right in want.items():
+        assert judge.ask(PROMPTS[kind], [items(contexts)[kind]]) == [right]
+    assert len(kept(tmp_path)) == 4 and judge.send.used["failed"] == judge.send.used["unparsable"] == 0
+
+
+FAILING = ["images", "text_only", "cut_json", "cut_body", *bad_endpoint.ERRORS, *bad_endpoint.BODIES,
+           *bad_endpoint.UNREADABLE]
+REASONS = {"images": "400 - At most 1 image", "text_only": "not a multimodal", "key": "401 - Incorrect API key",
+           "no_model": "404 - The model", "quota": "429 - You exceeded", "context": "maximum context length",
+           "html": "no JSON: '<html>", "no_message": "content_filter", "error200": "upstream overloaded",
+           "prose": "can't be parsed: 'I would rather not say", "cut_body": "peer closed connection"}
+
+
+@pytest.mark.parametrize("mode", FAILING)
+def test_a_failing_endpoint_stops_before_any_work_with_its_reason(server, mode, tmp_path):
+    server.mode = mode
+    with pytest.raises(SystemExit) as stop:
+        judges.load_judge(server.S)
+    said = str(stop.value)
+    assert "does not answer a first question" in said and REASONS.get(mode, "") in said and len(said) < 500
+    assert KEY not in said and KEY[:9] not in said and str(server.server_port) not in said
+    assert len(server.seen) <= judges.TRIES and not kept(tmp_path)
+
+
+@pytest.mark.parametrize("mode", FAILING)
+def test_one_that_fails_later_stops_and_is_asked_again_for_what_is_missing(server, contexts, mode, tmp_path, capsys):
+    """Half of the questions are answered. What failed is kept nowhere, in whatever way it failed."""
+    kind = "faithful" if mode in ("images", "text_only") else "clean"
+    asked = [items(contexts)[kind] | {"memory": f"memory {i}."} for i in range(40)]
+    judges.load_judge(server.S).ask(PROMPTS[kind], asked[:2])
+    judge = judges.load_judge(server.S)
+    server.mode = mode
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="in a row|judge failed on all of 38"):
+        judge.ask(PROMPTS[kind], asked[2:])
+    said = capsys.readouterr().out
+    assert said.count("judge: ") == 1 and REASONS.get(mode, "") in said
+    assert len(kept(tmp_path)) == 2
+    server.mode = "good"
+    judge = judges.load_judge(server.S)
+    server.seen.clear()
+    assert judge.ask(PROMPTS[kind], asked) == [True] * 40 and len(kept(tmp_path)) == 40
+    texts = [body["messages"][0]["content"][-1]["text"] for body in server.seen]
+    assert not [text for text in texts if "memory 0." in text or "memory 1." in text]
+
+
+def test_a_failed_try_is_asked_again_and_a_few_failures_are_none(server, tmp_path):
+    judge = judges.load_judge(server.S)
+    tries = ["prose", "overloaded", "html", "cut_json", "slow", "slow"]
+    server.mode = lambda body: tries.pop(0) if tries else "good"
+    assert judge.ask(phase1.CLEAN, clean_items("a", "b", "c", "d")) == [True] * 4
+    server.mode = lambda body: "refusal" if "memory: bad" in body["messages"][0]["content"][-1]["text"] else "good"
+    refused = [f"bad {i}" for i in range(30)]
+    assert judge.ask(phase1.CLEAN, clean_items("e", *refused)) == [True] + [None] * 30
+    assert judge.send.used["failed"] == 3 + 30 * judges.TRIES and len(kept(tmp_path)) == 5
+    # Of a resumed run these may be the only questions left.
+    assert judges.load_judge(server.S).ask(phase1.CLEAN, clean_items(*refused[:19])) == [None] * 19
+
+
+def test_equal_questions_are_asked_once_and_a_damaged_reply_again(server, tmp_path):
+    judge = judges.load_judge(server.S)
+    assert judge.ask(phase1.CLEAN, clean_items(*["a"] * 200, "b")) == [True] * 201
+    assert len(server.seen) == 3 and len(kept(tmp_path)) == 2
+    kept(tmp_path)[0].write_text('{"reply": "{')
+    assert judge.ask(phase1.CLEAN, clean_items("a", "b")) == [True, True] and len(server.seen) == 4
+
+
+def test_every_rank_keeps_its_replies(server, tmp_path, monkeypatch):
+    judge = judges.load_judge(server.S)
+    monkeypatch.setattr(runs, "RANK", 1)
+    monkeypatch.setattr(runs, "is_first_rank", lambda: False)
+    assert judge.ask(phase1.CLEAN, clean_items("a")) == [True] and len(kept(tmp_path)) == 1
+
+
+def test_kinds_of_problems_are_said_once_without_key_and_address(server, capsys):
+    judge = judges.load_judge(server.S).send
+    capsys.readouterr()
+    for number in (12, 345):
+        judge.say(judge.without_secrets(f"request req-{number} with {KEY} or {KEY[:9]}*** of "
+                                        f"{judge.client.base_url} and 127.0.0.1 is\x1b[2J too long {'x' * 300}"))
+    said = capsys.readouterr().out
+    assert said == "judge: request req-12 with (key) or (key) of (address) and (address) is [2J too long " + \
+        said.partition("too long ")[2] and len(said) < 210 and said.count("judge:") == 1
+
+
+@pytest.mark.parametrize("where", ["tarpit", "dead"])
+def test_a_silent_or_dead_address_is_given_up(server, where, monkeypatch, tmp_path):
+    monkeypatch.setattr(endpoint, "FIRST_ANSWER", 0.5)
+    monkeypatch.setattr(endpoint, "SILENCE", 0.5)
+    judge = judges.load_judge(server.S)
+    if where == "dead":
+        server.shutdown()
+        server.server_close()
+    server.mode = where
+    with pytest.raises(SystemExit, match="no answer within|Connection refused"):
+        judges.load_judge(server.S)
+    began = time.time()
+    with pytest.raises(SystemExit, match="16 times in a row.*(no request ended|Connection refused)"):
+        judge.ask(phase1.CLEAN, clean_items(*"abcdefghijklmnopqrstuvwxyz"))
+    assert time.time() - began < 10 and not kept(tmp_path)
+
+
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import common
+from support import judges
+S = common.settings({"__doc__": ""}, ["--JUDGE=openai:m", "--RUN=" + sys.argv[2]])
+judge = judges.load_judge(S)
+clean = judges.Verdict("clean", '{memory} {{"verdict": true}}')
+judge.ask(clean, [{"memory": "a"}])
+print("answered", flush=True)
+judge.ask(clean, [{"memory": str(i)} for i in range(20)])
+"""
+
+
+@pytest.mark.parametrize("number, early", [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False)])
+def test_a_signal_ends_the_wait_for_a_silent_server(server, tmp_path, number, early):
+    root = str(runs.ROOT)
+    server.mode = lambda body: "tarpit" if early or len(server.seen) > 2 else "good"
+    process = subprocess.Popen([sys.executable, "-c", CHILD, root, str(tmp_path)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    while len(server.seen) < (1 if early else 3) and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    process.send_signal(number)
+    if number == signal.SIGINT:
+        assert process.stderr.readline() + process.stderr.readline() == "\nstopped; the same command goes on\n"
+        process.send_signal(number)                      # while Python cleans up
+    began = time.time()
+    _, said = process.communicate(timeout=20)
+    assert time.time() - began < 1 and process.returncode == -number and not said
 
 
 def test_an_endpoint_without_key_or_package_is_refused(monkeypatch, tmp_path):
@@ -228,12 +335,23 @@ def test_an_endpoint_without_key_or_package_is_refused(monkeypatch, tmp_path):
 
 
 # ================================================================ the stages
-@pytest.mark.parametrize("name", ["local", "openai:some-model"])
-def test_the_stages_run_with_other_judges(request, name, tmp_path, monkeypatch):
-    """02 to 06 with verdicts that are poor or made up: what is shown is the path. To the tiny model all notes are
-    tied, and 04 would end with that; so that 05 and 06 have an adapter, its choice between notes is by length."""
-    if name != "local":
-        seen = request.getfixturevalue("server")[0]
+ALWAYS = ["--MAX_NEW_TOKENS=32"]
+ARGUMENTS = {
+    "01_make_streams": ["--TRAIN_STREAMS=2", "--DEPLOY_STREAMS=2", "--TEST_STREAMS=1", "--CLIPS=3"],
+    "02_phase1_train": ["--GROUP=2", "--STEPS=1", "--CONTEXTS=2"],
+    "03_collect_tasks": ["--GROUP=2", "--RECENT=2", "--LATER=1"],
+    "04_train_reward": ["--STEPS=1", "--RECENT=2"],
+    "05_phase2_train": ["--ENVIRONMENT=place", "--RECENT=2"],
+    "06_eval": ["--METHODS=dpo-steer", "--VALIDATE=4", "--RECENT=2"]}
+
+
+def run_stage(name, run, judge):
+    importlib.import_module("test_stages").stage(name, run, f"--JUDGE={judge}", *ALWAYS, *ARGUMENTS[name])
+
+
+def test_the_stages_run_with_the_model_as_judge(tmp_path, monkeypatch):
+    """02 to 06 with verdicts that are poor: what is shown is the path. To the tiny model all notes are tied, and 04
+    would end with that; so that 05 and 06 have an adapter, its choice between notes is by length."""
     choose = judges.Local.choose
 
     def by_length(self, question, text):
@@ -241,16 +359,76 @@ def test_the_stages_run_with_other_judges(request, name, tmp_path, monkeypatch):
         made = choose(self, question, text)
         return made if not notes else question.replies()[len(notes[1]) < len(notes[2])]
     monkeypatch.setattr(judges.Local, "choose", by_length)
-    run = importlib.import_module("test_stages").stage
-    always = [f"--JUDGE={name}", "--MAX_NEW_TOKENS=32"]
-    run("01_make_streams", tmp_path, "--TRAIN_STREAMS=2", "--DEPLOY_STREAMS=2", "--TEST_STREAMS=1", "--CLIPS=3")
-    run("02_phase1_train", tmp_path, *always, "--GROUP=2", "--STEPS=1", "--CONTEXTS=2")
-    run("03_collect_tasks", tmp_path, *always, "--GROUP=2", "--RECENT=2", "--LATER=1")
-    run("04_train_reward", tmp_path, *always, "--STEPS=1", "--RECENT=2")
-    run("05_phase2_train", tmp_path, *always, "--ENVIRONMENT=place")
-    run("06_eval", tmp_path, *always, "--METHODS=dpo-steer", "--VALIDATE=4", "--RECENT=2")
-    results = runs.read_json(tmp_path / "eval" / "results.json")
-    assert {r["method"] for r in results["rows"]} >= {"base", "phase1"}
-    assert len(runs.read_jsonl(tmp_path / "tasks" / "cache.jsonl")) == 6
-    if name != "local":
-        assert len(seen) > 20 and len(list((tmp_path / "judge").iterdir())) > 20
+    run_stage("01_make_streams", tmp_path, "tiny")
+    for name in [*ARGUMENTS][1:]:
+        run_stage(name, tmp_path, "local")
+    check_results(tmp_path)
+
+
+def check_results(run):
+    results = runs.read_json(run / "eval" / "results.json")
+    assert {row["method"] for row in results["rows"]} >= {"base", "phase1"}
+    assert len(runs.read_jsonl(run / "tasks" / "cache.jsonl")) == 6
+
+
+def fails_later(server):
+    """A mode: the first question and three more are answered, no other."""
+    first = len(server.seen)
+    return lambda body: "good" if len(server.seen) <= first + 4 else "html"
+
+
+def refuses_some(body):
+    """A mode: every fifth text is refused, always the same ones; never the first question."""
+    text = body["messages"][0]["content"][-1]["text"]
+    return "refusal" if zlib.crc32(text.encode()) % 5 == 0 and "ready" not in text else "good"
+
+
+def published(run):
+    """The files of a run, but for those with times or with places of files in them."""
+    files = {}
+    for path in sorted(run.rglob("*")):
+        if path.is_file() and path.suffix in (".json", ".jsonl", ".safetensors", ".md"):
+            if "judge" not in path.parts and path.name not in ("settings.json", "made_of.json"):
+                data = re.sub(rb'^{"fingerprint".*', b"", path.read_bytes())
+                files[str(path.relative_to(run))] = data.replace(str(run).encode(), b"RUN")
+    return files
+
+
+def test_stages_whose_endpoint_fails_end_as_if_nothing_had_been(server, tmp_path, capsys):
+    """Each of 02, 03, 04 and 06 is run in a copy of a run in which nothing fails. There it meets a wrong key, then an
+    endpoint that fails after a few answers, then one that refuses some questions, and a good one in the end."""
+    judge = "openai:some-model"
+    whole = tmp_path / "whole"
+    run_stage("01_make_streams", whole, "tiny")
+    for name in [*ARGUMENTS][1:]:
+        copy = tmp_path / name
+        if name != "05_phase2_train":
+            shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("judge"))
+            before = published(copy)
+            server.mode = "key"
+            with pytest.raises(SystemExit, match="Incorrect API key"):
+                run_stage(name, copy, judge)
+            assert not published(copy).keys() - before.keys()
+            server.mode = fails_later(server)
+            with pytest.raises(SystemExit, match="failed"):
+                run_stage(name, copy, judge)
+            assert b"null" not in b"".join(published(copy)[file] for file in published(copy).keys() - before.keys()
+                                           if "checked" not in file)
+        if name in ("03_collect_tasks", "06_eval"):
+            server.mode = refuses_some
+            run_stage(name, copy, judge)
+        server.mode = "good"
+        run_stage(name, whole, judge)
+        if copy.exists():
+            server.seen.clear()
+            capsys.readouterr()
+            run_stage(name, copy, judge)
+            assert published(copy) == published(whole)
+            kept_texts = [runs.read_json(file)["prompt"] for file in kept(copy)]
+            assert len(set(kept_texts)) == len(kept_texts) and len(server.seen) < len(kept_texts)
+            shutil.rmtree(copy)
+    server.seen.clear()
+    for name in [*ARGUMENTS][1:]:                      # what is finished needs no judge
+        run_stage(name, whole, judge)
+    assert not server.seen
+    check_results(whole)

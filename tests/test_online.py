@@ -232,7 +232,8 @@ def test_without_preferences_04_says_why(long, tmp_path, monkeypatch):
     class Undecided(world.Judge):
         def prefer(self, questions, first, second):
             return "tie"
-    monkeypatch.setattr(common.stage("04_train_reward"), "load_judge", lambda S, policy: Undecided())
+    monkeypatch.setattr(common.stage("04_train_reward"), "load_judge",
+                        lambda S, policy, shows_frames: Undecided())
     with pytest.raises(SystemExit, match=r"no reward model: preferences in 0 contexts.*; (\d+) of \1 .* were ties"):
         stage("04_train_reward", tmp_path, f"--FROM={long}")
 

@@ -8,6 +8,7 @@ import importlib
 import json
 import pathlib
 import re
+import shutil
 import sys
 import types
 import warnings
@@ -20,9 +21,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 av = pytest.importorskip("av", reason="PyAV makes the videos and sounds of these tests")
 np = pytest.importorskip("numpy")
-pytest.importorskip("decord")
 ImageFont = pytest.importorskip("PIL.ImageFont")
 
+import common                                                               # noqa: E402
 from support import overlay                                                 # noqa: E402
 from support import video as media                                          # noqa: E402
 
@@ -218,8 +219,68 @@ def test_a_clip_is_drawn_on_by_the_clock_of_its_stream(tmp_path, monkeypatch):
     assert (said != plain).any((1, 2, 3)).tolist() == [False, False, True, True]
     seen = overlay.clip_frames(clip | {"faces": [[102.5, 3, 20, 30, 60, 70]]}, 20)[0]
     assert (seen != plain).any((1, 2, 3)).tolist() == [True, True, False, False]
-    gone = overlay.clip_frames(clip | {"file": str(tmp_path / "no.mp4"), "speech": [[102, 104, "Hi"]]}, 20)[0]
-    assert (gone == 127).all()                                                  # nothing was seen or heard
+
+
+@pytest.fixture
+def damage(monkeypatch):
+    """A set of clips, as (file, offset), whose frames are lost."""
+    monkeypatch.setattr(overlay, "_was_grey", {})
+    lost, read = set(), media.read_frames
+
+    def damaged(file, times):
+        if any(path == file and 0 < times[0] - offset < 2 for path, offset in lost):
+            raise media.VideoError(file, "is damaged")
+        return read(file, times)
+    monkeypatch.setattr(overlay, "read_frames", damaged)
+    return lost
+
+
+def test_a_damaged_clip_is_grey_and_a_lost_file_stops(tmp_path, damage, capsys):
+    video = make_video(tmp_path / "a.mp4", frames=100)
+    clips = [{"clip": n, "start": 2.0 * n, "end": 2.0 * n + 2, "file": str(video), "offset": 2.0 * n,
+              "speech": [[0, 9, "Hi"]]} for n in range(5)]
+    damage.add((str(video), 0))
+    grey, _ = overlay.clip_frames(clips[0], 20)
+    assert (grey == 127).all() and overlay.is_grey(clips[0])                    # nothing was seen or heard
+    seen, _ = overlay.clip_frames(clips[1], 20)
+    assert (seen != 127).any() and not overlay.is_grey(clips[1])
+    assert "Clip 0 is watched as grey frames and leaves no memory: 1 grey clips of 1 so far" in capsys.readouterr().out
+    damage.update((str(video), clip["offset"]) for clip in clips)
+    overlay.clip_frames(clips[0], 20)                                           # the same one again
+    overlay.clip_frames(clips[2], 20)
+    overlay.clip_frames(clips[3], 20)
+    with pytest.raises(SystemExit, match="4 of 5 clips cannot be read, though 01 could.*higher --CHECK"):
+        overlay.clip_frames(clips[4], 20)
+    damage.clear()
+    for content in (None, b"", b"<html>"):
+        video.unlink(missing_ok=True)
+        if content is not None:
+            video.write_bytes(content)
+        with pytest.raises(SystemExit, match="a.mp4: .*though 01 could read it. Put it back"):
+            overlay.clip_frames(clips[1], 20)
+
+
+def test_nothing_is_remembered_of_a_damaged_clip(policy, streams, damage, tmp_path, monkeypatch):
+    monkeypatch.setattr(policy, "features", {})
+    short = [stream | {"clips": stream["clips"][:3]} for stream in streams[:2]]
+    damage.add((short[0]["clips"][1]["file"], short[0]["clips"][1]["offset"]))
+    plain = {"description": "now, in the office."}
+    monkeypatch.setattr(common, "decode", lambda policy, prompts, noise, *_: [
+        [policy.tokenizer("x</think>" + json.dumps(plain))["input_ids"]] for _ in prompts])
+    rows = common.watch(policy, short, path=tmp_path / "memories.jsonl")
+    written = {name: [(row["memory"], row.get("grey")) for row in rows] for name, rows in rows.items()}
+    good = ("now, in the office.", None)
+    assert written == {short[0]["stream"]: [good, ("", True), good], short[1]["stream"]: [good] * 3}
+
+
+def test_a_stage_stops_at_once_where_a_video_has_gone(tmp_path, toy):
+    shutil.copytree(toy / "streams", tmp_path / "run" / "streams")
+    (tmp_path / "run" / "streams" / "videos" / "train-001.mp4").unlink()
+    with pytest.raises(SystemExit, match="1 of the 4 video files .*train-001.mp4. Put them back"):
+        importlib.import_module("02_phase1_train").main([f"--RUN={tmp_path / 'run'}"])
+    (tmp_path / "run" / "streams" / "videos").rename(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit, match="1 of the 1 video files .*deploy-000.mp4. Put them back"):
+        importlib.import_module("03_collect_tasks").main([f"--RUN={tmp_path / 'run'}"])
 
 
 # ---- sidecar files -----------------------------------------------------------------------------------------
@@ -259,7 +320,8 @@ def test_by_face():
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data, a real transcript, is not here")
 def test_by_face_on_a_real_transcript():
-    cues = [text for _, _, text in overlay.read_srt(SHARED / "data" / "A1_JAKE_DAY1_11000000.srt")]
+    path = SHARED / "data" / "A1_JAKE_DAY1_11000000.srt"
+    cues = [text for _, _, text in overlay.read_subtitles(path)[0]]
     faced = [overlay.by_face(text, {"Jake": 1, "Shure": 3}) for text in cues]
     assert faced[0] == "<face_1>: Okay, then we need a stopwatch."
     assert faced[1] == "<face_3>: Mark a timestamp, right?"
@@ -353,7 +415,7 @@ def loud(wave):
 @pytest.mark.parametrize("name, named, heard", [
     ("gap.mp4", dict(frames=80, spans=[(0, 2), (5, 7)], rate=44100), "1111000000 1111"),  # later words stay late
     ("late.mp4", dict(frames=40, spans=[(3, 5)]), "000000 1111"),
-    # The sound begins 2 s before the first frame, which is 0 s to decord, and so to us.
+    # The sound begins 2 s before the first frame, which is 0 s to us.
     ("early.mkv", dict(frames=20, video_start=2.0, spans=[(0, 4)]), "1111")])
 def test_sound_keeps_the_clock_of_the_frames(tmp_path, name, named, heard):
     wave = overlay.read_sound(make_video(tmp_path / name, **named))

@@ -78,6 +78,10 @@ def cells_of(line):
 
 
 # ================================================================ commands and places
+# Scripts that the README tells to copy: {copy: original}.
+COPIES = {copy: script for script, copy in re.findall(r"^cp (\w+)\.py (\w+)\.py$", README, re.M)}
+
+
 def commands():
     """(script, arguments) of every command in the pages, with the README's shell variable M put in."""
     text = PROVENANCE + README
@@ -85,7 +89,7 @@ def commands():
     if variable:
         text = text.replace("$M", variable[1])
     found = re.findall(r"python (0\d_\w+)\.py((?: --[A-Z_0-9]+=[^\s`&|]+)*)", text)
-    return sorted({(script, arguments.strip()) for script, arguments in found})
+    return sorted({(COPIES.get(script, script), arguments.strip()) for script, arguments in found})
 
 
 @pytest.mark.parametrize("script, arguments", commands())
@@ -108,7 +112,7 @@ def test_files_exist(page):
     for name in re.findall(r"\]\((?!http|#)([\w/.]+)\)", PAGES[page]):
         assert (folder / name).exists(), name
     for name in re.findall(r"python (\w[\w/]*\.py)", PAGES[page]):
-        assert (ROOT / name).exists(), name
+        assert name.removesuffix(".py") in COPIES or (ROOT / name).exists(), name
 
 
 def test_functions_exist():
@@ -237,6 +241,7 @@ def test_planned_bytes(sketch, capsys):                                     # no
         assert on_a_card == (f"{measured:.2f}" if "default" in text else "not measured")
     for card, text, prompt, step, contexts in cards:
         S = full_size(text)
-        found = plan.plan(sketch, S)
+        found = plan.plan(sketch, S, int(card) * 2**30)
         assert [prompt, step] == [str(found.prompt), f"{found.in_training() / 2**30:.0f}"], text
-        assert plan.check_plan(sketch, S, int(card) * 2**30) == (int(contexts), S.GROUP)
+        room = plan.check_plan(sketch, S, int(card) * 2**30)
+        assert room.side_by_side(found.prompt, S.GROUP, S.MAX_NEW_TOKENS) == (int(contexts), S.GROUP)

@@ -127,7 +127,7 @@ def make_samples(rng, clip):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder with what stages 1 and 3 leave, but no videos: 4 streams of 4 clips,
+    """A run folder with what stages 1 and 3 leave, but an empty video: 4 streams of 4 clips,
     ten questions per environment."""
     folder, rng, streams, truths, cache = tmp_path_factory.mktemp("reward"), random.Random(0), [], [], []
     for n in range(4):
@@ -143,6 +143,7 @@ def run(tmp_path_factory):
     recent = {e: [t for t in tasks if t["environment"] == e][:10] for e in world.CATEGORIES}
     for name, rows in (("streams/streams", streams), ("streams/truth", truths), ("tasks/cache", cache)):
         runs.write_jsonl(folder / f"{name}.jsonl", rows)
+    (folder / "streams" / "none.mp4").touch()
     runs.write_json(folder / "tasks/recent.json", recent)
     return folder
 
@@ -198,6 +199,11 @@ def test_a_failed_verdict_drops_out_and_a_failed_judge_stops(run, tmp_path):
     some, _, yields = stage.find_preferences(Judge(fail=0.3), cache, PLACE, tmp_path / "b", chunk=64)
     count = lambda contexts: sum(len(c.preferences) for c in contexts)
     assert yields["place"].failed > 0 and 0 < count(some) < count(all_of_them)
+    without, _, _ = stage.find_preferences(None, cache, PLACE, tmp_path / "b", chunk=64)
+    assert without == some                                    # what has begun to train asks no more
+    again = Judge()
+    mended, _, _ = stage.find_preferences(again, cache, PLACE, tmp_path / "b", chunk=64)
+    assert mended == all_of_them and again.asked              # else what failed is asked for again
     with pytest.raises(SystemExit, match="the judge failed on"):
         stage.find_preferences(Judge(fail=0.9), cache, PLACE, tmp_path / "c", chunk=64)
 

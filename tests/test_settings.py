@@ -19,8 +19,8 @@ from support.runs import per_model                                          # no
 
 SCRIPTS = ["01_make_streams", "02_phase1_train", "03_collect_tasks", "04_train_reward", "05_phase2_train",
            "06_eval"]
-PACKAGES = ["torch", "numpy", "transformers", "decord", "peft", "safetensors", "tqdm", "av", "PIL", "jinja2",
-            "bm25s"]
+PACKAGES = ["torch", "numpy", "transformers", "peft", "safetensors", "tqdm", "av", "PIL", "jinja2",
+            "bm25s", "pysubs2", "charset_normalizer"]
 SCRIPT = {"__doc__": "What it does.", "STEPS": per_model(80, 100), "LR": per_model(2e-4, 1e-5),
           "KL": per_model(0.1, 0.0), "RATIO": "gspo", "GROUP": 8, "SCALE": 0.5, "TABLE": {"a": 1}, "lower": 1,
           "ASK": runs.Prompt("Is it true?")}
@@ -263,11 +263,11 @@ def test_the_stages_bind_their_prompts_and_rewards(name, monkeypatch, tmp_path):
     module = importlib.import_module(name)
     handed = []
 
-    def note(S, stage, *functions):
+    def note(S, stage, *functions, **options):
         handed.extend(functions)
         raise SystemExit("seen")
     monkeypatch.setattr(module, "start", note)
-    monkeypatch.setattr(module, "need", lambda S, name: tmp_path)
+    monkeypatch.setattr(module, "need", lambda S, name: tmp_path, raising=False)
     with pytest.raises(SystemExit, match="seen"):
         module.main([f"--RUN={tmp_path}"])
     found = runs.sources(*handed)

@@ -286,3 +286,88 @@ def test_two_ranks_publish_what_one_process_does(chain, tmp_path):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
     assert runs.read_json(tmp_path / "reward/report.json")["yield"] == runs.read_json(
         chain / "reward/report.json")["yield"]
+
+
+# ================================================================ killed at random moments, and resumed
+KILLS = """
+import os, pathlib, random, signal, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+import common, test_stages
+from support import runs
+
+SMALL = [("03_collect_tasks", ("--CACHE_STREAMS=2", "--CACHE_CONTEXTS=8", "--CHUNK=3", "--LATER=2")),
+         ("04_train_reward", ("--STEPS=3", "--SAVE_EVERY=1", "--CHUNK=2")),
+         ("05_phase2_train", ("--ENVIRONMENT=place", "--DPO_STEPS=3", "--SAVE_EVERY=1")),
+         ("06_eval", ("--STREAMS=1", "--METHODS=dpo-steer", "--VALIDATE=2", "--TRANSFER=0"))]
+whole, cut = map(pathlib.Path, sys.argv[1:])
+draw = random.Random(7)
+to_bytes, replace = runs.as_bytes, os.replace
+left = None                                  # writes until the end
+torch.set_num_threads(1)
+loaded = common.load_model(common.settings(dict(__doc__=""), test_stages.ALWAYS))
+common.load_model = lambda S: loaded         # once, for all children
+
+
+def one_less():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def as_bytes(text):                          # before a line is appended or a file written
+    one_less()
+    return to_bytes(text)
+
+
+def put_in_place(one, two):                  # before and after a file takes the place of another
+    one_less()
+    replace(one, two)
+    one_less()
+
+
+def child(name, run, argv, writes):
+    global left
+    number = os.fork()
+    if not number:
+        left = writes
+        runs.as_bytes, os.replace = as_bytes, put_in_place
+        sys.stdout = open(os.devnull, "w")
+        test_stages.stage(name, run, *argv)
+        os._exit(0)
+    status = os.waitpid(number, 0)[1]
+    assert status in (0, signal.SIGKILL), (name, status)
+    return status == 0
+
+
+for name, argv in SMALL:
+    assert child(name, whole, argv, 10**9)
+    killed = 0
+    while not child(name, cut, argv, draw.randint(1, 9 * 3 ** killed)):
+        killed += 1
+        for part in [*cut.glob("*/*.part"), *cut.glob("*/*/*.part")]:      # and its last line may be torn
+            os.truncate(part, max(0, part.stat().st_size - draw.choice([0, 5])))
+    print(name, "was killed", killed, "times", flush=True)
+"""
+
+
+def test_killed_stages_go_on_to_the_same_bytes(chain, tmp_path):
+    """03 to 06, each killed by SIGKILL at random writes: nothing is lost, made twice, or kept locked."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for run in (one, two):
+        for name in ("streams", "phase1"):
+            shutil.copytree(chain / name, run / name)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS.format(root=str(runs.ROOT), tests=str(runs.ROOT / "tests")), one, two],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    kills = [int(line.split()[-2]) for line in done.stdout.splitlines() if "was killed" in line]
+    assert len(kills) == 4 and min(kills) >= 1 and "Traceback" not in done.stderr, done.stdout
+    before, after = contents(one), contents(two)
+    assert before.keys() == after.keys()
+    # What holds seconds, or the name of the run or of a process.
+    assert same_files(before, after, but=["lock$", r"log\.csv$", r"checkpoint\.pt$", "eval/re"])
+    results = [runs.read_json(run / "eval/results.json") | {"run": ""} for run in (one, two)]
+    assert results[0] == results[1]

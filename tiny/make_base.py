@@ -28,7 +28,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import common
 from support.runs import ROOT, written_aside
-from support.video import frame_times, frames_to_patches
+from support.video import frame_times, frames_to_patches, read_frames
 from tiny import world
 
 # ----------------------------------------------------------------
@@ -202,16 +202,15 @@ def broken_forms(head, tail, memory):
 
 def decoded_stream(index):
     """One stream of the split "base", truly encoded and decoded: (truth, uint8 (clips, 4, 96, 96, 3))."""
-    import decord
     truth = world.make_stream(world.stream_seed(SEED, "base", index))
     clips = world.stream_row(str(index), "base", "", len(truth))["clips"]
     wanted = []
     for clip in clips:
-        wanted += [int(t * world.FPS) for t in frame_times(clip, 4)]
+        wanted += frame_times(clip, 4)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/{index}.mp4"
         world.write_stream_video(path, truth)
-        frames = decord.VideoReader(path, num_threads=1).get_batch(wanted).asnumpy()
+        frames = read_frames(path, wanted)
     return truth, frames.reshape(len(truth), 4, world.SIDE, world.SIDE, 3)
 
 
