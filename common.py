@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from support import judges, runs
 from support.attention import lay_out, packed_positions, share_rows
 from support.decode import HowToSample, decode
+from support.hours import first_measured
 from support.overlay import clip_frames, is_grey
 from support.ranks import gather, gather_sum, my_share, progress, said_once, torch
 from support.runs import Prompt, append_jsonl, clock, per_model, read_progress, write_jsonl
@@ -58,6 +59,8 @@ ROW_TOKENS = per_model(2500, 0)         # of small groups that share a packed ro
 CPU_THREADS = 2                         # more hurt a small model; fixed, so that results repeat
 READER_TOKENS = per_model(2000, 32000)  # of memories that the reader sees; of more, the most relevant
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
+PLAN = 0                                # 1: 02 to 06 print what they will take, and stop
+CARD = "H100"                           # on which card PLAN=1 plans (support/hours.py)
 # ----------------------------------------------------------------
 
 
@@ -830,14 +833,15 @@ def logprobs_of_groups(policy, groups):
     return logp
 
 
-def watch(policy, streams, questions=(), path=None, begun=None, desc="watch"):
+def watch(policy, streams, questions=(), path=None, begun=None, desc="watch", planned=None):
     """The policy watches streams side by side, clip by clip, with its own memories as history
     -> {stream: [row per clip]}.
 
     Rows are {stream, clip, start, end, memory, text}, and "grey" where the clip is damaged; that, and a
     malformed answer, leaves the memory "". path: a JSONL that rows are appended to as they come; an interrupted
     watch goes on from it. begun: {stream: rows of its first clips} that another policy wrote; this one goes on
-    after them. Sampling as for inference (paper, section 1).
+    after them. planned: hours, which the first measured round corrects. Sampling as for inference (paper,
+    section 1).
     """
     memories = {stream["stream"]: [] for stream in streams}
     for name, rows in (begun or {}).items():
@@ -845,7 +849,9 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch"):
             memories[name] += rows
     go_on(memories, path)
     longest = max((len(stream["clips"]) for stream in streams), default=0)
-    for t in progress(range(longest), desc, leave=False):
+    rounds = progress(range(longest), desc, leave=False)
+    # The first contexts have fewer clips than K.
+    for t in first_measured(rounds, longest, planned, "a clip of each stream", skip=policy.S.K - 1):
         waiting = []
         for stream in streams:
             if len(memories[stream["stream"]]) == t < len(stream["clips"]):

@@ -32,8 +32,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 per_model = namedtuple("per_model", "tiny full")
 
 # What may change within a run. All other constants are compared with settings.json.
-NOT_COMPARED = ("RUN", "SCRIPT", "COMMAND", "SHOW", "ENVIRONMENT", "READERS", "PRINT_EVERY",
-                "SAVE_EVERY", "WORKERS", "CPU_THREADS")
+NOT_COMPARED = ("RUN", "SCRIPT", "COMMAND", "SHOW", "PLAN", "CARD", "ENVIRONMENT", "READERS",
+                "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")
 
 # What a number may be. All are finite, at most LARGEST, and not negative unless their default is. Beyond that:
 LARGEST = 2**53                                  # up to here, floats tell all integers apart
