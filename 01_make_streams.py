@@ -31,7 +31,8 @@ DATA/deploy or DATA/test are of that split, all else is of SPLIT.
 Run: python 01_make_streams.py [--NAME=value ...]       e.g. --SOURCE=videos --DATA=~/Videos --RUN=mine
 In:  nothing for "tiny", else the folder DATA
 Out: streams/streams.jsonl, tasks.jsonl; "tiny": videos/*.mp4, captions.jsonl, truth.jsonl; else files.jsonl
-Takes 10 s for the toy world; for videos 0.4 s per clip of 720p on one core, far less with --CHECK=0.
+Takes 10 s for the toy world; for videos of 720p on one core 0.4 s per clip and up to 3 s per file, far less
+with --CHECK=0.
 """
 import importlib.util
 import pathlib

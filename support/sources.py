@@ -505,7 +505,7 @@ def is_current(row, file, spans, S):
 
 
 def how_checked(S):
-    """What a row of files.jsonl depends on: constants, PyAV, of which a newer version may read more, and decord."""
+    """What a row of files.jsonl depends on: constants, PyAV, of which a newer version may read more, decord."""
     pyav = importlib.metadata.version("av")
     return [S.SOURCE, S.CLIP_SECONDS, S.SHORTEST, S.CHECK, pyav, has_decord()]
 
@@ -513,8 +513,9 @@ def how_checked(S):
 def check_video(file, spans, S):
     """A row of files.jsonl: {file, stamp, spans, clips: [[clip ..] per span], skipped: [reasons], how, reader}.
 
-    The reader is "decord" where nothing is wrong with the file and decord proves right, else "PyAV". Times are the file's own, by its time stamps, in which subtitles count too; the first frame is at 0 s even
-    where the sound starts earlier. Raises nothing: a file that cannot be used has no clips.
+    Times are the file's own, by its time stamps, in which subtitles count too; the first frame is at 0 s even
+    where the sound starts earlier. The reader is "decord" where nothing is skipped and decord proves right, else
+    "PyAV". Raises nothing: a file that cannot be used has no clips.
     """
     clips = [[] for _ in spans]
     skipped = []

@@ -175,7 +175,7 @@ def packets_near(video, key):
 
 
 def in_time(file, work, open_file=open_video):
-    """work(what open_file gives), under a time limit. Raises VideoError, and LostVideo where it cannot be opened.
+    """work(what open_file gives), under a time limit. Raises VideoError; LostVideo where opening fails.
 
     The work runs in a thread, because nothing else ends a call that hangs: where it does, a sleeping thread is
     left.
@@ -367,7 +367,8 @@ def open_by_decord(file):
     decord.logging.set_level(decord.logging.QUIET)
     reader = decord.VideoReader(os.path.abspath(file), num_threads=1)
     spans = reader.get_frame_timestamp(range(len(reader)))      # (n, 2) start and end of each frame
-    return DecordVideo(file, reader, spans[:, 0].astype(float), float(spans[-1, 1]))
+    times = spans[:, 0].astype(float)
+    return DecordVideo(file, reader, times, end=float(spans[-1, 1]))
 
 
 def read_by_decord(file, times):
@@ -391,7 +392,9 @@ def decord_is_right(file, n):
     try:
         times, tried = in_time(file, lambda video: (video.times, times_to_try(video, n)))
         claimed = in_time(file, lambda video: video.times, open_by_decord)
-        if len(claimed) != len(times) or np.abs(claimed - times).max() > AS_NEAR / 2:
+        if len(claimed) != len(times):
+            return False
+        if np.abs(claimed - times).max() > AS_NEAR / 2:
             return False
         # In random order, so that each is read by seek, and a few at once, as those of a clip are.
         shuffled = np.random.default_rng(0).permutation(tried)
