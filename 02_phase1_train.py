@@ -35,8 +35,9 @@ from common import (Group, build_prompt, fill_in_advantages, group_advantages, g
                     load_policy, make_context, np, parse_response, per_model, policy_loss, rollout,
                     settings, torch, watch)
 from support.checkpoint import Training
+from support.hours import say_plan, sizes_of
 from support.judges import Ranking, Verdict
-from support.plan import announce
+from support.plan import prompt_tokens
 from support.runs import find, load_streams, next_command, read_jsonl, start
 from support.weights import save_adapter
 
@@ -248,8 +249,11 @@ class RollingBatch:
                 self.state[i] = self.fresh_slot(rng)
 
 
-def written_histories(S, policy, streams, out):
-    """{stream: {clip: memory}} by a stronger model: captions.jsonl, or, with a banner, the base model itself."""
+def written_histories(S, policy, streams, out, planned=None):
+    """{stream: {clip: memory}} by a stronger model: captions.jsonl, or, with a banner, the base model itself.
+
+    planned: hours that the latter takes.
+    """
     captions = find(S, "streams/captions.jsonl")
     if captions:
         rows = read_jsonl(captions)
@@ -257,7 +261,7 @@ def written_histories(S, policy, streams, out):
         print("*** streams/captions.jsonl is missing: the off-policy history is written by the base "
               "itself. Captions by a stronger model, one {stream, clip, memory} a line, serve better "
               "(paper, section 2) ***")
-        watched = watch(policy, streams, path=out / "history.jsonl")
+        watched = watch(policy, streams, path=out / "history.jsonl", planned=planned)
         rows = [row for rows_of_stream in watched.values() for row in rows_of_stream]
     written = {}
     for row in rows:
@@ -351,8 +355,49 @@ def first_group(policy, S, batch, reward):
 
 
 # ================================================================ the stage
+LEVERS = ("STEPS", "CONTEXTS", "THINK_TOKENS")   # what to lower where the plan exceeds a day
+
+
+def work(plan, S, sizes):
+    """What this stage does, for the plan (support/hours.py)."""
+    if S.OFF_POLICY_STEPS and not find(S, "streams/captions.jsonl"):
+        plan.watch("histories", sizes.clips, sizes.streams)
+    plan.steps_begin()
+    plan_loop(plan, S, S.STEPS, min(S.STEPS, S.OFF_POLICY_STEPS))
+    if S.RICHNESS:
+        candidates = S.GROUP * S.MEMORY_TOKENS
+        groups = S.STEPS * S.CONTEXTS
+        plan.judge("judge: rank", groups, S.CONTEXTS, candidates, S.GROUP, clips=1)
+
+
+def plan_loop(plan, S, steps, off_policy_steps):
+    """The parts of the loop, of 02 as of 05."""
+    groups = steps * S.CONTEXTS
+    answers = groups * S.GROUP
+    updates = math.ceil(S.CONTEXTS / S.MINI_BATCH)
+    row = prompt_tokens(S), S.GROUP, plan.answer
+    # Off-policy all clips of a context are new, later the newest alone.
+    plan.see("frames", off_policy_steps * S.CONTEXTS * S.K + (steps - off_policy_steps) * S.CONTEXTS)
+    plan.sample("rollout", groups, S.GROUP, S.CONTEXTS)
+    plan.read("update: old log-probs", groups * (updates - 1) // updates, *row)
+    if S.KL:
+        plan.read("update: reference", groups, *row)
+    plan.learn("update", groups, *row)
+    plan_quality(plan, S, answers, S.CONTEXTS * S.GROUP)
+
+
+def plan_quality(plan, S, memories, at_once):
+    """What `quality` asks about so many memories, `at_once` in a call."""
+    both = 2 * S.MEMORY_TOKENS
+    plan.judge("judge: clean", memories, at_once, both, 2)
+    plan.judge("judge: faithful", memories, at_once, both, 2, clips=1)
+
+
 def main(argv=None):
     S = settings(globals(), argv)
+    if S.PLAN:
+        say_plan(S, work, sizes_of(S, "train"), LEVERS)
+        return
     # An edit of these functions, or of a prompt that they use, asks for a new run.
     out = start(S, "phase1", rewards, build_prompt, parse_response, group_advantages, policy_loss,
                 kl_to)
@@ -364,8 +409,11 @@ def main(argv=None):
     # ---------------- model, data, reward
     streams = load_streams(S, "train")
     judge = load_judge(S, lambda: policy)     # before the model, so that a missing key is said at once
+    planned = say_plan(S, work, sizes_of(S, "train"), LEVERS)
     policy = load_policy(S)
-    written = written_histories(S, policy, streams, out) if S.OFF_POLICY_STEPS else {}
+    written = {}
+    if S.OFF_POLICY_STEPS:
+        written = written_histories(S, policy, streams, out, planned.hours_of("histories"))
     batch = RollingBatch(
         streams, written, seed=S.SEED, size=S.CONTEXTS, window=S.K,
         off_policy_steps=S.OFF_POLICY_STEPS, n_min=S.N_MIN, n_max=S.N_MAX, resample=S.RESAMPLE)
@@ -379,12 +427,8 @@ def main(argv=None):
     # ---------------- train
     print(f"{sum(p.numel() for p in params) / 1e6:.2f} M trainable parameters; {S.STEPS} steps of "
           f"{S.CONTEXTS} contexts, {math.ceil(S.CONTEXTS / S.MINI_BATCH)} updates a step")
-    groups = S.STEPS * S.CONTEXTS
-    # FAITHFUL and CLEAN of each sample, and one ranking.
-    judge_calls = groups * (2 * S.GROUP + 1)
-    announce(groups, S.GROUP, judge_calls, S)
     run = Training(out, params, batch=batch, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY,
-                   grad_clip=S.GRAD_CLIP)
+                   grad_clip=S.GRAD_CLIP, planned=planned.hours_of_steps())
     grpo(policy, run, batch, reward, log_row, reference="base", **loop_constants(S))
     save_adapter(policy, "phase1", out / "adapter")
     print(f"Phase One is in {out / 'adapter'}; next: {next_command(S, '03_collect_tasks.py')}")

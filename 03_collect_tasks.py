@@ -17,8 +17,8 @@ import math
 
 from common import (Group, Sample, build_prompt, load_judge, load_policy, make_context, per_model,
                     rollout, settings, stage, watch)
+from support.hours import LETTERS, QUESTION, STAMP, Sizes, first_measured, say_plan, sizes_of
 from support.judges import INSUFFICIENT, Answer, Verdict
-from support.plan import announce
 from support.ranks import gather, is_first_rank, my_share, once, progress, said_once
 from support.reader import Retriever
 from support.runs import (append_jsonl, as_written, clock, fingerprint, load_streams, need,
@@ -31,7 +31,7 @@ phase1 = stage("02_phase1_train")
 # ---------------------------------------------------------------- toy world | Qwen3-VL-30B-A3B
 CACHE_STREAMS = per_model(24, 100)     # streams to cache contexts of (paper: about 100 videos) ...
 CACHE_CONTEXTS = per_model(288, 2500)  # ... and their contexts at most (paper: 25 clips a video)
-CHUNK = per_model(24, 4)               # contexts sampled between two writes of the cache
+CHUNK = per_model(24, 28)              # contexts sampled between two writes of the cache
 # ---------------------------------------------------------------- the method
 RECENT = 5                             # questions that define an environment (paper: 5 to 10)
 LATER = 5                              # questions after those: 04 validates its reward model on them
@@ -222,7 +222,7 @@ def check_recent(S, streams):
 
 
 # ================================================================ the rollout cache
-def fill_cache(S, out, policy, judge, streams, memories, limits):
+def fill_cache(S, out, policy, judge, streams, memories, limits, planned=None):
     """GROUP samples of every context, with their format and quality rewards, appended chunk by chunk."""
     part = out / "cache.part"
     before = read_progress(part) or read_progress(out / "cache.jsonl")
@@ -232,7 +232,9 @@ def fill_cache(S, out, policy, judge, streams, memories, limits):
     written = {}
     for stream, rows in memories.items():
         written[stream] = [row["memory"] for row in rows]
-    for first in progress(range(0, len(places), S.CHUNK), "rollout cache"):
+    firsts = range(0, len(places), S.CHUNK)
+    chunks = progress(firsts, "rollout cache")
+    for first in first_measured(chunks, len(firsts), planned, f"for {S.CHUNK} contexts"):
         chunk = range(first, min(first + S.CHUNK, len(places)))
         # A chunk in which a verdict failed is judged again as a whole: an endpoint has kept all others, and a
         # few clips that it refuses are still a few among many.
@@ -322,8 +324,32 @@ def cached_context(stream, row, window):
 
 
 # ================================================================ the stage
+LEVERS = ("contexts", "THINK_TOKENS")    # what to lower where the plan exceeds a day
+
+
+def work(plan, S, sizes):
+    """What this stage does, for the plan (support/hours.py)."""
+    plan.watch("watch", sizes.clips, sizes.streams)
+    plan_answers(plan, S, sizes, sizes.environments * (S.RECENT + S.LATER), S.RECENT + S.LATER)
+    if sizes.contexts:
+        plan.see("cache: frames", sizes.contexts * S.K)
+        plan.sample("cache", sizes.contexts, S.GROUP, S.CHUNK)
+        phase1.plan_quality(plan, S, sizes.contexts * S.GROUP, S.CHUNK * S.GROUP)
+
+
+def plan_answers(plan, S, sizes, questions, at_once):
+    """The reader's answers, `at_once` in a call: it reads all memories of a stream, as far as they fit."""
+    memory = sizes.clips // max(1, sizes.streams) * (S.MEMORY_TOKENS + STAMP)
+    plan.judge("answers", questions, at_once, min(memory, S.READER_TOKENS) + QUESTION, LETTERS)
+
+
 def main(argv=None):
     S = settings(globals(), argv)
+    if S.PLAN:
+        sizes = sizes_of(S, "deploy")
+        sizes.contexts = min(sizes.contexts, S.CACHE_CONTEXTS)
+        say_plan(S, work, sizes, LEVERS)
+        return
     out = start(S, "tasks", answer, right, phase1.quality, build_prompt)
     streams = load_streams(S, "deploy")
     names = {stream["stream"] for stream in streams}
@@ -342,10 +368,13 @@ def main(argv=None):
     if tasks:
         streams = seen_by_then(streams, recent, S.CACHE_STREAMS)
     cached_streams = streams[:S.CACHE_STREAMS] if tasks else []
-    say_what_is_to_come(S, streams, cached_streams, tasks, recent, is_online)
+    say_what_is_to_come(streams, tasks, recent, is_online)
+    sizes = Sizes("those above", len(streams), sum(len(stream["clips"]) for stream in streams),
+                  len(chosen_clips(cached_streams, S.CACHE_CONTEXTS)), len(recent))
+    planned = say_plan(S, work, sizes, LEVERS)
 
     # ---- memories
-    memories = watch(policy, streams, path=out / "memories.jsonl")
+    memories = watch(policy, streams, path=out / "memories.jsonl", planned=planned.hours_of("watch"))
     write_readable(out / "memories", memories)
     if not tasks:
         print("no tasks ask about these streams: the memories are all there is to make "
@@ -358,7 +387,8 @@ def main(argv=None):
 
     # ---- the rollout cache
     limits = learns_until(tasks, recent, S.RECENT)
-    fill_cache(S, out, policy, judge, cached_streams, memories, limits)
+    hours = planned.hours_of("cache", "judge")
+    fill_cache(S, out, policy, judge, cached_streams, memories, limits, hours)
     say_what_failed(out)
     print(f"memories, answers and the rollout cache are in {out}; "
           f"next: {next_command(S, '04_train_reward.py')}")
@@ -383,24 +413,21 @@ def finished_before(S, out, streams, tasks):
 
 def say_what_failed(out):
     """Whether the judge has failed on a part of what is published, which is said."""
-    tasks = sum(read_json(out / "recent.json").values(), [])
+    # Rank 0 reads, because it has written: another may be here before the file is in place.
+    recent, cache = once(lambda: (read_json(out / "recent.json"), read_jsonl(out / "cache.jsonl")))
+    tasks = sum(recent.values(), [])
     unanswered = [task["correct"] for task in tasks].count(None)
-    unjudged = count_unjudged(read_jsonl(out / "cache.jsonl"))
+    unjudged = count_unjudged(cache)
     if unanswered or unjudged:
         print(f"*** the judge has failed on {unanswered} recent questions and {unjudged} samples, which "
               "are left out from here on; this command asks for them again ***")
     return unanswered + unjudged > 0
 
 
-def say_what_is_to_come(S, streams, cached_streams, tasks, recent, is_online):
+def say_what_is_to_come(streams, tasks, recent, is_online):
     clips = sum(len(stream["clips"]) for stream in streams)
     why = ": what precedes the last recent question" if tasks and is_online else ""
     print(f"{len(streams)} streams of {clips} clips to watch, {len(tasks)} questions to come{why}")
-    announce(clips, 1, 0, S, "watching")
-    if cached_streams:
-        contexts = len(chosen_clips(cached_streams, S.CACHE_CONTEXTS))
-        announce(contexts, S.GROUP, 2 * S.GROUP * contexts, S, "rollout cache")
-
     first_end = {stream["stream"]: stream["clips"][0]["end"] for stream in streams}
     unseen = []
     for asked in recent.values():

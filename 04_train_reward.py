@@ -22,6 +22,7 @@ from itertools import combinations
 from common import (TASK_PROMPT, F, build_prompt, encoded_text, load_judge, load_policy, np, per_model,
                     settings, stage, torch)
 from support.checkpoint import Training
+from support.hours import INSTRUCTION, QUESTION, Sizes, first_measured, say_plan, sizes_of
 from support.judges import Preference
 from support.ranks import gather_sum, my_share, once, progress, said_once
 from support.runs import (append_jsonl, load_streams, need, next_command, read_json, read_jsonl,
@@ -170,7 +171,7 @@ def comparable(samples):
     return pairs
 
 
-def compare(judge, cache, questions, path, chunk):
+def compare(judge, cache, questions, path, chunk, planned=None):
     """Per row of the cache its verdicts: [[i, j, what `agreed` says]].
 
     What the file `path` holds is not asked again, unless a verdict failed: then its chunk is, and a judge that
@@ -181,7 +182,8 @@ def compare(judge, cache, questions, path, chunk):
     for row in read_progress(path):                        # a later row takes the place of an earlier one
         done[row["stream"], row["clip"]] = row["verdicts"]
     firsts = range(0, len(cache), chunk)
-    for first in progress(firsts, f"judge {path.stem}", leave=False):
+    chunks = progress(firsts, f"judge {path.stem}", leave=False)
+    for first in first_measured(chunks, len(firsts), planned, f"for {chunk} contexts"):
         rows = cache[first:first + chunk]
         if judge and not all(is_judged(row, done) for row in rows):
             judged = compare_chunk(judge, rows, questions)
@@ -267,11 +269,11 @@ class Yield:
             setattr(self, name, getattr(self, name) + count)
 
 
-def find_preferences(judge, cache, questions, folder, chunk, suffix=""):
+def find_preferences(judge, cache, questions, folder, chunk, suffix="", planned=None):
     """(judged contexts that have preferences, pairs, {environment: Yield}).
 
     cache: rows of cache.jsonl; questions: {environment: [text]}. Verdicts go into a file per environment of
-    `folder`.
+    `folder`. planned: hours for each environment.
     """
     folder.mkdir(exist_ok=True)
     contexts = []
@@ -280,7 +282,7 @@ def find_preferences(judge, cache, questions, folder, chunk, suffix=""):
     for environment, asked in questions.items():
         rows = [row for row in cache if environment in row["environments"]]
         file = folder / f"{slug(environment)}{suffix}.jsonl"
-        verdicts = compare(judge, rows, asked, file, chunk)
+        verdicts = compare(judge, rows, asked, file, chunk, planned)
         yields[environment] = Yield()
         for row, verdicts_of_row in zip(rows, verdicts):
             context, pair, counts = learn_from(environment, row, verdicts_of_row)
@@ -579,8 +581,29 @@ def mean_spread(contexts, values):
 
 
 # ================================================================ the stage
+LEVERS = ("contexts", "environments", "THINK_TOKENS")    # what to lower where the plan exceeds a day
+
+
+def work(plan, S, sizes):
+    """What this stage does, for the plan (support/hours.py)."""
+    asked = S.RECENT * QUESTION
+    # The held-out contexts are judged once more, by later questions. Each pair is shown in both orders.
+    contexts = round(sizes.contexts * (1 + S.HELD_OUT))
+    comparisons = round(contexts * sizes.environments * sizes.comparisons)
+    in_a_call = round(S.CHUNK * sizes.comparisons)
+    plan.judge("judge: prefer", 2 * comparisons, 2 * in_a_call, asked + 2 * S.MEMORY_TOKENS, 3)
+    plan.steps_begin()
+    shared = INSTRUCTION + asked + S.HISTORY * S.MEMORY_TOKENS
+    plan.learn("reward model", S.STEPS * S.CONTEXTS, shared, collect.GROUP, S.MEMORY_TOKENS)
+
+
 def main(argv=None):
     S = settings(globals(), argv)
+    if S.PLAN:
+        sizes = sizes_of(S, "deploy")
+        sizes.contexts = min(sizes.contexts, collect.CACHE_CONTEXTS.full)
+        say_plan(S, work, sizes, LEVERS)
+        return
     out = start(S, "reward", find_preferences, train, RewardModel.tokens)
     # ---------------- questions, and the contexts that may be learned from
     recent = read_json(need(S, "tasks/recent.json"))
@@ -590,15 +613,18 @@ def main(argv=None):
     cache = [row for row in read_jsonl(need(S, "tasks/cache.jsonl")) if row["environments"]]
     held_out = hold_out(cache, S.HELD_OUT)
     test_cache = [row for row in cache if (row["stream"], row["clip"]) in held_out]
-    calls = 2 * (count_comparisons(cache) + count_comparisons(test_cache))
-    print(f"cost: {calls} judge calls, both orders, on {len(cache)} contexts for {len(recent)} "
-          f"environments; {len(test_cache)} of them once more with held-out questions")
-    # ---------------- preferences and pairs
     # A reward model that has begun to learn keeps to the verdicts that there were.
     has_begun = (out / "checkpoint.pt").exists()
+    comparisons = 0 if has_begun else count_comparisons(cache) / max(1, len(cache) * len(recent))
+    sizes = Sizes("03's cache", len({row["stream"] for row in cache}), len(cache), len(cache),
+                  len(recent), comparisons=comparisons)
+    planned = say_plan(S, work, sizes, LEVERS)
+    # ---------------- preferences and pairs
     judge = None if has_begun else load_judge(S, lambda: policy, shows_frames=False)
     policy = load_policy(S)
-    contexts, pairs, yields = find_preferences(judge, cache, asked, out / "verdicts", S.CHUNK)
+    hours = planned.hours_of("judge", shares=(1 + S.HELD_OUT) * len(recent))
+    contexts, pairs, yields = find_preferences(
+        judge, cache, asked, out / "verdicts", S.CHUNK, planned=hours)
     tests, _, _ = find_preferences(judge, test_cache, later, out / "verdicts", S.CHUNK, ".later")
     yields["all"] = summed(yields)
     print_yields(yields)
@@ -610,7 +636,7 @@ def main(argv=None):
     if not learn or not tests:
         say_why_no_reward_model(S, learn, tests, pairs, yields["all"])
         return
-    model = train_reward_model(S, out, policy, learn, asked)
+    model = train_reward_model(S, out, policy, learn, asked, planned.hours_of_steps())
     report = validate(model, tests, later, resamples=S.BOOTSTRAP, seed=S.SEED)
     print_report(report)
     report["yield"] = {environment: vars(counts) for environment, counts in yields.items()}
@@ -703,7 +729,7 @@ def say_why_no_reward_model(S, learn, tests, pairs, counts):
     print(f"next: {next_command(S, '05_phase2_train.py')}")
 
 
-def train_reward_model(S, out, policy, contexts, questions):
+def train_reward_model(S, out, policy, contexts, questions, planned=None):
     """Trains R on judged contexts, saves it in out/model and hands it back."""
     torch.manual_seed(S.SEED)                              # of the LoRA's first values
     model = RewardModel(policy, history=S.HISTORY, rows=S.ROWS)
@@ -712,7 +738,8 @@ def train_reward_model(S, out, policy, contexts, questions):
     print(f"cost: {S.STEPS} steps x {S.CONTEXTS} of {len(contexts)} contexts with {count} "
           f"preferences; {trainable} trainable parameters")
     run = Training(
-        out, model.params, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP)
+        out, model.params, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP,
+        planned=planned)
     with policy.using("reward"):
         train(
             run, model, contexts, questions,

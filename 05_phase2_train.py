@@ -23,7 +23,8 @@ from common import (Context, F, build_prompt, group_advantages, grpo, kl_to, loa
                     logprobs_of_row, packed_rows, parse_response, per_model, policy_loss, settings,
                     stage, torch)
 from support.checkpoint import Training
-from support.plan import announce
+from support.hours import PAIRED, Sizes, say_plan, sizes_of
+from support.plan import prompt_tokens
 from support.ranks import gather, my_share
 from support.runs import (hold, load_streams, need, next_command, read_json, read_jsonl,
                           say_what_differs, slug, start)
@@ -227,6 +228,13 @@ def main(argv=None):
     if S.ALGORITHM not in steps or S.ADAPTER not in rates:
         raise SystemExit(f"ALGORITHM={S.ALGORITHM}, ADAPTER={S.ADAPTER}: take {' or '.join(steps)}, "
                          f"and {', '.join(rates)}")
+    if S.PLAN:
+        sizes = sizes_of(S, "deploy")
+        sizes.contexts = min(sizes.contexts, collect.CACHE_CONTEXTS.full)
+        if S.ENVIRONMENT:
+            sizes.environments = 1
+        say_plan(S, work, sizes, LEVERS[S.ALGORITHM])
+        return
     if not re.fullmatch(r"[\w+-]{0,60}", S.NAME):
         raise SystemExit(f"NAME={S.NAME}: take at most 60 letters, digits and -, + or _, for the "
                          "name of a folder")
@@ -251,13 +259,16 @@ def main(argv=None):
     say_what_differs(phase1_adapter.parent, "02_phase1_train.py", build_prompt, phase1.rewards)
     is_judged = S.ALGORITHM == "dpo"                          # its pairs are, by 04
     judge = None if is_judged else load_judge(S, lambda: policy)
+    cached = len(read_jsonl(need(S, "tasks/cache.jsonl")))
+    clips = sum(len(stream["clips"]) for stream in streams)
+    sizes = Sizes("those of the cache", len(streams), clips, cached, len(environments))
+    planned = say_plan(S, work, sizes, LEVERS[S.ALGORITHM])
     policy = load_policy(S)
     load_adapter(policy, "phase1", phase1_adapter)
     reward_model = None
     if S.ALGORITHM == "grpo":
         reward_model = reward_stage.load_reward_model(S, policy)
     print(f"learning rate of {S.ADAPTER}: {rates[S.ADAPTER]:g}")
-    say_cost(S, len(environments) * steps[S.ALGORITHM])
     # ---------------- train
     for environment in environments:
         folder = out / slug(environment)
@@ -271,6 +282,7 @@ def main(argv=None):
         start_training = functools.partial(
             Training, folder, params, steps=steps[S.ALGORITHM], lr=rates[S.ADAPTER],
             save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP,
+            planned=planned.hours_of_steps(len(environments)),
             description=f"{S.ALGORITHM} {folder.name}")
         if S.ALGORITHM == "dpo":
             trained = learn_from_pairs(policy, S, environment, streams, start_training)
@@ -299,12 +311,28 @@ def has_adapter(folder):
     return any((folder / "adapter").glob("*.safetensors"))
 
 
-def say_cost(S, steps):
-    if S.ALGORITHM == "dpo":
-        announce(steps * S.PAIRS, 0, 0, S, what="pairs")
-    else:
-        groups = steps * S.CONTEXTS
-        announce(groups, S.GROUP, groups * 2 * S.GROUP, S)
+# What to lower where the plan exceeds a day.
+LEVERS = {"dpo": ("environments", "DPO_STEPS", "PAIRS"),
+          "grpo": ("environments", "GRPO_STEPS", "CONTEXTS", "THINK_TOKENS")}
+
+
+def work(plan, S, sizes):
+    """What this stage does, for the plan (support/hours.py)."""
+    steps = sizes.environments * (S.DPO_STEPS if S.ALGORITHM == "dpo" else S.GRPO_STEPS)
+    if S.ALGORITHM == "grpo":
+        plan.steps_begin()
+        phase1.plan_loop(plan, S, steps, 0)
+        return
+    pairs = round(PAIRED * sizes.contexts)
+    row = prompt_tokens(S), 2, plan.answer
+    reference = pairs * sizes.environments
+    plan.see("reference: frames", reference * S.K)
+    plan.read("reference", reference, *row)
+    plan.steps_begin()
+    # The pairs of a step are drawn by chance, so their clips have been forgotten.
+    learned = steps * min(S.PAIRS, pairs)
+    plan.see("update: frames", learned * S.K)
+    plan.learn("update", learned, *row)
 
 
 def learn_from_pairs(policy, S, environment, streams, start_training):

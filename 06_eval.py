@@ -24,6 +24,7 @@ In:   streams/*.jsonl, phase1/adapter, tasks/recent.json and cache.jsonl, phase2
       (whichever exist)
 Out:  eval/results.json, results.md, report.html (one file, opens offline), memories.jsonl
 """
+import functools
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from types import SimpleNamespace
 from common import (build_prompt, load_judge, load_policy, make_context, per_model, rollout,
                     settings, stage, watch)
 from support import figures, report
+from support.hours import QUESTION, say_plan, sizes_of
 from support.ranks import gather, my_share, once, progress, said_once
 from support.runs import (NOT_COMPARED, ROOT, as_written, fingerprint, load_streams, need,
                           next_command, read_json, read_jsonl, say_what_differs, slug, start,
@@ -497,6 +499,40 @@ def compare(judge, questions, pairs):
 
 
 # ================================================================ the stage
+LEVERS = ("STREAMS", "environments", "THINK_TOKENS")     # what to lower where the plan exceeds a day
+
+
+def work(plan, S, sizes, methods=0):
+    """What this stage does, for the plan (support/hours.py).
+
+    methods: how many have an examinee for each environment; 0: those that METHODS or EXPECT names.
+    """
+    if not methods:
+        names = S.METHODS or f"base+prompt,phase1+prompt,{S.EXPECT}"
+        methods = len(names.split(","))
+    streams = min(S.STREAMS or sizes.streams, sizes.streams)
+    share = streams / sizes.streams
+    clips = round(share * sizes.clips)
+    clips_asked = clips if S.TRANSFER else round(share * sizes.clips_asked)
+    questions = round(share * sizes.questions)
+    of_methods = methods * sizes.environments
+    # Base and Phase One watch all, and are asked everything.
+    plan.watch("watch: base, Phase One", 2 * clips, streams)
+    plan.watch("watch: the others", of_methods * clips_asked, streams)
+    crossed = sizes.environments if S.TRANSFER else 1
+    answers = (2 + methods * crossed) * questions
+    collect.plan_answers(plan, S, sizes, answers, round(questions / max(1, sizes.environments)))
+    # One more sample of Phase One is what the memories of all are compared with.
+    memories = (3 + methods) * S.VALIDATE
+    plan.see("validate: frames", memories * S.K)
+    plan.sample("validate", memories, 1, S.VALIDATE)
+    judged = (2 + methods) * S.VALIDATE
+    phase1.plan_quality(plan, S, judged, S.VALIDATE)
+    compared = (2 * sizes.environments + methods) * S.VALIDATE
+    notes = S.RECENT * QUESTION + 2 * S.MEMORY_TOKENS
+    plan.judge("judge: prefer", 2 * compared, 2 * S.VALIDATE, notes, 3)
+
+
 # Those whose edit asks for a new run: they hold the prompts of policy, judge and reader.
 FUNCTIONS_THAT_MATTER = (build_prompt, phase1.quality, collect.answer, collect.right,
                          reward_stage.compare)
@@ -504,6 +540,9 @@ FUNCTIONS_THAT_MATTER = (build_prompt, phase1.quality, collect.answer, collect.r
 
 def main(argv=None):
     S = settings(globals(), argv)
+    if S.PLAN:
+        say_plan(S, work, sizes_of(S, "test"), LEVERS)
+        return
     out = start(S, "eval", *FUNCTIONS_THAT_MATTER)
     need(S, "streams/streams.jsonl")
     phase1_adapter = need(S, "phase1/adapter")
@@ -513,6 +552,8 @@ def main(argv=None):
     judge = None if is_all_judged(exam, examinees) else load_judge(S, exam.policy.load)
     readers = load_readers(exam, examinees)
     say_cost(exam, examinees)
+    methods = len({examinee.method for examinee in examinees if examinee.environment})
+    say_plan(S, functools.partial(work, methods=methods), sizes_of(S, "test"), LEVERS)
     # ---------------- watch and answer
     memories = {}
     answers = {}

@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from support import judges, runs
 from support.attention import lay_out, packed_positions, share_rows
 from support.decode import HowToSample, decode
+from support.hours import first_measured
 from support.overlay import clip_frames, is_grey
 from support.ranks import gather, gather_sum, my_share, progress, said_once, torch
 from support.runs import Prompt, append_jsonl, clock, per_model, read_progress, write_jsonl
 from support.text import as_text
 from support.video import frames_to_patches
-from support.weights import (FILES, check_tensors, head_in_fp32, load_model, lora_config, read_tensors,
-                             steer_key, steered_layer)
+from support.weights import (FILES, check_tensors, head_in_fp32, load_model, lora_config,
+                             read_tensors, steer_key, steered_layer)
 
 try:                                    # --help must work before anything is installed
     import numpy as np
@@ -58,6 +59,8 @@ ROW_TOKENS = per_model(2500, 0)         # of small groups that share a packed ro
 CPU_THREADS = 2                         # more hurt a small model; fixed, so that results repeat
 READER_TOKENS = per_model(2000, 32000)  # of memories that the reader sees; of more, the most relevant
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
+PLAN = 0                                # 1: 02 to 06 print what they will take, and stop
+CARD = "H100"                           # on which card PLAN=1 plans (support/hours.py)
 # ----------------------------------------------------------------
 
 
@@ -417,14 +420,14 @@ class EncodedPrompt:
     ids: object                         # (P,)
     positions: object                   # (3, P): time, height, width
     visual: object                      # (P,) bool
-    clips: list                         # ClipFeatures, V tokens in all
+    features: list                      # ClipFeatures, V tokens in all
 
 
 def encoded_text(ids, device):
     """The EncodedPrompt of a list of ids without pictures."""
     ids = torch.tensor(ids, device=device)  # (P,)
     positions = torch.arange(len(ids), device=device).expand(3, -1)  # (3, P)
-    return EncodedPrompt(ids, positions, visual=torch.zeros_like(ids, dtype=torch.bool), clips=[])
+    return EncodedPrompt(ids, positions, visual=torch.zeros_like(ids, dtype=torch.bool), features=[])
 
 
 @dataclass
@@ -665,23 +668,28 @@ class Policy:
 
         answers: for each prompt a list of lists of ids. cache: keeps the prompts (support/decode.py).
         """
+        # ---- the row: its tokens, their places, and which of them are pictures
         parts = []
         positions = []
         visual = []
+        lengths = []
         for prompt, of_prompt in zip(prompts, answers):
             new = torch.tensor(sum(of_prompt, []), dtype=torch.long, device=self.device)
             parts += [prompt.ids, new]
             positions.append(packed_positions(prompt.positions, of_prompt))
             visual.append(F.pad(prompt.visual, (0, len(new))))
+            lengths.append((len(prompt.ids), [len(answer) for answer in of_prompt]))
         visual = torch.cat(visual)  # (T,)
         embeds = self.lm.embed_tokens(torch.cat(parts))  # (T, d)
-        clips = [clip.layers for prompt in prompts for clip in prompt.clips]
+        # ---- vision features in the place of their tokens
+        clips = []
+        for prompt in prompts:
+            clips += [clip.layers for clip in prompt.features]
         layers = [torch.cat(of_clips) for of_clips in zip(*clips)]  # (V, d): for the prompt, then the deepstack
         if layers:
             embeds = embeds.index_put((visual,), layers[0].to(embeds.dtype))
-        segments = lay_out([(len(prompt.ids), [len(answer) for answer in of_prompt])
-                            for prompt, of_prompt in zip(prompts, answers)])
-        # In training mode the layers are checkpointed.
+        # ---- the pass; in training mode the layers are checkpointed
+        segments = lay_out(lengths)
         self.lm.train(torch.is_grad_enabled() and self.S.MODEL != "tiny")
         hidden = self.lm(
             inputs_embeds=embeds[None], position_ids=torch.cat(positions, 1)[:, None],
@@ -728,10 +736,9 @@ def rollout(policy, contexts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
             answers = decode(policy, policy.prepare(some), noise, how, is_complete, width)
         for i, group in zip(numbers, answers):
             samples[i] = [as_sample(policy, ids) for ids in group]
-            clips = contexts[i].clips
-            if clips and is_grey(clips[-1]):
+            if contexts[i].clips and is_grey(contexts[i].clips[-1]):
                 for sample in samples[i]:
-                    sample.memory = None        # what was written on no frames is no memory
+                    sample.memory = None            # what was written on no frames is no memory
     return samples
 
 
@@ -826,14 +833,15 @@ def logprobs_of_groups(policy, groups):
     return logp
 
 
-def watch(policy, streams, questions=(), path=None, begun=None, desc="watch"):
+def watch(policy, streams, questions=(), path=None, begun=None, desc="watch", planned=None):
     """The policy watches streams side by side, clip by clip, with its own memories as history
     -> {stream: [row per clip]}.
 
     Rows are {stream, clip, start, end, memory, text}, and "grey" where the clip is damaged; that, and a
     malformed answer, leaves the memory "". path: a JSONL that rows are appended to as they come; an interrupted
     watch goes on from it. begun: {stream: rows of its first clips} that another policy wrote; this one goes on
-    after them. Sampling as for inference (paper, section 1).
+    after them. planned: hours, which the first measured round corrects. Sampling as for inference (paper,
+    section 1).
     """
     memories = {stream["stream"]: [] for stream in streams}
     for name, rows in (begun or {}).items():
@@ -841,7 +849,9 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch"):
             memories[name] += rows
     go_on(memories, path)
     longest = max((len(stream["clips"]) for stream in streams), default=0)
-    for t in progress(range(longest), desc, leave=False):
+    rounds = progress(range(longest), desc, leave=False)
+    # The first contexts have fewer clips than K.
+    for t in first_measured(rounds, longest, planned, "a clip of each stream", skip=policy.S.K - 1):
         waiting = []
         for stream in streams:
             if len(memories[stream["stream"]]) == t < len(stream["clips"]):

@@ -152,10 +152,16 @@ def answers_of_full_length(policy):
 def encoded_prompts(policy):
     """Contexts are prompts that have been encoded already (see `text_prompt`)."""
     policy.prepare = list                                       # hides the method
+    policy.prompt_length = tokens_of
     try:
         yield
     finally:
         del policy.prepare
+        del policy.prompt_length
+
+
+def tokens_of(prompt):
+    return len(prompt.ids)
 
 
 @contextlib.contextmanager
@@ -181,7 +187,9 @@ def text_prompt(policy, length, seed=0):
     allowed = torch.tensor([token for token in range(vocabulary) if token not in unwanted])
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(allowed), (length,), generator=generator)
-    return encoded_text(allowed[drawn].tolist(), policy.device)
+    prompt = encoded_text(allowed[drawn].tolist(), policy.device)
+    prompt.clips = []                                           # of the context, in whose place it stands
+    return prompt
 
 
 # ================================================================ rollout

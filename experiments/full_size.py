@@ -456,7 +456,9 @@ def random_prompt(policy, n):
     vision = [torch.randn(int(visual.sum()), policy.hidden, device=policy.device, dtype=DTYPE) * 0.02
               for _ in range(1 + len(VISION["deepstack_visual_indexes"]))]
     clip = common.ClipFeatures((1, 2, 2), [0.0], vision)
-    return common.EncodedPrompt(ids, torch.arange(n, device=policy.device).expand(3, -1), visual, [clip])
+    prompt = common.EncodedPrompt(ids, torch.arange(n, device=policy.device).expand(3, -1), visual, [clip])
+    prompt.clips = []                                              # of the context, in whose place it stands
+    return prompt
 
 
 def see(policy, clips):
@@ -592,7 +594,7 @@ def judge_pass(policy):
     sees = (memory == 0) | (memory == memory[:, None]) & ((branch == 0) | (branch == branch[:, None]))
     ids = torch.tensor([x for m in memories for x in m + replies[0] + replies[1]], device=DEVICE)
     embeds = torch.cat([policy.lm.embed_tokens(clip.ids), policy.lm.embed_tokens(ids)])
-    vision, *deep = clip.clips[0].layers
+    vision, *deep = clip.features[0].layers
     embeds[:CLIP][clip.visual] = vision
     positions = torch.cat([p[3] for p in parts]).expand(3, -1)
 

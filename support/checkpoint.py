@@ -7,11 +7,9 @@ import os
 import signal
 import time
 
+from support.hours import first_measured
 from support.ranks import WORLD, add_gradients, gather, progress, said_once, torch
 from support.runs import write_text, written_aside
-
-# s after a signal in which another one is the same: torchrun passes on what a terminal has sent to all ranks.
-PASSED_ON = 2.0 if WORLD > 1 else 0.0
 
 # s after a signal in which another one is the same: torchrun passes on what a terminal has sent to all ranks.
 PASSED_ON = 2.0 if WORLD > 1 else 0.0
@@ -34,13 +32,14 @@ class Training:
     """
 
     def __init__(self, out, params, *, steps, lr, save_every, grad_clip, batch=None,
-                 description=None):
+                 description=None, planned=None):
         self.params = params
         self.steps = steps
         self.lr = lr
         self.save_every = save_every
         self.grad_clip = grad_clip
         self.batch = batch
+        self.planned = planned                   # hours of all steps, None where there is no plan
         self.description = description or out.name
         self.checkpoint = out / "checkpoint.pt"
         self.log_file = out / "log.csv"
@@ -62,7 +61,8 @@ class Training:
         to_do = range(self.first, self.steps)
         self.bar = progress(to_do, self.description, initial=self.first, total=self.steps)
         try:
-            for step in self.bar:
+            steps = first_measured(self.bar, self.steps, self.planned, "a step", write=self.bar.write)
+            for step in steps:
                 yield step
                 # A signal may reach one rank before the others. All of them stop after the same step.
                 stop = any(gather([bool(self.signals)]))

@@ -73,7 +73,8 @@ def prefill(policy, prompts, cache):
     for some in share_rows(prompts, lengths, policy.S.ROW_TOKENS):
         cache.first = len(last)
         hidden, segments = policy.read(some, [[]] * len(some), cache)                 # (T, d)
-        last += [hidden[group.prompt.stop - 1] for group in segments]
+        # A view would hold on to all of `hidden`.
+        last += [hidden[group.prompt.stop - 1].clone() for group in segments]
     return torch.stack(last)[:, None]
 
 

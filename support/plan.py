@@ -1,5 +1,8 @@
-"""What a run will cost, said before it is spent: bytes on the card, rollouts, tokens and judge calls."""
+"""The bytes that a run takes on a card, said before it is begun. Its hours: hours.py."""
+import functools
+import json
 import math
+import pathlib
 import re
 from dataclasses import dataclass
 
@@ -7,6 +10,21 @@ from support.ranks import torch
 
 BLOCK = 64               # values that share a scale in 4-bit weights, as in bitsandbytes
 USABLE = 0.92            # of a card's memory; the rest is left to fragments and buffers
+
+
+# What config.json of Qwen/Qwen3-VL-30B-A3B says, as far as bytes and hours depend on it.
+PUBLISHED = ("Qwen/Qwen3-VL-30B-A3B-Thinking", "Qwen/Qwen3-VL-30B-A3B-Instruct")
+TEXT = {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128,
+        "num_experts_per_tok": 8, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "max_position_embeddings": 262144, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6,
+                            "mrope_section": [24, 20, 20], "mrope_interleaved": True}}
+VISION = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16,
+          "in_channels": 3, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+          "out_hidden_size": 2048, "num_position_embeddings": 2304,
+          "deepstack_visual_indexes": [8, 16, 24]}
 
 
 @dataclass
@@ -45,6 +63,7 @@ class Room:
     mask: int = 0                # of one answer, for each token that it sees or not
     logits: int = 0              # of one answer, while a token is drawn
     layers: int = 1
+    is_here: bool = True         # whether the card is this machine's, so that what is free now counts too
 
     def of_context(self, prompt, samples, limit):
         """Bytes of a prompt of so many tokens with its answers, each as long as it may become."""
@@ -53,9 +72,12 @@ class Room:
         cache = self.token_cache * tokens * (1 + 1 / self.layers)
         return cache + samples * (self.mask * tokens + self.logits)
 
+    def left(self):
+        return min(self.free, free_on_card()) if self.is_here else self.free
+
     def contexts(self, prompt, samples, limit):
         """How many contexts with so many answers fit side by side, as a fraction."""
-        left = min(self.free, free_on_card()) - self.prefill_token * prompt
+        left = self.left() - self.prefill_token * prompt
         contexts = left / max(1, self.of_context(prompt, samples, limit))
         return min(contexts, self.most / samples) if self.most else contexts
 
@@ -73,7 +95,7 @@ class Room:
         needed = self.prefill_token * prompt + self.of_context(prompt, 1, limit)
         raise SystemExit(
             f"a prompt of {prompt} tokens with an answer of up to {limit} takes {gib(needed)}, and "
-            f"{gib(min(self.free, free_on_card()))} are free: lower FRAME_PIXELS, FRAMES_PER_CLIP, K, "
+            f"{gib(self.left())} are free: lower FRAME_PIXELS, FRAMES_PER_CLIP, K, "
             "READER_TOKENS or MAX_NEW_TOKENS; nothing is cut")
 
 
@@ -87,6 +109,25 @@ def free_on_card():
 
 
 # ---------------------------------------------------------------- bytes
+def is_30b(model):
+    """Whether S.MODEL is Qwen3-VL-30B-A3B: one of its two names, or a folder with a model of its shapes."""
+    file = pathlib.Path(model) / "config.json"
+    if model in PUBLISHED or not file.is_file():
+        return model in PUBLISHED
+    shapes = json.loads(file.read_text(encoding="utf-8")).get("text_config", {})
+    names = ("hidden_size", "num_hidden_layers", "num_experts", "moe_intermediate_size")
+    return all(shapes.get(name) == TEXT[name] for name in names)
+
+
+@functools.cache
+def sketch():
+    """Qwen3-VL-30B-A3B on the meta device: shapes without bytes, by what its config.json says."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+    config = Qwen3VLMoeConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=False)
+    with torch.device("meta"):
+        return Qwen3VLMoeForConditionalGeneration(config)
+
+
 def is_expert(name):
     """Whether a parameter's name is that of a tensor with all experts of a layer."""
     return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
@@ -123,13 +164,17 @@ def kind_of(model, name):
     return "others"
 
 
-def prompt_tokens(S):
-    """Tokens of a full prompt: K clips of frame pairs with their times, and the memories of K - 1 clips."""
+def clip_tokens(S):
+    """Tokens of a clip: frame pairs with their times."""
     pairs = math.ceil(S.FRAMES_PER_CLIP / 2)
     # 32 x 32 pixels of both frames make one token; the time of the pair takes 9.
     pair = S.FRAME_PIXELS // 1024 + 9
-    clip = pairs * pair + 20
-    return S.K * clip + (S.K - 1) * S.MEMORY_TOKENS + 120
+    return pairs * pair + 20
+
+
+def prompt_tokens(S):
+    """Tokens of a full prompt: K clips, and the memories of K - 1 clips."""
+    return S.K * clip_tokens(S) + (S.K - 1) * S.MEMORY_TOKENS + 120
 
 
 def plan(model, S, card, whole=2):
@@ -243,23 +288,3 @@ def print_plan(bytes_of, S, trains):
 
 def gib(size):
     return f"{size / 2**30:.2f} GiB"
-
-
-# ---------------------------------------------------------------- rollouts, tokens, judge calls
-def announce(groups, samples_each, judge_calls, S, what=""):
-    """Prints one line on the work to come: `groups` of `samples_each` rollouts, `judge_calls` in all.
-
-    what: the name of this work; samples_each: 0 where nothing is sampled. An answer is taken to use its
-    budget of thinking and memory.
-    """
-    rollouts = groups * samples_each
-    tokens = rollouts * (S.THINK_TOKENS + S.MEMORY_TOKENS)
-    name = f"{what}: " if what else ""
-    product = f"{groups:,} groups x {samples_each} samples = " if samples_each > 1 else ""
-    if rollouts:
-        sampled = (f"{product}{rollouts:,} rollouts, about {tokens:,} tokens "
-                   f"(at most {S.MAX_NEW_TOKENS:,} each)")
-    else:
-        sampled = f"{groups:,} in all, nothing is sampled"
-    print(f"cost: {name}{sampled}, {judge_calls:,} judge calls, "
-          f"prompts of at most {prompt_tokens(S):,} tokens")

@@ -32,8 +32,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 per_model = namedtuple("per_model", "tiny full")
 
 # What may change within a run. All other constants are compared with settings.json.
-NOT_COMPARED = ("RUN", "SCRIPT", "COMMAND", "SHOW", "ENVIRONMENT", "READERS", "PRINT_EVERY",
-                "SAVE_EVERY", "WORKERS", "CPU_THREADS")
+NOT_COMPARED = ("RUN", "SCRIPT", "COMMAND", "SHOW", "PLAN", "CARD", "ENVIRONMENT", "READERS",
+                "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")
 
 # What a number may be. All are finite, at most LARGEST, and not negative unless their default is. Beyond that:
 LARGEST = 2**53                                  # up to here, floats tell all integers apart
@@ -351,7 +351,8 @@ def load_streams(S, split):
 def as_written(S, streams):
     """The streams with the files of their clips as streams.jsonl names them, or relative to this repository.
 
-    So what is kept under a hash of them stays in use where the run or the repository has moved.
+    So what is kept under a hash of them stays in use where the run or the repository has moved. Without who
+    reads them, too, because the frames are the same.
     """
     places = [f"{need(S, 'streams/streams.jsonl').parent}{os.sep}", f"{ROOT}{os.sep}"]
     rows = []
@@ -361,7 +362,9 @@ def as_written(S, streams):
             file = clip["file"]
             for place in places:
                 file = file.removeprefix(place)
-            clips.append(clip | {"file": file})
+            row = clip | {"file": file}
+            row.pop("reader", None)
+            clips.append(row)
         rows.append(stream | {"clips": clips})
     return rows
 
@@ -490,13 +493,13 @@ def read_jsonl(path, torn=False):
     Raises DamagedFile naming the line that is no JSON.
     """
     data = pathlib.Path(path).read_bytes()
-    if torn and not data.endswith(b"\n"):
-        data = data[:data.rfind(b"\n") + 1]       # the cut may go through a letter
-        write_text(path, data.decode())
+    whole = data[:data.rfind(b"\n") + 1] if torn else data        # a cut may go through a letter
     try:
-        text = data.decode()
+        text = whole.decode()
     except ValueError as error:
         raise DamagedFile(f"{path}: {error}") from None
+    if len(whole) < len(data):
+        write_text(path, text)
     return parse_jsonl(text, path)
 
 

@@ -266,6 +266,8 @@ def load_model(S):
     torch.manual_seed(S.SEED)                # PEFT draws a new LoRA's A from the global generator
     join()
     on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        refuse_an_old_card(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     # cuDNN's attention plans anew for each new length of a row, and in sampling every step has one.
     torch.backends.cuda.enable_cudnn_sdp(False)
     device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
@@ -293,6 +295,13 @@ def load_model(S):
     add_steering(model, name)
     print_model(model, name, S)
     return model, tokenizer, room
+
+
+def refuse_an_old_card(name, capability):
+    if capability < (8, 0):
+        major, minor = capability
+        raise SystemExit(f"{name} has compute capability {major}.{minor}, and attention "
+                         "(support/attention.py) needs 8.0: an A100, an RTX 30 or a later card")
 
 
 def silence_libraries(S):

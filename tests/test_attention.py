@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
-from support import attention, decode                                       # noqa: E402
+from support import attention, decode, weights                              # noqa: E402
 
 NEAR = 1e-5
 ROWS = [[(5, [3, 4, 2])], [(1, [1])], [(9, [2, 1]), (3, [7, 1, 1]), (4, [])], [(6, [0, 3]), (2, [2, 0])]]
@@ -246,3 +246,9 @@ def test_the_cache_is_filled_written_and_thinned_out(policy):
         assert torch.equal(whole[:, :, :7], old[[0, 2]]) and whole.shape[2] == 9
     cache.used = cache.longest                                     # the next answers take their turn
     assert cache.append(1, *(x[[0, 2]] for x in new))[0].shape[2] == 7
+
+
+def test_a_card_without_the_kernels_is_refused_in_a_sentence():
+    weights.refuse_an_old_card("H100", (9, 0))
+    with pytest.raises(SystemExit, match=r"T4 has compute capability 7\.5, and attention .* needs 8\.0"):
+        weights.refuse_an_old_card("T4", (7, 5))

@@ -19,16 +19,6 @@ from support.runs import ROOT                                               # no
 TINY = ROOT / "tiny" / "base"
 SMALL = ["--FRAMES_PER_CLIP=4", "--FRAME_PIXELS=9216", "--MAX_NEW_TOKENS=32", "--CPU_THREADS=1",
          "--ROLLOUT_SEQUENCES=16"]
-# Qwen/Qwen3-VL-30B-A3B: what its config.json says, as far as bytes depend on it
-TEXT = dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
-            num_attention_heads=32, num_key_value_heads=4, head_dim=128, moe_intermediate_size=768,
-            num_experts=128, num_experts_per_tok=8, decoder_sparse_step=1, mlp_only_layers=[],
-            max_position_embeddings=262144, tie_word_embeddings=False,
-            rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20],
-                                 mrope_interleaved=True))
-VISION = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, in_channels=3, patch_size=16,
-              spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=2048, num_position_embeddings=2304,
-              deepstack_visual_indexes=[8, 16, 24])
 
 
 def settings(*argv):
@@ -38,10 +28,7 @@ def settings(*argv):
 @pytest.fixture(scope="module")
 def sketch():
     """The 30B on the meta device: shapes without bytes."""
-    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
-    with torch.device("meta"):
-        return Qwen3VLMoeForConditionalGeneration(
-            Qwen3VLMoeConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=False))
+    return plan.sketch()
 
 
 # ================================================================ 4-bit
@@ -317,18 +304,6 @@ def test_contexts_of_like_length_go_together(policy, contexts, monkeypatch):
     assert all(sum(len(many[i].clips) for i in numbers) <= 6 for numbers, _ in common.batches(policy, many, 2, 5))
 
 
-def test_the_work_is_announced_in_a_line(capsys):
-    S = settings("--MODEL=x", "--THINK_TOKENS=100", "--MEMORY_TOKENS=50")
-    plan.announce(20, 8, 340, S, "Phase One")
-    said = capsys.readouterr().out
-    assert said.startswith("cost: Phase One: ") and said.count("\n") == 1
-    for words in ("20 groups x 8 samples = 160 rollouts", "about 24,000 tokens", "340 judge calls",
-                  f"prompts of at most {plan.prompt_tokens(S):,} tokens"):
-        assert words in said
-    plan.announce(300, 0, 0, S)
-    assert "300 in all, nothing is sampled" in capsys.readouterr().out
-
-
 # ================================================================ rollouts and passes of a full-size model
 def test_a_group_in_parts_draws_the_same_tokens(policy, contexts):
     keys, ids = [(5, i) for i in range(4)], lambda groups: [[s.ids for s in g] for g in groups]
@@ -541,7 +516,7 @@ def test_a_dense_model_takes_the_same_path(bits, contexts, tmp_path):
                 num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=4096,
                 rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[6, 5, 5],
                                      mrope_interleaved=True))
-    vision = VISION | dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=64,
+    vision = plan.VISION | dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=64,
                            num_position_embeddings=36, deepstack_visual_indexes=[0])
     torch.manual_seed(0)
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(

@@ -241,6 +241,7 @@ def test_planned_bytes(sketch, capsys):                                     # no
         assert on_a_card == (f"{measured:.2f}" if "default" in text else "not measured")
     for card, text, prompt, step, contexts in cards:
         S = full_size(text)
-        found = plan.plan(sketch, S)
+        found = plan.plan(sketch, S, int(card) * 2**30)
         assert [prompt, step] == [str(found.prompt), f"{found.in_training() / 2**30:.0f}"], text
-        assert plan.check_plan(sketch, S, int(card) * 2**30) == (int(contexts), S.GROUP)
+        room = plan.check_plan(sketch, S, int(card) * 2**30)
+        assert room.side_by_side(found.prompt, S.GROUP, S.MAX_NEW_TOKENS) == (int(contexts), S.GROUP)

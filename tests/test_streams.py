@@ -187,10 +187,11 @@ def test_a_broadcast_that_begins_within_a_group(tmp_path):
     assert first > 0 and numbers(frames) == list(range(first, 120))
 
 
-@pytest.mark.parametrize("name", ["a.ts", "a.mov", "a.avi"])
-def test_frames_after_damage_are_lost_and_not_wrong(tmp_path, name):
-    data = bytearray(make_video(tmp_path / name, frames=120).read_bytes())
-    data[len(data) // 2:len(data) // 2 + 200] = np.random.default_rng(1).bytes(200)
+@pytest.mark.parametrize("name, options", [("a.ts", {}), ("a.mov", {}), ("open.mkv", OPEN)])
+def test_frames_after_damage_are_lost_and_not_wrong(tmp_path, name, options):
+    data = bytearray(make_video(tmp_path / name, frames=120, **options).read_bytes())
+    at = int(0.6 * len(data))
+    data[at:at + 200] = np.random.default_rng(1).bytes(200)
     (tmp_path / name).write_bytes(data)
     wrong = lost = 0
     for i in range(120):
@@ -286,7 +287,7 @@ def test_real_videos(monkeypatch):
             with av.open(str(video)) as box:
                 shown = [(f.time, f.to_ndarray(format="rgb24")) for f in box.decode(video=0)]
             for t, frame in zip(times, frames):
-                assert (frame == min(shown, key=lambda s: abs(s[0] - t))[1]).all()
+                assert (frame == min(shown, key=lambda s: round(abs(s[0] - t), 4))[1]).all()
 
 
 # ---- subtitles ---------------------------------------------------------------------------------------------
@@ -447,6 +448,7 @@ def test_a_clip_that_does_not_decode_is_left_out_by_name(tmp_path, monkeypatch, 
     streams, _ = run(tmp_path, "--SOURCE=videos", f"--DATA={video}")
     clips = streams["hole"]["clips"]
     assert [(c["clip"], c["start"], c["offset"]) for c in clips] == [(0, 0.0, 0.0), (1, 20.0, 20.0)]
+    assert not any("reader" in clip for clip in clips)      # damage is PyAV's, whatever decord makes of the rest
     assert "hole.mp4: 00:00:10-00:00:20: is damaged" in capsys.readouterr().out
 
 
@@ -555,7 +557,7 @@ def test_tasks_in_any_encoding(tmp_path, encoding):
     text = text.replace("\ud83d", "\\ud83d")                   # half a pair, as JSON can spell it
     (tmp_path / "data" / "tasks.jsonl").write_bytes(text.encode(encoding))
     _, tasks = run(tmp_path, "--SOURCE=videos", f"--DATA={tmp_path / 'data'}")
-    assert [task["question"] for task in tasks] == ["Wer grüßt? ?"]
+    assert [task["question"] for task in tasks] == ["Wer grüßt? \ufffd"]
 
 
 def test_subtitles_by_the_names_that_people_give_them(tmp_path, capsys):
