@@ -100,7 +100,7 @@ for step in Training(pathlib.Path({str(tmp_path)!r}), [p], steps=9, lr=0.1, save
         "\nstopping after this step, which is saved; once more stops without it\n"
     began = time.time()
     process.send_signal(number)
-    assert process.wait(timeout=20) == -number and time.time() - began < 1
+    assert process.wait(timeout=20) == -number and time.time() - began < 5
 
 
 def test_a_finished_run_does_nothing(tmp_path, capsys):

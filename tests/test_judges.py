@@ -320,7 +320,7 @@ def test_a_signal_ends_the_wait_for_a_silent_server(server, tmp_path, number, ea
         process.send_signal(number)                      # while Python cleans up
     began = time.time()
     _, said = process.communicate(timeout=20)
-    assert time.time() - began < 1 and process.returncode == -number and not said
+    assert time.time() - began < 5 and process.returncode == -number and not said
 
 
 def test_an_endpoint_without_key_or_package_is_refused(monkeypatch, tmp_path):

@@ -132,6 +132,7 @@ def as_completion(content, usage=None):
 def serve(mode):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    server.handle_error = lambda *request: None  # such as a client that has gone
     server.mode = mode
     server.seen = []
     server.released = threading.Event()          # ends what "tarpit" waits for
