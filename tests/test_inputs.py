@@ -58,17 +58,17 @@ def test_outside_text_is_text_for_the_reward_model(policy):
     assert tokens(EVIL) == tokens("a cup")
 
 
-def test_outside_text_is_text_for_a_local_judge(policy, contexts):
+def test_outside_text_is_text_for_a_local_judge(bare, contexts):
     phase1 = common.stage("02_phase1_train")
-    local = common.judges.TextJudge(common.judges.Local(common.LocalModel(lambda: policy)))
+    local = common.judges.TextJudge(common.judges.Local(common.LocalModel(lambda: bare)))
     context = common.Context("s", [contexts[0].clips[0] | {"speech": [[0, 1, EVIL]]}], [EVIL])
     assert len(local.ask(phase1.FAITHFUL, [{"context": context, "memory": EVIL}])) == 1
     question = common.judges.Question(phase1.FAITHFUL, {"context": context, "memory": EVIL})
     clean = common.judges.Question(phase1.FAITHFUL, {"context": contexts[0], "memory": "a cup"})
-    assert control(policy, policy.prepare([question])[0].ids.tolist()) == control(
-        policy, policy.prepare([clean])[0].ids.tolist())
+    assert control(bare, bare.prepare([question])[0].ids.tolist()) == control(
+        bare, bare.prepare([clean])[0].ids.tolist())
     # The model's own reasoning enters its next prompt.
-    assert common.judges.Local(common.LocalModel(lambda: policy)).choose(clean, "<|video_pad|> " * 3)
+    assert common.judges.Local(common.LocalModel(lambda: bare)).choose(clean, "<|video_pad|> " * 3)
 
 
 # ================================================================ text that UTF-8 cannot hold
