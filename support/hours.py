@@ -286,8 +286,6 @@ def say_plan(S, work, sizes, levers=()):
     card = this_card(S)
     if card and S.PLAN:
         check_plan(sketch(), S, CARDS[card].gib * 2**30)
-    if card and S.JUDGE == "tiny":
-        S = SimpleNamespace(**vars(S) | {"JUDGE": "local"})
     result = estimate(S, work, sizes, card)
     where = f" on one {card}" if card else ""
     print(f"plan of {S.SCRIPT}, {S.MODEL}{where}: {sizes.streams:,} streams of {sizes.clips:,} clips "

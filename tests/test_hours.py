@@ -99,6 +99,9 @@ def test_a_rollout_by_hand(by_hand):
     # Two calls of 5 are two batches each.
     by_hand.sample("x", 10, 8, 5, prompt=1000, tokens=100, clips=1)
     assert seconds(by_hand) == pytest.approx(4 * 150 * 0.11 + 10 * 0.119825)
+    # A call of fewer than could be handed over is one batch.
+    by_hand.sample("x", 2, 8, 10, prompt=1000, tokens=100, clips=1)
+    assert seconds(by_hand) == pytest.approx(150 * 0.11 + 2 * 0.119825)
     # Beside long prompts the card is busy: 4 x 8 sequences see 100,000 + 8 x 50 tokens.
     by_hand.sample("x", 4, 8, 4, prompt=100000, tokens=100, clips=1)
     step = 0.07 + 30e-9 * 32 * 100400
@@ -205,6 +208,15 @@ def test_plan_of_04_without_weights_network_or_run(tmp_path):
     total = estimated("04_train_reward", "deploy").hours()
     assert f"{total:7.1f} h  in all: 2,520,000,000 tokens are written, and 2,100,000 judge calls" in said
     assert re.search(r"--CACHE_CONTEXTS=\d+ in 03 instead of 2,500", said)
+
+
+@pytest.mark.parametrize("script", [script for script, _ in table.STAGES.values()])
+def test_every_stage_plans_without_a_run(script, tmp_path, capsys):
+    stage = importlib.import_module(script)
+    stage.main([f"--RUN={tmp_path / 'none'}", "--PLAN=1", f"--MODEL={THINKING}"])
+    said = capsys.readouterr().out
+    assert f"plan of {script}.py, {THINKING} on one H100" in said and "h  in all: " in said
+    assert "byte plan in GiB" in said and not (tmp_path / "none").exists()
 
 
 def test_plan_on_other_cards(capsys):
