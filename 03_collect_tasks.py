@@ -413,9 +413,11 @@ def finished_before(S, out, streams, tasks):
 
 def say_what_failed(out):
     """Whether the judge has failed on a part of what is published, which is said."""
-    tasks = sum(read_json(out / "recent.json").values(), [])
+    # Rank 0 reads, because it has written: another may be here before the file is in place.
+    recent, cache = once(lambda: (read_json(out / "recent.json"), read_jsonl(out / "cache.jsonl")))
+    tasks = sum(recent.values(), [])
     unanswered = [task["correct"] for task in tasks].count(None)
-    unjudged = count_unjudged(read_jsonl(out / "cache.jsonl"))
+    unjudged = count_unjudged(cache)
     if unanswered or unjudged:
         print(f"*** the judge has failed on {unanswered} recent questions and {unjudged} samples, which "
               "are left out from here on; this command asks for them again ***")
