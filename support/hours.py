@@ -333,6 +333,8 @@ def say_how_to_save(S, work, sizes, levers, planned):
     found = 0
     for name in levers:
         now = getattr(sizes, name) if name in HOW else getattr(S, name)
+        if name == "STREAMS" and not now:        # of 06, where 0 stands for all
+            now = sizes.streams
         value = largest(S, work, sizes, name, now, planned)
         if value:
             found += 1

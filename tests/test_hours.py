@@ -242,6 +242,9 @@ def test_what_brings_it_below_a_day(capsys):
     module, S = settings("06_eval", "--PLAN=1")
     hours.say_plan(S, module.work, hours.PAPER["test"], ["THINK_TOKENS"])
     assert "none of THINK_TOKENS alone" in capsys.readouterr().out
+    hours.say_plan(S, module.work, hours.PAPER["test"], ["STREAMS"])
+    streams = int(re.search(r"--STREAMS=(\d+) instead of 600", capsys.readouterr().out)[1])
+    assert estimated("06_eval", "test", f"--STREAMS={streams}").hours() < hours.DAY
 
 
 def test_the_judge_of_the_toy_world_is_planned_as_the_local_one(capsys):
