@@ -64,9 +64,9 @@ RATES = {"pass": Rate(0.10, "cpu"),              # prefill, judge rows and rows 
          "logp": Rate(13e-6, "bandwidth"),
          "learned token": Rate(120e-6, "matmul"),
          "learned pair": Rate(12.5e-9, "matmul"),          # training rows, merged
-         "launches": Rate(0.11, "cpu"),          # decoding 1 x 8 and 8 x 8: the card waits for them
+         "launches": Rate(0.11, "cpu"),          # decoding 1 x 8, 8 x 8: the card waits for them
          "step": Rate(0.07, "bandwidth"),        # as a CUDA graph, 1 x 8
-         "seen": Rate(30e-9, "bandwidth"),       # 16 x 8, and the kernel of 8 x 8 with 21,000 cached
+         "seen": Rate(30e-9, "bandwidth"),       # 16 x 8, and the kernel at 21,000 cached tokens
          "vision": Rate(25e-6, "matmul"),        # five clips
          # Not measured on the card's host: 20 frames of 640 x 272 take 0.3 s on one core.
          "frame": Rate(0.015, "cpu")}

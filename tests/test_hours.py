@@ -182,6 +182,8 @@ def test_counts_of_the_stages():
     four_rows = estimated("06_eval", "test", "--METHODS=base+prompt,dpo-steer")
     assert "36,000 answers" in part(four_rows, "watch: base, Phase One").work
     assert "90,000 answers" in part(four_rows, "watch: the others").work     # 126,000 in all
+    few = estimated("06_eval", "test", "--STREAMS=48")             # of which 10 are asked about by an environment
+    assert "10 x 1 side by side" in part(few, "watch: the others").work
 
 
 def test_less_to_do_takes_less():
@@ -242,9 +244,11 @@ def test_what_brings_it_below_a_day(capsys):
     module, S = settings("06_eval", "--PLAN=1")
     hours.say_plan(S, module.work, hours.PAPER["test"], ["THINK_TOKENS"])
     assert "none of THINK_TOKENS alone" in capsys.readouterr().out
+    few = ["--METHODS=dpo-steer", "--THINK_TOKENS=400"]
+    _, S = settings("06_eval", "--PLAN=1", *few)
     hours.say_plan(S, module.work, hours.PAPER["test"], ["STREAMS"])
     streams = int(re.search(r"--STREAMS=(\d+) instead of 600", capsys.readouterr().out)[1])
-    assert estimated("06_eval", "test", f"--STREAMS={streams}").hours() < hours.DAY
+    assert estimated("06_eval", "test", f"--STREAMS={streams}", *few).hours() < hours.DAY
 
 
 def test_the_judge_of_the_toy_world_is_planned_as_the_local_one(capsys):
