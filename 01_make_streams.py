@@ -2,7 +2,8 @@
 
 SOURCE="tiny" renders the toy world: real mp4 files whose facts are known, so all can be judged exactly. Every
 other source indexes video files in the folder DATA (support/sources.py). It copies nothing and tries a few
-frames of each; what cannot be used is skipped by name, and nothing hangs.
+frames of each; what cannot be used is skipped by name, and nothing hangs. decord reads those files later of
+which it gives the same frames here as PyAV, and PyAV the others (or all, with CHECK=0).
   "videos"     any video file, or every video in a folder and below, a stream each; links are followed, hidden
                folders are not looked into. Beside it, if wanted, its speech: NAME.srt, .vtt or .ass, also as
                NAME.en.srt or NAME.mp4.srt. In the folder: tasks.jsonl, a question per line,
@@ -30,7 +31,8 @@ DATA/deploy or DATA/test are of that split, all else is of SPLIT.
 Run: python 01_make_streams.py [--NAME=value ...]       e.g. --SOURCE=videos --DATA=~/Videos --RUN=mine
 In:  nothing for "tiny", else the folder DATA
 Out: streams/streams.jsonl, tasks.jsonl; "tiny": videos/*.mp4, captions.jsonl, truth.jsonl; else files.jsonl
-Takes 10 s for the toy world; for videos 0.4 s per clip of 720p on one core, far less with --CHECK=0.
+Takes 10 s for the toy world; for videos of 720p on one core 0.4 s per clip and up to 3 s per file, far less
+with --CHECK=0.
 """
 import importlib.util
 import pathlib
@@ -211,6 +213,8 @@ def write(S, out, streams, tasks, skipped):
         print(f"{split:8}{counts(of_split)}   {readers}")
     kinds = Counter(task["environment"] for task in tasks)
     shown = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    readers = Counter(readers_of_files(streams).values())
+    print("video files:", ", ".join(f"{count} read by {name}" for name, count in readers.items()))
     print(f"tasks: {shown or 'none, so only memories can be made'}")
     print(f"skipped: {len(skipped)}")
     print_skipped(skipped)
@@ -236,6 +240,15 @@ def counts(streams):
             faces_of_stream |= {face for _, face, *_ in clip.get("faces", ())}
         faces += len(faces_of_stream)
     return f"{len(streams):9}{clips:8}{seconds / 3600:8.2f}{cues:8}{faces:8}"
+
+
+def readers_of_files(streams):
+    """{file: the package that decodes it}: decord where it proved right, else PyAV."""
+    readers = {}
+    for stream in streams:
+        for clip in stream["clips"]:
+            readers[clip["file"]] = clip.get("reader", "PyAV")
+    return readers
 
 
 def print_skipped(skipped):

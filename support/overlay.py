@@ -37,7 +37,7 @@ def clip_frames(clip, n):
     """
     times = frame_times(clip, n)
     try:
-        frames = read_frames(clip["file"], times)
+        frames = read_frames(clip["file"], times, clip.get("reader", "PyAV"))
         if clip.get("speech") or clip.get("faces"):
             in_stream = [t - clip["offset"] + clip["start"] for t in times]
             frames = draw(frames, in_stream, clip)

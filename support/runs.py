@@ -351,7 +351,8 @@ def load_streams(S, split):
 def as_written(S, streams):
     """The streams with the files of their clips as streams.jsonl names them, or relative to this repository.
 
-    So what is kept under a hash of them stays in use where the run or the repository has moved.
+    So what is kept under a hash of them stays in use where the run or the repository has moved. Without who
+    reads them, too, because the frames are the same.
     """
     places = [f"{need(S, 'streams/streams.jsonl').parent}{os.sep}", f"{ROOT}{os.sep}"]
     rows = []
@@ -361,7 +362,9 @@ def as_written(S, streams):
             file = clip["file"]
             for place in places:
                 file = file.removeprefix(place)
-            clips.append(clip | {"file": file})
+            row = clip | {"file": file}
+            row.pop("reader", None)
+            clips.append(row)
         rows.append(stream | {"clips": clips})
     return rows
 

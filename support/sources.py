@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from support.overlay import SUBTITLES, decode_text, read_subtitles
 from support.ranks import progress
 from support.runs import clock, parse_jsonl, read_json, read_jsonl, stamp, write_jsonl
-from support.video import (DECODE_SECONDS, VideoError, check_seeks, frame_times, probe_video,
-                           read_frames)
+from support.video import (DECODE_SECONDS, VideoError, check_seeks, decord_is_right, frame_times,
+                           has_decord, probe_video, read_frames)
 
 # The splits, and the stages that read them.
 SPLITS = {"train": "02", "deploy": "03 to 05", "test": "06", "online": "03 to 06"}
@@ -505,18 +505,21 @@ def is_current(row, file, spans, S):
 
 
 def how_checked(S):
-    """What a row of files.jsonl depends on: constants, and PyAV, of which a newer version may read more."""
-    return [S.SOURCE, S.CLIP_SECONDS, S.SHORTEST, S.CHECK, importlib.metadata.version("av")]
+    """What a row of files.jsonl depends on: constants, PyAV, of which a newer version may read more, decord."""
+    pyav = importlib.metadata.version("av")
+    return [S.SOURCE, S.CLIP_SECONDS, S.SHORTEST, S.CHECK, pyav, has_decord()]
 
 
 def check_video(file, spans, S):
-    """A row of files.jsonl: {file, stamp, spans, clips: [[clip ..] per span], skipped: [reasons], how}.
+    """A row of files.jsonl: {file, stamp, spans, clips: [[clip ..] per span], skipped: [reasons], how, reader}.
 
     Times are the file's own, by its time stamps, in which subtitles count too; the first frame is at 0 s even
-    where the sound starts earlier. Raises nothing: a file that cannot be used has no clips.
+    where the sound starts earlier. The reader is "decord" where nothing is skipped and decord proves right, else
+    "PyAV". Raises nothing: a file that cannot be used has no clips.
     """
     clips = [[] for _ in spans]
     skipped = []
+    reader = "PyAV"
     try:
         seen = probe_video(file)
         first = seen["start"]
@@ -532,10 +535,12 @@ def check_video(file, spans, S):
             cut = cut_clips(str(file), start, end, S)
             clips[n], reasons = decodable(file, cut, S)
             skipped += reasons
+        if S.CHECK and not skipped and decord_is_right(file, S.CHECK):
+            reader = "decord"
     except VideoError as error:
         skipped.append(error.reason)
     return {"file": str(file), "stamp": stamp(file), "spans": spans, "clips": clips,
-            "skipped": skipped, "how": how_checked(S)}
+            "skipped": skipped, "how": how_checked(S), "reader": reader}
 
 
 def cut_clips(file, first, end, S):
@@ -624,5 +629,7 @@ def lay_out(stream, rows):
             end = round(clip["end"] + shift, 3)
             # Numbered without gaps, because the rest of the project finds clip n at place n.
             clips.append(clip | {"clip": len(clips), "start": start, "end": end})
+            if row["reader"] == "decord":
+                clips[-1]["reader"] = "decord"
         pieces.append(Piece(part.file, usable[0]["start"], usable[-1]["end"], shift))
     return clips, pieces

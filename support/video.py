@@ -2,10 +2,11 @@
 
 There is one rule for all formats, after which PyAV (FFmpeg) reads them: begin at the last key frame before the
 wanted frame, and decode until a frame bears the wanted time stamp. Neither the frame rate nor the seek of a
-container is trusted. Each call runs under a time limit, and whatever cannot be read ends in a VideoError that
-names the file, the reason and the cure.
+container is trusted. decord reads the files for which it has proved right, against PyAV. Each call runs under a
+time limit, and whatever cannot be read ends in a VideoError that names the file, the reason and the cure.
 """
 import contextlib
+import importlib.util
 import math
 import os
 import threading
@@ -24,9 +25,14 @@ MOST_OPEN = 8                # files that stay open, because opening one scans a
 KEYS_BACK = 3                # key frames that are tried for one frame, each before the last
 SEEK_EARLY = 1               # s before a key frame that is looked for, because in MPEG-TS seeks end too late
 SAME_FRAME = 3               # of 255, mean difference at most between two ways of decoding one frame
+KEYS_TRIED = 16              # key frames behind which decord is compared with PyAV
+AS_NEAR = 0.0005             # s by which distances in time may differ and still count as equal
 
-# {(file, bytes, time of the last change, process): OpenVideo}, in the order of their last use
+# {(file, bytes, time of the last change, process, who opened it): OpenVideo or DecordVideo}, in the order of
+# their last use
 _open_videos = {}
+# Files that decord has failed on, though it had proved right.
+_left_to_pyav = set()
 
 
 class VideoError(ValueError):
@@ -168,8 +174,8 @@ def packets_near(video, key):
     return video.container.demux(video.stream)
 
 
-def in_time(file, work):
-    """work(OpenVideo), under a time limit. Raises VideoError, and LostVideo where the file cannot be opened.
+def in_time(file, work, open_file=open_video):
+    """work(what open_file gives), under a time limit. Raises VideoError; LostVideo where opening fails.
 
     The work runs in a thread, because nothing else ends a call that hangs: where it does, a sleeping thread is
     left.
@@ -180,7 +186,7 @@ def in_time(file, work):
     if not os.path.getsize(file):
         raise LostVideo(file, "is empty")
     # The process is part of the key, because what FFmpeg has open does not survive a fork.
-    key = (file, os.path.getsize(file), os.stat(file).st_mtime_ns, os.getpid())
+    key = (file, os.path.getsize(file), os.stat(file).st_mtime_ns, os.getpid(), open_file)
     # The file is taken out while it is in use, because a decoder serves one thread at a time.
     already_open = _open_videos.pop(key, None)
     results = []
@@ -190,11 +196,11 @@ def in_time(file, work):
         video = already_open
         try:
             if video is None:
-                video = open_video(file)
+                video = open_file(file)
             results.append((video, work(video)))
         except VideoError as error:
             errors.append(error)
-        except Exception as error:       # PyAV's are of many kinds
+        except Exception as error:       # those of PyAV and decord are of many kinds
             message = " ".join(str(error).split())[:90]
             kind = LostVideo if video is None else VideoError
             errors.append(kind(file, f"not decodable, or no video ({message})"))
@@ -229,14 +235,21 @@ def probe_video(file):
     return in_time(file, work)
 
 
-def read_frames(file, times):
+def read_frames(file, times, reader="PyAV"):
     """The frames nearest to `times` by their real time stamps -> uint8 (n, H, W, 3).
 
-    times: s on the file's own clock, which begins at probe_video's start; in any order. Where the file is
-    damaged, the nearest other wanted frame stands in, with a warning. Raises VideoError where less than half of
-    the frames decode, or a time lies more than 1 s outside of the video.
+    times: s on the file's own clock, which begins at probe_video's start; in any order. reader: or "decord",
+    where `decord_is_right`. Where the file is damaged, the nearest other wanted frame stands in, with a warning.
+    Raises VideoError where less than half of the frames decode, or a time lies more than 1 s outside of the
+    video.
     """
     times = np.asarray(times, dtype=float)
+    if reader == "decord" and file not in _left_to_pyav:
+        try:
+            return read_by_decord(file, times)
+        except VideoError as error:
+            _left_to_pyav.add(file)
+            print(f"*** {file}: decord fails here ({error.fault}), so PyAV reads it from now on ***")
     return in_time(file, lambda video: nearest_frames(video, times))
 
 
@@ -269,7 +282,9 @@ def nearest(video, times):
         there = f"only from {start:.1f} to {video.end:.1f} s"
         raise VideoError(video.file, f"has no frames from {first:.1f} to {last:.1f} s, {there}")
     distances = np.abs(video.times - times[:, None])     # (n, frames of the file)
-    return np.unique(distances.argmin(1), return_inverse=True)
+    # Of two that are as near, the earlier: how a reader rounds its time stamps should not decide.
+    is_nearest = distances <= distances.min(1, keepdims=True) + AS_NEAR
+    return np.unique(is_nearest.argmax(1), return_inverse=True)
 
 
 def frame_at(video, i, keys_back=0):
@@ -331,6 +346,78 @@ def frame_times(clip, n):
     share = min(1, length / 10)
     n = max(2, round(n * share))
     return [clip["offset"] + (i + 0.5) * length / n for i in range(n)]
+
+
+# ---------------------------------------------------------------- decord, where it proves right
+@dataclass
+class DecordVideo:
+    """A file that decord has open."""
+    file: str
+    reader: object
+    times: object            # (n,) of the frames, in s on the file's own clock
+    end: float               # of the last frame
+
+
+def has_decord():
+    return importlib.util.find_spec("decord") is not None
+
+
+def open_by_decord(file):
+    import decord
+    decord.logging.set_level(decord.logging.QUIET)
+    reader = decord.VideoReader(os.path.abspath(file), num_threads=1)
+    spans = reader.get_frame_timestamp(range(len(reader)))      # (n, 2) start and end of each frame
+    times = spans[:, 0].astype(float)
+    return DecordVideo(file, reader, times, end=float(spans[-1, 1]))
+
+
+def read_by_decord(file, times):
+    """`read_frames` by decord, all or nothing. Raises VideoError."""
+
+    def work(video):
+        wanted, place = nearest(video, times)
+        return video.reader.get_batch(wanted).asnumpy()[place]
+
+    return in_time(file, work, open_by_decord)
+
+
+def decord_is_right(file, n):
+    """Whether decord gives the same as PyAV, to the bit: all time stamps, and some frames, read by seek.
+
+    n: of the frames that are tried, how many are spread over the file. False, too, where decord is not
+    installed, refuses the file or hangs.
+    """
+    if not has_decord():
+        return False
+    try:
+        times, tried = in_time(file, lambda video: (video.times, times_to_try(video, n)))
+        claimed = in_time(file, lambda video: video.times, open_by_decord)
+        if len(claimed) != len(times):
+            return False
+        if np.abs(claimed - times).max() > AS_NEAR / 2:
+            return False
+        # In random order, so that each is read by seek, and a few at once, as those of a clip are.
+        shuffled = np.random.default_rng(0).permutation(tried)
+        for some in np.array_split(shuffled, math.ceil(len(tried) / 4)):
+            if not np.array_equal(read_by_decord(file, some), read_frames(file, some)):
+                return False
+    except VideoError:
+        return False
+    return True
+
+
+def times_to_try(video, n):
+    """Times of n frames spread over a file, its first and last, and those right behind key frames.
+
+    Decoders that seek go wrong most behind key frames: of some formats, only behind a few of them.
+    """
+    last = len(video.times) - 1
+    spread = np.linspace(0, last, n + 2).astype(int)
+    some_keys = np.linspace(0, len(video.keys) - 1, KEYS_TRIED).astype(int)
+    keys = np.searchsorted(video.stamps, video.keys[some_keys])
+    behind_keys = np.minimum(keys + 1, last)
+    tried = np.unique(np.concatenate([spread, behind_keys]))
+    return video.times[tried]
 
 
 # ---------------------------------------------------------------- frames as the vision tower reads them

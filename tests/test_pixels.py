@@ -10,6 +10,7 @@ import pathlib
 import re
 import shutil
 import sys
+import threading
 import types
 import warnings
 from fractions import Fraction
@@ -24,8 +25,10 @@ np = pytest.importorskip("numpy")
 ImageFont = pytest.importorskip("PIL.ImageFont")
 
 import common                                                               # noqa: E402
-from support import overlay                                                 # noqa: E402
+from support import overlay, sources                                        # noqa: E402
+from support import runs as runs_module                                     # noqa: E402
 from support import video as media                                          # noqa: E402
+from tiny import world                                                      # noqa: E402
 
 stage = importlib.import_module("01_make_streams")
 SHARED = ROOT.parent / "shared"
@@ -227,10 +230,10 @@ def damage(monkeypatch):
     monkeypatch.setattr(overlay, "_was_grey", {})
     lost, read = set(), media.read_frames
 
-    def damaged(file, times):
+    def damaged(file, times, *reader):
         if any(path == file and 0 < times[0] - offset < 2 for path, offset in lost):
             raise media.VideoError(file, "is damaged")
-        return read(file, times)
+        return read(file, times, *reader)
     monkeypatch.setattr(overlay, "read_frames", damaged)
     return lost
 
@@ -281,6 +284,182 @@ def test_a_stage_stops_at_once_where_a_video_has_gone(tmp_path, toy):
     (tmp_path / "run" / "streams" / "videos").rename(tmp_path / "elsewhere")
     with pytest.raises(SystemExit, match="1 of the 1 video files .*deploy-000.mp4. Put them back"):
         importlib.import_module("03_collect_tasks").main([f"--RUN={tmp_path / 'run'}"])
+
+
+# ---- which package decodes ---------------------------------------------------------------------------------
+
+READERS = {"h264_intra.mp4": "decord", "m2ts.m2ts": "PyAV", "mpeg4_bf.mp4": "PyAV", "wmv2.wmv": "PyAV",
+           "bikes.mp4": "decord", "vfr.mp4": "decord", "hang_cut_copy_ss_before_i.mp4": "PyAV",
+           "trunc50_faststart.mp4": "PyAV"}
+OURS = ROOT / "tests" / "cases" / "videos"
+PLACES = [OURS, SHARED / "cases" / "videos", SHARED / "videos"]
+FILES = [path for place in PLACES if place.is_dir() for path in sorted(place.iterdir()) if path.name in READERS]
+decord_only = pytest.mark.skipif(not media.has_decord(), reason="decord is not installed")
+
+
+@pytest.fixture(autouse=True)
+def fresh_readers(monkeypatch):
+    monkeypatch.setattr(media, "_open_videos", {})
+    monkeypatch.setattr(media, "_left_to_pyav", set())
+
+
+def checked(file, **change):
+    S = SimpleNamespace(SOURCE="videos", CLIP_SECONDS=10, SHORTEST=2, CHECK=3)
+    vars(S).update(change)
+    return sources.check_video(file, [[None, None]], S)
+
+
+def in_order(path):
+    """(times, frames) by PyAV, which decodes one after the other: the plain reference."""
+    with av.open(str(path)) as box:
+        shown = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in box.decode(video=0)]
+    return [time for time, _ in shown], [frame for _, frame in shown]
+
+
+@decord_only
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.parent.name}-{path.name}")
+def test_each_file_gets_the_right_reader_and_the_right_frames(path, capsys):
+    row = checked(path)
+    assert row["reader"] == READERS[path.name] and row["clips"][0]
+    assert checked(path, CHECK=0)["reader"] == "PyAV"
+    clips, _ = sources.lay_out(sources.Stream("a", "online", [sources.Part(path)]), {path: row})
+    assert all(("reader" in clip) == (row["reader"] == "decord") for clip in clips)
+    if path.parent.name != "videos" or path.parent.parent.name != "cases":
+        return
+    times, shown = in_order(path)
+    for clip in clips:
+        frames, at = overlay.clip_frames(clip, 20)
+        for t, frame in zip(at, frames):
+            nearest = np.abs(np.arange(len(shown)) / 10 - clip["offset"] - t)
+            right = np.flatnonzero(nearest <= nearest.min() + 1e-4)[0]          # of two as near, the earlier
+            assert (frame == shown[right]).all()
+    assert "***" not in capsys.readouterr().out
+
+
+@decord_only
+def test_decord_reads_the_toy_world_as_pyav_does_frame_by_frame(tmp_path):
+    for seed in range(2):
+        file = str(tmp_path / f"{seed}.mp4")
+        world.write_stream_video(file, world.make_stream(seed, 3))
+        _, shown = in_order(file)
+        times = np.arange(len(shown)) / world.FPS
+        assert len(shown) == 3 * world.CLIP_SECONDS * world.FPS
+        assert (media.read_by_decord(file, times) == shown).all()
+        assert (media.read_frames(file, times) == shown).all()
+        for i in np.random.default_rng(0).permutation(len(shown)):
+            assert (media.read_frames(file, times[i:i + 1], "decord")[0] == shown[i]).all()
+        clips = world.stream_row("a", "train", file, 3)["clips"]
+        for clip in clips:
+            assert clip.pop("reader") == "decord"
+            by_pyav, _ = overlay.clip_frames(clip, 4)
+            by_decord, _ = overlay.clip_frames(clip | {"reader": "decord"}, 4)
+            assert (by_decord == by_pyav).all()
+        assert not media._left_to_pyav and media.decord_is_right(file, 3)
+
+
+@decord_only
+def test_of_two_frames_as_near_both_readers_take_the_earlier():
+    file = str(OURS / "h264_intra.mp4")
+    between = np.arange(119) / 10 + 0.05
+    _, shown = in_order(file)
+    assert (media.read_frames(file, between) == shown[:119]).all()
+    assert (media.read_by_decord(file, between) == shown[:119]).all()
+
+
+class Wrong:
+    """decord's reader, which goes wrong where it is told to."""
+    def __init__(self, reader, wrong):
+        self.reader, self.wrong = reader, wrong
+
+    def get_batch(self, indices):
+        if self.wrong == "refuses":
+            raise RuntimeError("decord says no")
+        if self.wrong == "hangs":
+            threading.Event().wait(20)
+        if self.wrong == "one bit":
+            return SimpleNamespace(asnumpy=lambda: self.reader.get_batch(indices).asnumpy() ^ 1)
+        seeks_wrong = [i + (60 < i < 70) for i in indices.tolist()]
+        return self.reader.get_batch(seeks_wrong)
+
+
+@decord_only
+@pytest.mark.parametrize("wrong", ["refuses", "hangs", "one bit", "seeks", "counts", "stamps"])
+def test_a_decord_that_is_wrong_is_not_chosen(monkeypatch, wrong):
+    file = OURS / "h264_intra.mp4"
+    media.read_frames(file, [0])                                                # PyAV has it open
+    plain = media.open_by_decord
+
+    def opened(file):
+        video = plain(file)
+        if wrong == "counts":
+            video.times = video.times[:-1]
+        elif wrong == "stamps":
+            video.times = video.times + 0.001
+        else:
+            video.reader = Wrong(video.reader, wrong)
+        return video
+    assert media.decord_is_right(file, 3)
+    monkeypatch.setattr(media, "open_by_decord", opened)
+    monkeypatch.setattr(media, "DECODE_SECONDS", 3 if wrong == "hangs" else 60)
+    row = checked(file)
+    assert row["reader"] == "PyAV" and row["clips"][0] and not row["skipped"]
+
+
+@decord_only
+def test_where_decord_fails_later_pyav_goes_on_and_says_so_once(monkeypatch, capsys):
+    file = str(OURS / "h264_intra.mp4")
+    clip = {"clip": 0, "start": 0.0, "end": 10.0, "file": file, "offset": 0.0, "speech": []}
+    right, _ = overlay.clip_frames(clip, 4)
+    assert (overlay.clip_frames(clip | {"reader": "decord"}, 4)[0] == right).all()
+    assert "***" not in capsys.readouterr().out
+    plain = media.open_by_decord
+
+    def opened(file):
+        video = plain(file)
+        video.reader = Wrong(video.reader, "refuses")
+        return video
+    monkeypatch.setattr(media, "open_by_decord", opened)
+    for _ in range(2):
+        assert (overlay.clip_frames(clip | {"reader": "decord"}, 4)[0] == right).all()
+    said = capsys.readouterr().out
+    assert said.count("h264_intra.mp4: decord fails here") == 1 and "decord says no" in said
+    assert not overlay.is_grey(clip)
+
+
+def test_all_works_without_decord(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    file = OURS / "h264_intra.mp4"
+    assert checked(file)["reader"] == "PyAV" and not checked(file)["skipped"]
+    assert "reader" not in world.stream_row("a", "train", "a.mp4", 1)["clips"][0]
+    clip = {"clip": 0, "start": 0.0, "end": 10.0, "file": str(file), "offset": 0.0, "reader": "decord"}
+    right = media.read_frames(file, media.frame_times(clip, 4))
+    for _ in range(2):                                      # of streams that were made where decord was
+        assert (overlay.clip_frames(clip, 4)[0] == right).all()
+    assert capsys.readouterr().out.count("decord fails here") == 1
+
+
+@decord_only
+def test_stage_1_says_who_reads(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    for name in ("h264_intra.mp4", "wmv2.wmv"):
+        shutil.copy(OURS / name, tmp_path / "data")
+    clips = make(tmp_path)
+    assert "video files: 1 read by decord, 1 read by PyAV" in capsys.readouterr().out
+    assert [clip.get("reader") for name in sorted(clips) for clip in clips[name]] == ["decord"] * 2 + [None] * 2
+    rows = (tmp_path / "run" / "streams" / "files.jsonl").read_text().splitlines()
+    assert [json.loads(row)["reader"] for row in rows] == ["decord", "PyAV"]
+    monkeypatch.setitem(sys.modules, "decord", None)        # and it looks again where that has changed
+    assert not any("reader" in clip for name in clips for clip in make(tmp_path)[name])
+    assert "video files: 2 read by PyAV" in capsys.readouterr().out
+
+
+def test_who_reads_changes_no_hash(tmp_path, monkeypatch):
+    (tmp_path / "streams").mkdir()
+    (tmp_path / "streams" / "streams.jsonl").touch()
+    monkeypatch.setattr(runs_module, "need", lambda S, name: tmp_path / name)
+    clip = {"clip": 0, "file": "/a.mp4"}
+    by_decord = [{"stream": "a", "clips": [clip | {"reader": "decord"}]}]
+    assert runs_module.as_written(None, by_decord) == [{"stream": "a", "clips": [clip]}]
 
 
 # ---- sidecar files -----------------------------------------------------------------------------------------
