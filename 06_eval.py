@@ -518,7 +518,8 @@ def work(plan, S, sizes, methods=0):
     of_methods = methods * sizes.environments
     # Base and Phase One watch all, and are asked everything.
     plan.watch("watch: base, Phase One", 2 * clips, streams)
-    plan.watch("watch: the others", of_methods * clips_asked, streams)
+    streams_asked = max(1, round(streams * clips_asked / max(1, clips)))
+    plan.watch("watch: the others", of_methods * clips_asked, streams_asked)
     crossed = sizes.environments if S.TRANSFER else 1
     answers = (2 + methods * crossed) * questions
     collect.plan_answers(plan, S, sizes, answers, round(questions / max(1, sizes.environments)))

@@ -64,9 +64,9 @@ RATES = {"pass": Rate(0.10, "cpu"),              # prefill, judge rows and rows 
          "logp": Rate(13e-6, "bandwidth"),
          "learned token": Rate(120e-6, "matmul"),
          "learned pair": Rate(12.5e-9, "matmul"),          # training rows, merged
-         "launches": Rate(0.11, "cpu"),          # decoding 1 x 8 and 8 x 8: the card waits for them
+         "launches": Rate(0.11, "cpu"),          # decoding 1 x 8, 8 x 8: the card waits for them
          "step": Rate(0.07, "bandwidth"),        # as a CUDA graph, 1 x 8
-         "seen": Rate(30e-9, "bandwidth"),       # 16 x 8, and the kernel of 8 x 8 with 21,000 cached
+         "seen": Rate(30e-9, "bandwidth"),       # 16 x 8, and the kernel at 21,000 cached tokens
          "vision": Rate(25e-6, "matmul"),        # five clips
          # Not measured on the card's host: 20 frames of 640 x 272 take 0.3 s on one core.
          "frame": Rate(0.015, "cpu")}
@@ -286,8 +286,6 @@ def say_plan(S, work, sizes, levers=()):
     card = this_card(S)
     if card and S.PLAN:
         check_plan(sketch(), S, CARDS[card].gib * 2**30)
-    if card and S.JUDGE == "tiny":
-        S = SimpleNamespace(**vars(S) | {"JUDGE": "local"})
     result = estimate(S, work, sizes, card)
     where = f" on one {card}" if card else ""
     print(f"plan of {S.SCRIPT}, {S.MODEL}{where}: {sizes.streams:,} streams of {sizes.clips:,} clips "
@@ -335,6 +333,8 @@ def say_how_to_save(S, work, sizes, levers, planned):
     found = 0
     for name in levers:
         now = getattr(sizes, name) if name in HOW else getattr(S, name)
+        if name == "STREAMS" and not now:        # of 06, where 0 stands for all
+            now = sizes.streams
         value = largest(S, work, sizes, name, now, planned)
         if value:
             found += 1

@@ -99,6 +99,9 @@ def test_a_rollout_by_hand(by_hand):
     # Two calls of 5 are two batches each.
     by_hand.sample("x", 10, 8, 5, prompt=1000, tokens=100, clips=1)
     assert seconds(by_hand) == pytest.approx(4 * 150 * 0.11 + 10 * 0.119825)
+    # A call of fewer than could be handed over is one batch.
+    by_hand.sample("x", 2, 8, 10, prompt=1000, tokens=100, clips=1)
+    assert seconds(by_hand) == pytest.approx(150 * 0.11 + 2 * 0.119825)
     # Beside long prompts the card is busy: 4 x 8 sequences see 100,000 + 8 x 50 tokens.
     by_hand.sample("x", 4, 8, 4, prompt=100000, tokens=100, clips=1)
     step = 0.07 + 30e-9 * 32 * 100400
@@ -179,6 +182,8 @@ def test_counts_of_the_stages():
     four_rows = estimated("06_eval", "test", "--METHODS=base+prompt,dpo-steer")
     assert "36,000 answers" in part(four_rows, "watch: base, Phase One").work
     assert "90,000 answers" in part(four_rows, "watch: the others").work     # 126,000 in all
+    few = estimated("06_eval", "test", "--STREAMS=48")             # of which 10 are asked about by an environment
+    assert "10 x 1 side by side" in part(few, "watch: the others").work
 
 
 def test_less_to_do_takes_less():
@@ -207,6 +212,15 @@ def test_plan_of_04_without_weights_network_or_run(tmp_path):
     assert re.search(r"--CACHE_CONTEXTS=\d+ in 03 instead of 2,500", said)
 
 
+@pytest.mark.parametrize("script", [script for script, _ in table.STAGES.values()])
+def test_every_stage_plans_without_a_run(script, tmp_path, capsys):
+    stage = importlib.import_module(script)
+    stage.main([f"--RUN={tmp_path / 'none'}", "--PLAN=1", f"--MODEL={THINKING}"])
+    said = capsys.readouterr().out
+    assert f"plan of {script}.py, {THINKING} on one H100" in said and "h  in all: " in said
+    assert "byte plan in GiB" in said and not (tmp_path / "none").exists()
+
+
 def test_plan_on_other_cards(capsys):
     module, S = settings("02_phase1_train", "--PLAN=1", "--CARD=B9")
     with pytest.raises(SystemExit, match="CARD=B9 is unknown: take one of H100, H200"):
@@ -230,6 +244,11 @@ def test_what_brings_it_below_a_day(capsys):
     module, S = settings("06_eval", "--PLAN=1")
     hours.say_plan(S, module.work, hours.PAPER["test"], ["THINK_TOKENS"])
     assert "none of THINK_TOKENS alone" in capsys.readouterr().out
+    few = ["--METHODS=dpo-steer", "--THINK_TOKENS=400"]
+    _, S = settings("06_eval", "--PLAN=1", *few)
+    hours.say_plan(S, module.work, hours.PAPER["test"], ["STREAMS"])
+    streams = int(re.search(r"--STREAMS=(\d+) instead of 600", capsys.readouterr().out)[1])
+    assert estimated("06_eval", "test", f"--STREAMS={streams}", *few).hours() < hours.DAY
 
 
 def test_the_judge_of_the_toy_world_is_planned_as_the_local_one(capsys):
