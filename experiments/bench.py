@@ -666,6 +666,8 @@ def page(result):
     rows.append((f"attention of a decode step, {CACHED} cached tokens, against repeated keys",
                  f"attention of a decode step, {CACHED} cached", "repeated"))
     for label, name, other in rows + EXPERTS_ROWS:
+        if name not in result:                                  # an older file
+            continue
         row = result[name]
         gain = row[f"over_{other}"]
         times = f"{gain['ratio']:.1f} ({gain['low']:.1f} to {gain['high']:.1f})"

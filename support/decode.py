@@ -48,7 +48,8 @@ def decode(policy, prompts, noise, how, is_complete, width):
     to a prompt are written side by side. Where these are not all n, B is 1, and they take turns.
     """
     n, limit = noise.shape[1:]
-    cache = Cache(policy.lm, [len(prompt.ids) for prompt in prompts], min(width, n) * limit)
+    lengths = [len(prompt.ids) for prompt in prompts]
+    cache = Cache(policy.lm, lengths, columns=min(width, n) * limit)
     last = prefill(policy, prompts, cache)                                            # (B, 1, d)
     owner = pad_right([torch.zeros_like(prompt.ids) for prompt in prompts], -1)       # (B, P)
     after = torch.stack([prompt.positions.max() + 1 for prompt in prompts])           # (B,)
