@@ -887,14 +887,17 @@ def go_on(memories, path):
     before = read_progress(path)
     for row in before:
         written.setdefault((row["stream"], row["clip"]), row)
-    used = []
     for stream, rows in memories.items():
         while (stream, len(rows)) in written:
-            rows.append(written[stream, len(rows)])
-            used.append(rows[-1])
-    if len(used) < len(before):                  # of another hand: clips twice, after a gap, of no stream here
-        print(f"*** {path} held {len(before) - len(used)} rows that don't fit: they are left out ***")
-        write_jsonl(path, sorted(used, key=lambda row: row["clip"]))
+            rows.append(written.pop((stream, len(rows))))
+    # Two processes wrote at once: some clips twice, or after a gap. Streams that have gone keep their rows.
+    gaps = [key for key in written if key[0] in memories and key[1] > len(memories[key[0]])]
+    repeated = len(before) - len({(row["stream"], row["clip"]) for row in before})
+    if repeated or gaps:
+        print(f"*** {path} held {repeated + len(gaps)} rows that don't fit: they are left out ***")
+        rest = [row for key, row in written.items() if key not in gaps]
+        used = [row for rows in memories.values() for row in rows]
+        write_jsonl(path, sorted(used + rest, key=lambda row: row["clip"]))
 
 
 # ================================================================ the judge

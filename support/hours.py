@@ -287,13 +287,17 @@ def say_plan(S, work, sizes, levers=()):
     if card and S.PLAN:
         check_plan(sketch(), S, CARDS[card].gib * 2**30)
     result = estimate(S, work, sizes, card)
+    total = f"{result.tokens:,} tokens are written, and {result.calls:,} judge calls made"
+    if not card and not S.PLAN:
+        print(f"plan: {sizes.streams:,} streams of {sizes.clips:,} clips ({sizes.source}); {total}")
+        return result
     where = f" on one {card}" if card else ""
     print(f"plan of {S.SCRIPT}, {S.MODEL}{where}: {sizes.streams:,} streams of {sizes.clips:,} clips "
           f"({sizes.source})")
     for part in result.parts:
         hours = "       " if part.seconds is None else f"{part.seconds / 3600 / WORLD:7.1f} h"
         print(f"  {hours}  {part.name:20} {part.work}")
-    total = f"in all: {result.tokens:,} tokens are written, and {result.calls:,} judge calls made"
+    total = f"in all: {total}"
     if not card:
         print(f"             {total}; no hours, as rates are known for Qwen3-VL-30B-A3B on "
               f"{', '.join(CARDS)}")

@@ -288,7 +288,7 @@ def test_a_run_says_its_plan_before_it_loads_anything(toy, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="loading"):
         phase1.main([f"--RUN={tmp_path}", f"--FROM={toy}"])
     said = capsys.readouterr().out
-    assert "plan of 02_phase1_train.py, tiny: 4 streams of 24 clips" in said and "no hours" in said
+    assert "plan: 4 streams of 24 clips" in said and "judge calls made" in said
 
 
 def test_the_first_measured_step_corrects_the_plan(monkeypatch):
