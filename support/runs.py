@@ -371,7 +371,7 @@ def as_written(S, streams):
 
 # ---------------------------------------------------------------- one process a folder
 LOCK = "lock"                                    # says who works in a folder, or did so last
-held = {}                                        # {folder: its open lock file}, while this process lives
+held = {}                                        # {folder: its open lock}, while this process lives
 
 
 def hold(folder):
@@ -388,21 +388,23 @@ def take_lock(folder):
     """Why the folder can't be held, "" if it can."""
     if folder in held:
         return ""
-    with writing(folder / LOCK):
-        file = open(folder / LOCK, "a+", encoding="utf-8")
+    path = folder / LOCK
+    with writing(path):
+        # A bare number: unlike a file object it stays open, in silence, until the process ends.
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             print(f"*** {folder} can't be locked ({error.strerror}): start nothing else in it ***")
             return ""
-        file.seek(0)
-        return (f"{folder} is in use by {file.read().strip() or 'another process'}. Wait for it, or "
-                "take another --RUN")
-    held[folder] = file
-    with writing(folder / LOCK):
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        holder = os.read(lock, 200).decode(errors="replace").strip()
+        os.close(lock)
+        return f"{folder} is in use by {holder or 'another process'}. Wait for it, or take another --RUN"
+    held[folder] = lock
+    with writing(path):
+        os.truncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return ""
 
 

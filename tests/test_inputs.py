@@ -278,7 +278,7 @@ def test_two_processes_never_work_in_one_folder(tmp_path):
     runs.hold(folder)                                                       # a dead process lets go
     runs.hold(folder)                                                       # and one's own does not hinder
     assert "is in use by" in begin(folder, 0, tmp_path).communicate()[1]
-    runs.held.pop(folder.resolve()).close()
+    os.close(runs.held.pop(folder.resolve()))
 
 
 # ================================================================ resume by (stream, clip)
