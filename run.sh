@@ -25,7 +25,7 @@ fi
 
 case "${1:-}" in
   setup) echo "For the next commands: source .venv/bin/activate"; exit ;;
-  test) shift; OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest tests -q -n 2 --dist worksteal "$@" ;;
+  test) shift; OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest tests -q -n 2 --dist loadfile "$@" ;;
 esac
 
 # ---------------------------------------------------------------- the six stages
