@@ -17,8 +17,9 @@ import math
 
 from common import (Group, Sample, build_prompt, load_judge, load_policy, make_context, per_model,
                     rollout, settings, stage, watch)
-from support.hours import LETTERS, QUESTION, STAMP, Sizes, first_measured, say_plan, sizes_of
-from support.judges import INSUFFICIENT, Answer, Verdict
+from support import hours, judges
+from support.hours import Sizes, first_measured, say_plan, sizes_of
+from support.judges import Answer, Verdict
 from support.ranks import gather, is_first_rank, my_share, once, progress, said_once
 from support.reader import Retriever
 from support.runs import (append_jsonl, as_written, clock, fingerprint, load_streams, need,
@@ -101,7 +102,7 @@ def right(judge, tasks, replies):
     """
     to_grade = []
     for i, task in enumerate(tasks):
-        if not task["options"] and replies[i] not in (None, INSUFFICIENT):
+        if not task["options"] and replies[i] not in (None, judges.INSUFFICIENT):
             to_grade.append(i)
     grades = once(lambda: grade(judge, tasks, replies, to_grade))
     correct = []
@@ -225,7 +226,8 @@ def check_recent(S, streams):
 def fill_cache(S, out, policy, judge, streams, memories, limits, planned=None):
     """GROUP samples of every context, with their format and quality rewards, appended chunk by chunk."""
     part = out / "cache.part"
-    before = read_progress(part) or read_progress(out / "cache.jsonl")
+    # What was judged again stands in `part`, and takes the place of what was finished before.
+    before = [*read_progress(out / "cache.jsonl"), *read_progress(part)]
     done = {(row["stream"], row["clip"]): row for row in before}
     places = chosen_clips(streams, S.CACHE_CONTEXTS)
     names = [(stream["stream"], t) for stream, t in places]
@@ -339,8 +341,9 @@ def work(plan, S, sizes):
 
 def plan_answers(plan, S, sizes, questions, at_once):
     """The reader's answers, `at_once` in a call: it reads all memories of a stream, as far as they fit."""
-    memory = sizes.clips // max(1, sizes.streams) * (S.MEMORY_TOKENS + STAMP)
-    plan.judge("answers", questions, at_once, min(memory, S.READER_TOKENS) + QUESTION, LETTERS)
+    memory = sizes.clips // max(1, sizes.streams) * (S.MEMORY_TOKENS + hours.STAMP)
+    notes = min(memory, S.READER_TOKENS)
+    plan.judge("answers", questions, at_once, notes + hours.QUESTION, hours.LETTERS)
 
 
 def main(argv=None):
@@ -387,8 +390,8 @@ def main(argv=None):
 
     # ---- the rollout cache
     limits = learns_until(tasks, recent, S.RECENT)
-    hours = planned.hours_of("cache", "judge")
-    fill_cache(S, out, policy, judge, cached_streams, memories, limits, hours)
+    planned_hours = planned.hours_of("cache", "judge")
+    fill_cache(S, out, policy, judge, cached_streams, memories, limits, planned_hours)
     say_what_failed(out)
     print(f"memories, answers and the rollout cache are in {out}; "
           f"next: {next_command(S, '04_train_reward.py')}")
@@ -397,11 +400,14 @@ def main(argv=None):
 def finished_before(S, out, streams, tasks):
     """Whether this folder is complete; if not, remembers of which streams and tasks it will be made."""
     made_of = fingerprint(as_written(S, streams), tasks)
-    if not (out / "cache.jsonl").exists() or not (out / "recent.json").exists():
-        write_json(out / "made_of.json", made_of)
-        return False
     file = out / "made_of.json"
-    has_changed = file.exists() and made_of != read_json(file)
+    has_changed = once(lambda: file.exists() and made_of != read_json(file))
+    if not (out / "cache.jsonl").exists() or not (out / "recent.json").exists():
+        if has_changed:
+            print(f"*** streams or tasks have changed since {out} was begun; memories that were written before "
+                  "are kept as they are ***")
+        write_json(file, made_of)
+        return False
     if has_changed:
         print(f"*** streams or tasks have changed since {out} was made, and are not in it. To take "
               "them up: --RUN=NEWNAME, from 01 on ***")

@@ -21,8 +21,9 @@ from itertools import combinations
 
 from common import (TASK_PROMPT, F, build_prompt, encoded_text, load_judge, load_policy, np, per_model,
                     settings, stage, torch)
+from support import hours
 from support.checkpoint import Training
-from support.hours import INSTRUCTION, QUESTION, Sizes, first_measured, say_plan, sizes_of
+from support.hours import Sizes, first_measured, say_plan, sizes_of
 from support.judges import Preference
 from support.ranks import gather_sum, my_share, once, progress, said_once
 from support.runs import (append_jsonl, load_streams, need, next_command, read_json, read_jsonl,
@@ -586,14 +587,14 @@ LEVERS = ("contexts", "environments", "THINK_TOKENS")    # what to lower where t
 
 def work(plan, S, sizes):
     """What this stage does, for the plan (support/hours.py)."""
-    asked = S.RECENT * QUESTION
+    asked = S.RECENT * hours.QUESTION
     # The held-out contexts are judged once more, by later questions. Each pair is shown in both orders.
     contexts = round(sizes.contexts * (1 + S.HELD_OUT))
     comparisons = round(contexts * sizes.environments * sizes.comparisons)
     in_a_call = round(S.CHUNK * sizes.comparisons)
     plan.judge("judge: prefer", 2 * comparisons, 2 * in_a_call, asked + 2 * S.MEMORY_TOKENS, 3)
     plan.steps_begin()
-    shared = INSTRUCTION + asked + S.HISTORY * S.MEMORY_TOKENS
+    shared = hours.INSTRUCTION + asked + S.HISTORY * S.MEMORY_TOKENS
     plan.learn("reward model", S.STEPS * S.CONTEXTS, shared, collect.GROUP, S.MEMORY_TOKENS)
 
 
@@ -622,9 +623,9 @@ def main(argv=None):
     # ---------------- preferences and pairs
     judge = None if has_begun else load_judge(S, lambda: policy, shows_frames=False)
     policy = load_policy(S)
-    hours = planned.hours_of("judge", shares=(1 + S.HELD_OUT) * len(recent))
+    planned_hours = planned.hours_of("judge", shares=(1 + S.HELD_OUT) * len(recent))
     contexts, pairs, yields = find_preferences(
-        judge, cache, asked, out / "verdicts", S.CHUNK, planned=hours)
+        judge, cache, asked, out / "verdicts", S.CHUNK, planned=planned_hours)
     tests, _, _ = find_preferences(judge, test_cache, later, out / "verdicts", S.CHUNK, ".later")
     yields["all"] = summed(yields)
     print_yields(yields)

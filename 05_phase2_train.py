@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from common import (Context, F, build_prompt, group_advantages, grpo, kl_to, load_judge, load_policy,
                     logprobs_of_row, packed_rows, parse_response, per_model, policy_loss, settings,
                     stage, torch)
+from support import hours
 from support.checkpoint import Training
-from support.hours import PAIRED, Sizes, say_plan, sizes_of
+from support.hours import Sizes, say_plan, sizes_of
 from support.plan import prompt_tokens
-from support.ranks import gather, my_share
+from support.ranks import gather, my_share, once
 from support.runs import (hold, load_streams, need, next_command, read_json, read_jsonl,
                           say_what_differs, slug, start)
 from support.weights import load_adapter, save_adapter
@@ -249,7 +250,8 @@ def main(argv=None):
         raise SystemExit(f"ENVIRONMENT={S.ENVIRONMENT}: recent.json holds {', '.join(recent)}")
     environments = [S.ENVIRONMENT] if S.ENVIRONMENT else list(recent)
     if not S.SHOW:
-        environments = [name for name in environments if not has_adapter(out / slug(name))]
+        # A neighbour may finish one while the ranks look, so rank 0 looks for all.
+        environments = once(lambda: [name for name in environments if not has_adapter(out / slug(name))])
     if not environments:
         print(f"finished before: {out}; next: {next_command(S, '06_eval.py')}")
         return
@@ -323,7 +325,7 @@ def work(plan, S, sizes):
         plan.steps_begin()
         phase1.plan_loop(plan, S, steps, 0)
         return
-    pairs = round(PAIRED * sizes.contexts)
+    pairs = round(hours.PAIRED * sizes.contexts)
     row = prompt_tokens(S), 2, plan.answer
     reference = pairs * sizes.environments
     plan.see("reference: frames", reference * S.K)

@@ -32,9 +32,9 @@ from types import SimpleNamespace
 
 from common import (build_prompt, load_judge, load_policy, make_context, per_model, rollout,
                     settings, stage, watch)
-from support import figures, report
-from support.hours import QUESTION, say_plan, sizes_of
-from support.ranks import gather, my_share, once, progress, said_once
+from support import figures, hours, report
+from support.hours import say_plan, sizes_of
+from support.ranks import gather, is_first_rank, my_share, once, progress, said_once
 from support.runs import (NOT_COMPARED, ROOT, as_written, fingerprint, load_streams, need,
                           next_command, read_json, read_jsonl, say_what_differs, slug, start,
                           write_json, write_jsonl, write_text)
@@ -90,7 +90,7 @@ def find_examinees(S, environments):
         examinees.append(plain)
         for environment in environments:
             examinees.append(Examinee(f"{plain.method}+prompt", environment, plain.writer))
-    folders = find_adapters(S)
+    folders = once(lambda: find_adapters(S))     # a neighbour may finish one while the ranks look
     expected = (S.METHODS or S.EXPECT).split(",")
     found = sorted({method for method, _ in folders})
     for method in dict.fromkeys(expected + found):
@@ -257,7 +257,8 @@ def watch_streams(exam, examinee, memories, description):
         for row in watched[stream["stream"]]:
             rows.append({name: value for name, value in row.items() if name != "text"})
     store(path, key, rows)
-    unfinished.unlink(missing_ok=True)
+    if is_first_rank():
+        unfinished.unlink(missing_ok=True)
     return rows
 
 
@@ -530,13 +531,13 @@ def work(plan, S, sizes, methods=0):
     judged = (2 + methods) * S.VALIDATE
     phase1.plan_quality(plan, S, judged, S.VALIDATE)
     compared = (2 * sizes.environments + methods) * S.VALIDATE
-    notes = S.RECENT * QUESTION + 2 * S.MEMORY_TOKENS
+    notes = S.RECENT * hours.QUESTION + 2 * S.MEMORY_TOKENS
     plan.judge("judge: prefer", 2 * compared, 2 * S.VALIDATE, notes, 3)
 
 
 # Those whose edit asks for a new run: they hold the prompts of policy, judge and reader.
 FUNCTIONS_THAT_MATTER = (build_prompt, phase1.quality, collect.answer, collect.right,
-                         reward_stage.compare)
+                         reward_stage.compare_chunk)
 
 
 def main(argv=None):

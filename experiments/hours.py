@@ -40,14 +40,14 @@ MADE = {"train": Sizes("40 videos of 25 clips", 40, 1000),
         "deploy": Sizes("60 short videos", 60, 480, 100, 3, 60),
         "test": Sizes("60 short videos", 60, 480, 100, 3, 60, 144)}
 COMMANDS = f"""M="{' '.join(MODEL + SHORT)}"
-python 01_make_streams.py --RUN=p1 --SOURCE=videos --DATA=~/Videos --SPLIT=train --LIMIT=40
-python 02_phase1_train.py --RUN=p1 $M {' '.join(RECIPE['02'])}
-python 01_make_streams.py --RUN=mme --SOURCE=videomme --DATA=~/Video-MME --DURATION=short --LIMIT=60 \\
+python 01_make_streams.py --RUN=p1day --SOURCE=videos --DATA=~/Videos --SPLIT=train --LIMIT=40
+python 02_phase1_train.py --RUN=p1day $M {' '.join(RECIPE['02'])}
+python 01_make_streams.py --RUN=mmeday --SOURCE=videomme --DATA=~/Video-MME --DURATION=short --LIMIT=60 \\
   --TYPES="{ASKED}"
-python 03_collect_tasks.py --RUN=mme --FROM=p1 $M {' '.join(RECIPE['03'])}
-python 04_train_reward.py --RUN=mme --FROM=p1 $M {' '.join(RECIPE['04'])}
-python 05_phase2_train.py --RUN=mme --FROM=p1 $M {' '.join(RECIPE['05'])}
-python 06_eval.py --RUN=mme --FROM=p1 $M {' '.join(RECIPE['06'])}"""
+python 03_collect_tasks.py --RUN=mmeday --FROM=p1day $M {' '.join(RECIPE['03'])}
+python 04_train_reward.py --RUN=mmeday --FROM=p1day $M {' '.join(RECIPE['04'])}
+python 05_phase2_train.py --RUN=mmeday --FROM=p1day $M {' '.join(RECIPE['05'])}
+python 06_eval.py --RUN=mmeday --FROM=p1day $M {' '.join(RECIPE['06'])}"""
 # ----------------------------------------------------------------
 
 

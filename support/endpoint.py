@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from support.overlay import clip_frames
+from support.overlay import clip_frames, is_grey
 from support.ranks import once, said_once
 from support.runs import read_json, written_aside
 
@@ -117,7 +117,10 @@ class Endpoint:
         replies = [None] * len(questions)
 
         def ask(first):
-            return first, self.ask(questions[first], attempt)
+            try:
+                return first, self.ask(questions[first], attempt)
+            except SystemExit as stop:           # a lost video: in a thread it would end the thread alone
+                return first, stop
 
         waiting = {group[0]: group for group in numbers.values()}
         with ThreadPool(AT_ONCE) as pool:
@@ -127,6 +130,8 @@ class Endpoint:
                     first, outcome = outcomes.next(SILENCE)
                 except multiprocessing.TimeoutError:
                     break
+                if isinstance(outcome, SystemExit):
+                    raise outcome
                 reply = self.take(questions[first], outcome)
                 for number in waiting.pop(first):
                     replies[number] = reply
@@ -137,7 +142,10 @@ class Endpoint:
 
     def ask(self, question, attempt):
         """The outcome of a question, from the folder where its reply is kept. Runs in a thread."""
-        messages = as_messages(pictures_of(question), question.text)
+        pictures = pictures_of(question)
+        if any(is_grey(clip) for clip in question.clips):
+            return Outcome(problem="the video is damaged here, so there is nothing to be judged")
+        messages = as_messages(pictures, question.text)
         asked = json.dumps([self.model, messages])
         file = self.folder / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
         reply = kept_reply(file)

@@ -41,7 +41,7 @@ def clip_frames(clip, n):
         if clip.get("speech") or clip.get("faces"):
             in_stream = [t - clip["offset"] + clip["start"] for t in times]
             frames = draw(frames, in_stream, clip)
-        _was_grey[place_of(clip)] = False
+        _was_grey.setdefault(place_of(clip), False)      # once grey, grey for all who have seen it
     except LostVideo as error:
         raise SystemExit(f"{clip['file']}: {error.fault}, though 01 could read it. Put it back (is its disk "
                          "mounted?) and run the same command again; or make the streams anew without it: "

@@ -83,7 +83,8 @@ def read_constants(shared, script, argv):
     the nearest name, or the expected type, where an argument is wrong, and for --help.
     """
     defaults = {}
-    for name, value in (shared | script).items():
+    of_others = {name: value for name, value in shared.items() if name not in script}
+    for name, value in (script | of_others).items():
         settable = isinstance(value, (str, int, float, per_model)) and not isinstance(value, Prompt)
         if name.isupper() and settable:
             defaults[name] = value
@@ -267,7 +268,11 @@ def has_results(out):
     What 01 has looked up in videos does not, nor does 03's list of what it is about to read.
     """
     harmless = ("settings.json", "made_of.json", "files.jsonl", "speech", "faces", LOCK)
-    return any(path.name not in harmless for path in out.iterdir())
+    for path in out.iterdir():
+        is_empty = path.is_dir() and all(inner.name == LOCK for inner in path.iterdir())
+        if path.name not in harmless and ".aside" not in path.name and not is_empty:
+            return True
+    return False
 
 
 def compare_settings(saved, now):

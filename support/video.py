@@ -244,12 +244,13 @@ def read_frames(file, times, reader="PyAV"):
     video.
     """
     times = np.asarray(times, dtype=float)
-    if reader == "decord" and file not in _left_to_pyav:
+    if reader == "decord" and has_decord() and file not in _left_to_pyav:
         try:
             return read_by_decord(file, times)
         except VideoError as error:
             _left_to_pyav.add(file)
-            print(f"*** {file}: decord fails here ({error.fault}), so PyAV reads it from now on ***")
+            if os.path.isfile(file):             # a lost one is named below
+                print(f"*** {file}: decord fails here ({error.fault}), so PyAV reads it from now on ***")
     return in_time(file, lambda video: nearest_frames(video, times))
 
 

@@ -211,6 +211,7 @@ def test_memories_first_questions_later(tmp_path, policy, capsys):
     stage("03_collect_tasks", run)
     assert runs.read_jsonl(run / "tasks" / "memories.jsonl") == before
     assert {r["stream"] for r in runs.read_jsonl(run / "tasks" / "cache.jsonl")} == {"v1", "v2"}
+    assert "memories that were written before are kept" in capsys.readouterr().out
     stage("03_collect_tasks", run)
     assert "have changed since" not in capsys.readouterr().out
     runs.write_jsonl(run / "streams" / "streams.jsonl", rows)                 # v0 is there again

@@ -245,3 +245,11 @@ def test_planned_bytes(sketch, capsys):                                     # no
         assert [prompt, step] == [str(found.prompt), f"{found.in_training() / 2**30:.0f}"], text
         room = plan.check_plan(sketch, S, int(card) * 2**30)
         assert room.side_by_side(found.prompt, S.GROUP, S.MAX_NEW_TOKENS) == (int(contexts), S.GROUP)
+
+
+def test_the_hours_are_those_of_the_plan():
+    """The recipe's rows and commands stand in results/hours.md, which test_hours.py compares with the plan."""
+    planned = (ROOT / "results" / "hours.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:H100|A100-80) \|.*$", README, re.M)
+    assert len(rows) == 2 and all(row in planned for row in rows)
+    assert re.search(r"^M=.*JUDGE=local.*THINK_TOKENS.*$", README, re.M)[0] in planned

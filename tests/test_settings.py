@@ -1,5 +1,6 @@
 """Settings: overrides, what is refused and with which words; what binds a run's folder; --help and import
 without any package installed."""
+import ast
 import importlib
 import importlib.util
 import json
@@ -395,3 +396,28 @@ def test_an_interruption_is_a_sentence(tmp_path):
     assert "Traceback" not in interrupted.stderr
     assert ended("KeyboardInterrupt", rank="1").stderr == ""               # rank 0 alone says so
     assert "Traceback" in ended("ValueError('x')").stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_imported_number_is_no_setting(script):
+    """It would show in --help, do nothing there, and bind the runs that know it."""
+    assigned = set()
+    for node in ast.parse((ROOT / f"{script}.py").read_text()).body:
+        if isinstance(node, ast.Assign):
+            assigned |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    shared = vars(common.settings({"__doc__": ""}, []))
+    own = vars(common.settings(vars(importlib.import_module(script)), [])).keys() - shared.keys()
+    assert own <= assigned and own
+
+
+def test_a_refused_try_binds_nothing(tmp_path):
+    """Of 05 with a layer that the model lacks stays an empty folder with a lock."""
+    pytest.importorskip("torch")
+    out = runs.start(settings(f"--RUN={tmp_path}"), "phase2/dpo-steer")
+    (out / "place").mkdir()
+    (out / "place" / "lock").write_text("process 1 on there")
+    (out / "settings.json.aside").write_text("{")
+    assert runs.start(settings(f"--RUN={tmp_path}", "--STEPS=7"), "phase2/dpo-steer") == out
+    (out / "place" / "log.csv").write_text("step")
+    with pytest.raises(SystemExit, match="was made with other settings"):
+        runs.start(settings(f"--RUN={tmp_path}", "--STEPS=8"), "phase2/dpo-steer")
