@@ -60,7 +60,7 @@ CLIPS = 12               # clips per stream: two minutes
 QUESTIONS = 2            # per environment of a deploy or test stream; Phase One sees no question
 # ---- all but "tiny"
 SPLIT = "online"         # of a video that lies below no folder named train, deploy or test
-SHORTEST = 2             # s; a shorter rest at the end of a video is left out, unless it is all of it
+SHORTEST = 2             # s; a shorter rest of a video is left out, unless it is all of it
 CHECK = 3                # frames tried of each clip ("videos") or file, to skip bad ones; 0: none
 WORKERS = 4              # videos checked at a time
 ASR = ""                 # a Whisper model or its folder, for videos without subtitles; "": none
@@ -134,7 +134,7 @@ def checked_data(S):
 def check_packages():
     for package in ("av", "pysubs2", "charset_normalizer"):
         if importlib.util.find_spec(package) is None:
-            raise SystemExit(f"{package} is missing: ./run.sh setup (or pip install -r requirements.txt)")
+            raise SystemExit(f"{package} is missing: ./run.sh setup, or install requirements.txt")
 
 
 # ---------------------------------------------------------------- tasks

@@ -31,7 +31,8 @@ import resource
 import sys
 
 # numpy and torch come by way of common, so that --help works where they are not installed.
-from common import (Group, build_prompt, fill_in_advantages, group_advantages, grpo, kl_to, load_judge,
+from common import (Group, build_prompt, fill_in_advantages, group_advantages, grpo, kl_to,
+                    load_judge,
                     load_policy, make_context, np, parse_response, per_model, policy_loss, rollout,
                     settings, torch, watch)
 from support.checkpoint import Training
@@ -56,10 +57,10 @@ SAVE_EVERY = per_model(10, 1)    # steps between checkpoints
 # ---------------------------------------------------------------- the method
 GROUP = 8                        # G, samples per context (paper, section 2)
 RATIO = "gspo"                   # "gspo": one ratio per sequence; "grpo": one per token
-CLIP_LOW = 0.2                   # ratios are clipped to [1 - CLIP_LOW, 1 + CLIP_HIGH] (released run)
+CLIP_LOW = 0.2                   # ratios: clipped to [1 - CLIP_LOW, 1 + CLIP_HIGH] (released run)
 CLIP_HIGH = 0.28
-GATE = 1                         # NSR gate: a sample below its group's mean is pushed down only if its
-                                 # reward is negative; else it adds no policy loss, but stays in mean,
+GATE = 1                         # NSR gate: a sample below its group's mean is pushed down only if
+                                 # its reward is negative; else it adds no policy loss, but stays in mean,
                                  # spread, divisor and KL. 0: no gate
 FORMAT = -1.5                    # r_fmt of a malformed response, and its whole reward
 RICHNESS = 0.05                  # weight of r_rich; 0 is the paper's ablation: memories shrink
@@ -258,9 +259,9 @@ def written_histories(S, policy, streams, out, planned=None):
     if captions:
         rows = read_jsonl(captions)
     else:
-        print("*** streams/captions.jsonl is missing: the off-policy history is written by the base "
-              "itself. Captions by a stronger model, one {stream, clip, memory} a line, serve better "
-              "(paper, section 2) ***")
+        print("*** streams/captions.jsonl is missing: the off-policy history is written by the "
+              "base itself. Captions by a stronger model, one {stream, clip, memory} a line, serve "
+              "better (paper, section 2) ***")
         watched = watch(policy, streams, path=out / "history.jsonl", planned=planned)
         rows = [row for rows_of_stream in watched.values() for row in rows_of_stream]
     written = {}
@@ -377,7 +378,8 @@ def plan_loop(plan, S, steps, off_policy_steps):
     updates = math.ceil(S.CONTEXTS / S.MINI_BATCH)
     row = prompt_tokens(S), S.GROUP, plan.answer
     # Off-policy all clips of a context are new, later the newest alone.
-    plan.see("frames", off_policy_steps * S.CONTEXTS * S.K + (steps - off_policy_steps) * S.CONTEXTS)
+    on_policy_steps = steps - off_policy_steps
+    plan.see("frames", off_policy_steps * S.CONTEXTS * S.K + on_policy_steps * S.CONTEXTS)
     plan.sample("rollout", groups, S.GROUP, S.CONTEXTS)
     plan.read("update: old log-probs", groups * (updates - 1) // updates, *row)
     if S.KL:
@@ -408,7 +410,7 @@ def main(argv=None):
         return
     # ---------------- model, data, reward
     streams = load_streams(S, "train")
-    judge = load_judge(S, lambda: policy)     # before the model, so that a missing key is said at once
+    judge = load_judge(S, lambda: policy)     # before the model: a missing key is said at once
     planned = say_plan(S, work, sizes_of(S, "train"), LEVERS)
     policy = load_policy(S)
     written = {}
@@ -436,8 +438,8 @@ def main(argv=None):
 
 def loop_constants(S):
     """The constants that the loop takes, by name."""
-    return {"seed": S.SEED, "group_size": S.GROUP, "mini_batch_size": S.MINI_BATCH, "ratio": S.RATIO,
-            "clip": (S.CLIP_LOW, S.CLIP_HIGH), "gate": S.GATE, "kl_weight": S.KL,
+    return {"seed": S.SEED, "group_size": S.GROUP, "mini_batch_size": S.MINI_BATCH,
+            "ratio": S.RATIO, "clip": (S.CLIP_LOW, S.CLIP_HIGH), "gate": S.GATE, "kl_weight": S.KL,
             "print_every": S.PRINT_EVERY}
 
 

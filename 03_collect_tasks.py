@@ -35,7 +35,7 @@ CACHE_CONTEXTS = per_model(288, 2500)  # ... and their contexts at most (paper: 
 CHUNK = per_model(24, 28)              # contexts sampled between two writes of the cache
 # ---------------------------------------------------------------- the method
 RECENT = 5                             # questions that define an environment (paper: 5 to 10)
-LATER = 5                              # questions after those: 04 validates its reward model on them
+LATER = 5                              # questions after those, by which 04 validates R
 GROUP = 8                              # N, memories cached per context (paper), at temperature 1
 # ----------------------------------------------------------------
 ANSWER = Answer("answer", """These notes are all that is known of a video:
@@ -217,9 +217,9 @@ def check_recent(S, streams):
         return
     before = read_json(file).get("RECENT", S.RECENT)
     if before != S.RECENT:
-        raise SystemExit(f"RECENT={S.RECENT}, but 03 had RECENT={before}: on online streams this says "
-                         f"from which clips an environment may learn. Take --RECENT={before}, or make "
-                         "the run anew from 03 on: --RUN=NEWNAME --FROM=THISRUN")
+        raise SystemExit(f"RECENT={S.RECENT}, but 03 had RECENT={before}: on online streams this "
+                         f"says from which clips an environment may learn. Take --RECENT={before}, "
+                         "or make the run anew from 03 on: --RUN=NEWNAME --FROM=THISRUN")
 
 
 # ================================================================ the rollout cache
@@ -265,8 +265,8 @@ def fill_cache(S, out, policy, judge, streams, memories, limits, planned=None):
     rows = [done[name] for name in names]
     failed = count_unjudged(rows)
     if failed * 2 > len(rows) * S.GROUP:
-        raise SystemExit(said_once(f"the judge failed on {failed} of {len(rows) * S.GROUP} cached samples; "
-                                   "mend it and run the same command again"))
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(rows) * S.GROUP} cached "
+                                   "samples; mend it and run the same command again"))
     write_jsonl(out / "cache.jsonl", rows)
     if is_first_rank():
         part.unlink(missing_ok=True)
@@ -377,7 +377,8 @@ def main(argv=None):
     planned = say_plan(S, work, sizes, LEVERS)
 
     # ---- memories
-    memories = watch(policy, streams, path=out / "memories.jsonl", planned=planned.hours_of("watch"))
+    memories = watch(
+        policy, streams, path=out / "memories.jsonl", planned=planned.hours_of("watch"))
     write_readable(out / "memories", memories)
     if not tasks:
         print("no tasks ask about these streams: the memories are all there is to make "
@@ -404,8 +405,8 @@ def finished_before(S, out, streams, tasks):
     has_changed = once(lambda: file.exists() and made_of != read_json(file))
     if not (out / "cache.jsonl").exists() or not (out / "recent.json").exists():
         if has_changed:
-            print(f"*** streams or tasks have changed since {out} was begun; memories that were written before "
-                  "are kept as they are ***")
+            print(f"*** streams or tasks have changed since {out} was begun; memories that were "
+                  "written before are kept as they are ***")
         write_json(file, made_of)
         return False
     if has_changed:
@@ -425,8 +426,8 @@ def say_what_failed(out):
     unanswered = [task["correct"] for task in tasks].count(None)
     unjudged = count_unjudged(cache)
     if unanswered or unjudged:
-        print(f"*** the judge has failed on {unanswered} recent questions and {unjudged} samples, which "
-              "are left out from here on; this command asks for them again ***")
+        print(f"*** the judge has failed on {unanswered} recent questions and {unjudged} samples, "
+              "which are left out from here on; this command asks for them again ***")
     return unanswered + unjudged > 0
 
 
@@ -440,8 +441,8 @@ def say_what_is_to_come(streams, tasks, recent, is_online):
         unseen += [task for task in asked if task["time"] < first_end.get(task["stream"], math.inf)]
     if unseen:
         example = f"{unseen[0]['task']} at {unseen[0]['time']:g} s"
-        print(f"*** {len(unseen)} recent questions are asked before any clip has ended, when nothing "
-              f"is known, e.g. {example} ***")
+        print(f"*** {len(unseen)} recent questions are asked before any clip has ended, when "
+              f"nothing is known, e.g. {example} ***")
 
 
 def write_readable(folder, memories):
@@ -466,8 +467,8 @@ def answer_recent(S, judge, recent, memories):
     correct = right(judge, tasks, replies)
     failed = correct.count(None)
     if failed * 2 > len(tasks):
-        raise SystemExit(said_once(f"the judge failed on {failed} of {len(tasks)} recent questions; mend it "
-                                   "and run the same command again"))
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(tasks)} recent "
+                                   "questions; mend it and run the same command again"))
     for i, task in enumerate(tasks):
         task["reply"] = None if correct[i] is None else replies[i]
         task["correct"] = correct[i]

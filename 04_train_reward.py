@@ -19,7 +19,8 @@ import time
 from dataclasses import dataclass
 from itertools import combinations
 
-from common import (TASK_PROMPT, F, build_prompt, encoded_text, load_judge, load_policy, np, per_model,
+from common import (TASK_PROMPT, F, build_prompt, encoded_text, load_judge, load_policy, np,
+                    per_model,
                     settings, stage, torch)
 from support import hours
 from support.checkpoint import Training
@@ -42,7 +43,7 @@ ROWS = per_model(8, 1)           # contexts per forward pass, bounded by memory;
 SAVE_EVERY = 50                  # steps between checkpoints
 # ---------------------------------------------------------------- the method
 RECENT = 5                       # questions that define an environment (paper: 5 to 10)
-HISTORY = 1                      # earlier memories that R reads (accuracy: 0.93 with 4, 0.99 with 1)
+HISTORY = 1                      # earlier memories that R reads (held out: 0.93 with 4, 0.99 with 
 HELD_OUT = 0.25                  # share of the cached streams where R never trains
 CHUNK = 64                       # contexts per call of the judge: what is lost with a call
 BOOTSTRAP = 1000                 # resamples of the held-out streams for a 95 % interval
@@ -51,7 +52,8 @@ GRAD_CLIP = 1.0                  # norm of the gradient at most
 PREFER = Preference("prefer", """These questions were asked lately, and similar ones will come:
 {questions}
 Find out what they are after. Which of two notes, {first!r} (first) or {second!r} (second), helps more to
-answer such questions? Answer with {{"better": "first"}}, {{"better": "second"}} or {{"better": "tie"}}.""")
+answer such questions? Answer with {{"better": "first"}}, {{"better": "second"}} or \
+{{"better": "tie"}}.""")
 
 
 # ================================================================ a graph of preferences for each context
@@ -180,7 +182,7 @@ def compare(judge, cache, questions, path, chunk, planned=None):
     SystemExit when the judge fails on most of a chunk; the chunks before it are kept.
     """
     done = {}
-    for row in read_progress(path):                        # a later row takes the place of an earlier one
+    for row in read_progress(path):          # a later row takes the place of an earlier one
         done[row["stream"], row["clip"]] = row["verdicts"]
     firsts = range(0, len(cache), chunk)
     chunks = progress(firsts, f"judge {path.stem}", leave=False)
@@ -212,8 +214,8 @@ def compare_chunk(judge, rows, questions):
     answers = once(lambda: judge.ask(PREFER, items))
     failed = answers.count(None)
     if failed * 2 > len(answers):
-        raise SystemExit(said_once(f"the judge failed on {failed} of {len(answers)} comparisons; mend it "
-                                   "and run the same command again: it goes on from there"))
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(answers)} comparisons; "
+                                   "mend it and run the same command again: it goes on from there"))
     said = map(agreed, answers[::2], answers[1::2])
     judged = []
     for row, pairs_of_row in zip(rows, pairs):
@@ -548,7 +550,7 @@ def pair_accuracy(contexts, values, resamples, seed):
     table = np.array([counts[unit] for unit in sorted(counts)])                       # (U, 2)
     n = len(table)
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(n, size=(resamples, n))                                      # (resamples, U)
+    drawn = rng.integers(n, size=(resamples, n))                              # (resamples, U)
     right, preferences = table[drawn].sum(1).T                                        # (resamples,)
     low, high = np.percentile(right / preferences, [2.5, 97.5]).tolist()
     mean = table[:, 0].sum() / table[:, 1].sum()
@@ -582,7 +584,7 @@ def mean_spread(contexts, values):
 
 
 # ================================================================ the stage
-LEVERS = ("contexts", "environments", "THINK_TOKENS")    # what to lower where the plan exceeds a day
+LEVERS = ("contexts", "environments", "THINK_TOKENS")    # lowered where the plan exceeds a day
 
 
 def work(plan, S, sizes):
@@ -658,8 +660,8 @@ def split_questions(recent, n):
     for environment in lacking:
         later[environment] = asked[environment]
     if lacking:
-        print("*** too few questions to hold some out: R is validated on those that it learned from, "
-              f"of {', '.join(lacking)} ***")
+        print("*** too few questions to hold some out: R is validated on those that it learned "
+              f"from, of {', '.join(lacking)} ***")
     return asked, later
 
 
@@ -722,8 +724,8 @@ def print_report(report):
 
 def say_why_no_reward_model(S, learn, tests, pairs, counts):
     """SystemExit where there is no pair either."""
-    why = (f"no reward model: preferences in {len(learn)} contexts to learn from, in {len(tests)} to "
-           f"test on; {counts.tied} of {counts.compared} comparisons were ties")
+    why = (f"no reward model: preferences in {len(learn)} contexts to learn from, in {len(tests)} "
+           f"to test on; {counts.tied} of {counts.compared} comparisons were ties")
     if not pairs:
         sys.exit(why)
     print(f"*** {why}. 05 with dpo has {len(pairs)} pairs ***")

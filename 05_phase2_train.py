@@ -19,7 +19,8 @@ import re
 import time
 from dataclasses import dataclass
 
-from common import (Context, F, build_prompt, group_advantages, grpo, kl_to, load_judge, load_policy,
+from common import (Context, F, build_prompt, group_advantages, grpo, kl_to, load_judge,
+                    load_policy,
                     logprobs_of_row, packed_rows, parse_response, per_model, policy_loss, settings,
                     stage, torch)
 from support import hours
@@ -50,16 +51,16 @@ KL = 0.0                         # grpo: weight of the KL to the Phase One polic
 SAVE_EVERY = per_model(20, 1)    # steps between checkpoints
 # ---------------------------------------------------------------- the method
 ENVIRONMENT = ""                 # one environment by name; "": all of them, one adapter each
-ALGORITHM = "dpo"                # "dpo": on cached pairs (paper); "grpo": on-policy, by the reward model
+ALGORITHM = "dpo"                # "dpo": on cached pairs (paper); "grpo": on-policy, by R of 04
 ADAPTER = "steer"                # "steer": one vector; "lora": on attention;
                                  # "all": the whole decoder, on a CPU alone
-NAME = ""                        # suffix of the output folder, to keep variants of a run side by side
+NAME = ""                        # suffix of the output folder: variants of a run side by side
 SCALE_TO_NORM = 0.0              # > 0: the trained vector is scaled to this norm. The paper's short
                                  # cut: --NAME=short --DPO_STEPS=10 and 0.8 x the `norm` in the last row
                                  # of a 40-step log.csv (0.3 of 0.37 at d = 2048)
 RECENT = 5                       # questions that define the environment (paper: 5 to 10)
-RELEVANCE = 0.5                  # grpo: weight of R, in units of its spread within a context, beside
-                                 # quality's +-0.5
+RELEVANCE = 0.5                  # grpo: weight of R, in units of its spread within a context,
+                                 # beside quality's +-0.5
 SHOW = 0                         # 1: print one pair or group in full and stop
 # ---------------------------------------------------------------- grpo: as in 02
 GROUP = phase1.GROUP
@@ -83,7 +84,7 @@ class TokenPair:
     context: Context
     winner: list
     loser: list
-    reference: list | None = None                # log-probs of both, summed, by the Phase One policy
+    reference: list | None = None        # log-probs of both, summed, by the Phase One policy
 
     @property
     def ids(self):
@@ -227,8 +228,8 @@ def main(argv=None):
     rates = {"steer": S.LR, "lora": S.LORA_LR, "all": S.ALL_LR}
     steps = {"dpo": S.DPO_STEPS, "grpo": S.GRPO_STEPS}
     if S.ALGORITHM not in steps or S.ADAPTER not in rates:
-        raise SystemExit(f"ALGORITHM={S.ALGORITHM}, ADAPTER={S.ADAPTER}: take {' or '.join(steps)}, "
-                         f"and {', '.join(rates)}")
+        raise SystemExit(f"ALGORITHM={S.ALGORITHM}, ADAPTER={S.ADAPTER}: take "
+                         f"{' or '.join(steps)}, and {', '.join(rates)}")
     if S.PLAN:
         sizes = sizes_of(S, "deploy")
         sizes.contexts = min(sizes.contexts, collect.CACHE_CONTEXTS.full)
@@ -251,7 +252,8 @@ def main(argv=None):
     environments = [S.ENVIRONMENT] if S.ENVIRONMENT else list(recent)
     if not S.SHOW:
         # A neighbour may finish one while the ranks look, so rank 0 looks for all.
-        environments = once(lambda: [name for name in environments if not has_adapter(out / slug(name))])
+        finished = once(lambda: [name for name in environments if has_adapter(out / slug(name))])
+        environments = [name for name in environments if name not in finished]
     if not environments:
         print(f"finished before: {out}; next: {next_command(S, '06_eval.py')}")
         return
@@ -341,8 +343,8 @@ def learn_from_pairs(policy, S, environment, streams, start_training):
     """DPO for one environment -> whether anything was trained."""
     pairs = cached_pairs(S, environment, streams)
     if not pairs:
-        print(f"  {environment:24} no pair: its recent questions prefer none of the cached memories; "
-              "no adapter")
+        print(f"  {environment:24} no pair: its recent questions prefer none of the cached "
+              "memories; no adapter")
         return False
     if S.SHOW:
         show_pair(policy, pairs[0], environment, S.BETA)

@@ -313,8 +313,8 @@ def answer(S, judge, tasks, memories):
     replies, retrieved = collect.answer(S, judge, tasks, of_stream)
     failed = replies.count(None)
     if 2 * failed > len(replies):
-        raise SystemExit(said_once(f"the judge failed on {failed} of {len(replies)} questions: mend it "
-                                   "and run the same command again"))
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(replies)} questions: "
+                                   "mend it and run the same command again"))
     correct = collect.right(judge, tasks, replies)
     rows = []
     for task, reply, is_correct, is_retrieved in zip(tasks, replies, correct, retrieved):
@@ -500,7 +500,7 @@ def compare(judge, questions, pairs):
 
 
 # ================================================================ the stage
-LEVERS = ("STREAMS", "environments", "THINK_TOKENS")     # what to lower where the plan exceeds a day
+LEVERS = ("STREAMS", "environments", "THINK_TOKENS")     # lowered where the plan exceeds a day
 
 
 def work(plan, S, sizes, methods=0):
@@ -594,7 +594,8 @@ def is_all_judged(exam, examinees):
     """Whether all that the judge is asked for is stored: then the report needs no judge."""
     for examinee in examinees:
         tasks = tasks_for(exam, examinee)
-        checked = read_stored(exam.out / "checked" / f"{examinee.slug}.jsonl", exam.key_of(examinee))
+        file = exam.out / "checked" / f"{examinee.slug}.jsonl"
+        checked = read_stored(file, exam.key_of(examinee))
         if checked is None or not are_judged(checked):
             return False
         if stored_answers(exam, examinee, tasks, exam.out / "answers") is None:

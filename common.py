@@ -53,11 +53,11 @@ MAX_NEW_TOKENS = per_model(72, 2800)    # thinking up to 2L, then the memory
 BITS = per_model(16, 4)                 # of the weights: 4 packs linears and experts as NF4
 VISION_BITS = 16                        # 4: the vision tower's linears too, 0.8 GiB less
 DOUBLE_QUANT = 0                        # 1: the scales of packed weights in 8 bits, 1.3 GiB less
-FEATURE_CLIPS = per_model(4000, 200)    # clips whose vision features are kept: about 30 MB each at full size
+FEATURE_CLIPS = per_model(4000, 200)    # clips whose vision features are kept: 30 MB each
 ROLLOUT_SEQUENCES = per_model(384, 0)   # answers written side by side; 0: as many as memory holds
 ROW_TOKENS = per_model(2500, 0)         # of small groups that share a packed row; 0: a row for each
 CPU_THREADS = 2                         # more hurt a small model; fixed, so that results repeat
-READER_TOKENS = per_model(2000, 32000)  # of memories that the reader sees; of more, the most relevant
+READER_TOKENS = per_model(2000, 32000)  # of memories that the reader sees: the most relevant
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
 PLAN = 0                                # 1: 02 to 06 print what they will take, and stop
 CARD = "H100"                           # on which card PLAN=1 plans (support/hours.py)
@@ -244,7 +244,8 @@ def group_advantages(rewards, gate_values=None):
     advantages = [(r - mean) / std for r in rewards]
     if gate_values is None:
         return advantages, [True] * len(rewards)
-    return advantages, [advantage >= 0 or value < 0 for advantage, value in zip(advantages, gate_values)]
+    pairs = zip(advantages, gate_values)
+    return advantages, [advantage >= 0 or value < 0 for advantage, value in pairs]
 
 
 def policy_loss(logp, old_logp, advantages, keep, ratio="gspo", clip=(0.2, 0.28)):
@@ -282,8 +283,8 @@ def kl_to(logp, ref_logp):
 
 
 # ================================================================ the loop
-def grpo(policy, run, rolling_batch, rewards, log_row, *, reference, seed, group_size, mini_batch_size,
-         ratio, clip, gate, kl_weight, print_every):
+def grpo(policy, run, rolling_batch, rewards, log_row, *, reference, seed, group_size,
+         mini_batch_size, ratio, clip, gate, kl_weight, print_every):
     """Group-relative policy optimisation: the loop of 02, and of 05 on-policy.
 
     run: a Training (support/checkpoint.py), which keeps the steps still to do. rolling_batch: 02's; `next(step)`
@@ -427,7 +428,8 @@ def encoded_text(ids, device):
     """The EncodedPrompt of a list of ids without pictures."""
     ids = torch.tensor(ids, device=device)  # (P,)
     positions = torch.arange(len(ids), device=device).expand(3, -1)  # (3, P)
-    return EncodedPrompt(ids, positions, visual=torch.zeros_like(ids, dtype=torch.bool), features=[])
+    visual = torch.zeros_like(ids, dtype=torch.bool)
+    return EncodedPrompt(ids, positions, visual, features=[])
 
 
 @dataclass
@@ -639,7 +641,8 @@ class Policy:
             else:
                 length = clip["end"] - clip["start"]
                 pairs = math.ceil(self.S.FRAMES_PER_CLIP / 2)
-                video.append([(length * i / pairs, self.S.FRAME_PIXELS // 1024) for i in range(pairs)])
+                tokens = self.S.FRAME_PIXELS // 1024
+                video.append([(length * i / pairs, tokens) for i in range(pairs)])
         text = context.prompt(video, self.tokenizer)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -685,7 +688,8 @@ class Policy:
         clips = []
         for prompt in prompts:
             clips += [clip.layers for clip in prompt.features]
-        layers = [torch.cat(of_clips) for of_clips in zip(*clips)]  # (V, d): for the prompt, then the deepstack
+        # (V, d) each: for the prompt, then the deepstack.
+        layers = [torch.cat(of_clips) for of_clips in zip(*clips)]
         if layers:
             embeds = embeds.index_put((visual,), layers[0].to(embeds.dtype))
         # ---- the pass; in training mode the layers are checkpointed
@@ -864,7 +868,7 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch", pl
             history = {row["clip"]: row["memory"] for row in latest}
             contexts.append(make_context(stream, t, history, questions, policy.S.K))
             number = zlib.crc32(stream["stream"].encode())
-            keys.append((policy.S.SEED, 7, number, t))              # 7: noise of its own, not training's
+            keys.append((policy.S.SEED, 7, number, t))     # 7: noise of its own, not training's
         groups = rollout(policy, contexts, 1, keys, temperature=0.6, top_p=0.95, top_k=20)
         rows = []
         for stream, (sample,) in zip(share, groups):

@@ -8,7 +8,7 @@ import signal
 import time
 
 from support.hours import first_measured
-from support.ranks import WORLD, add_gradients, gather, progress, said_once, torch
+from support.ranks import WORLD, add_gradients, gather, is_first_rank, progress, said_once, torch
 from support.runs import write_text, written_aside
 
 # s after a signal in which another one is the same: torchrun passes on what a terminal has sent to all ranks.
@@ -84,7 +84,9 @@ class Training:
             os.kill(os.getpid(), number)
         self.signals.append(now)
         if len(self.signals) == 1:
-            print("\nstopping after this step, which is saved; once more stops without it", flush=True)
+            # Not by print: the signal may come while something is being printed, and that must not nest.
+            if is_first_rank():
+                os.write(1, b"\nstopping after this step, which is saved; once more stops without it\n")
 
     def optimizer_step(self, lr=None):
         """One optimizer step with the clipped sum of all ranks' gradients -> the norm before it was clipped.
