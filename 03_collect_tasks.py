@@ -9,7 +9,7 @@ examined on: each row of the cache names the environments that may learn from it
 tasks the script ends with the memories.
 
 Run: python 03_collect_tasks.py [--NAME=value ...]
-     (toy world: 23 s on 2 cores)
+     (toy world: 21 s on two cores)
 In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02), and what the judge needs
 Out: tasks/memories.jsonl, memories/STREAM.txt (to be read), recent.json, cache.jsonl
 """

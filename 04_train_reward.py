@@ -8,7 +8,7 @@ Differs from the paper: R is ours; among equally long paths, pairs of equal qual
 the same text are not judged, as they tie by construction.
 
 Run: python 04_train_reward.py [--NAME=value ...]
-     (toy world: 52 s and 0.6 GB on 2 cores in use by others)
+     (toy world: 37 s on two cores)
 In:  streams/streams.jsonl (01), tasks/recent.json, cache.jsonl (03), and what the judge needs
 Out: reward/verdicts/, preferences.jsonl, pairs.jsonl, pairs_trl.jsonl (the same pairs in TRL's preference
      format), log.csv, checkpoint.pt, model/, report.json

@@ -19,7 +19,7 @@ Differences from the paper:
 - A reply that the judge failed to give is dropped and counted, never a miss.
 
 Run:  python 06_eval.py    (What a policy has finished is stored: interrupt it, or train another
-      adapter, and go on.)
+      adapter, and go on. Toy world: 144 s on two cores.)
 In:   streams/*.jsonl, phase1/adapter, tasks/recent.json and cache.jsonl, phase2/*/*/adapter
       (whichever exist)
 Out:  eval/results.json, results.md, report.html (one file, opens offline), memories.jsonl
