@@ -57,6 +57,8 @@ def explain_interruption(kind, error, trace):
         signal.signal(signal.SIGINT, signal.SIG_DFL)     # a second one does not wait for what is cleaned up
         if is_first_rank():
             print("\nstopped; the same command goes on", file=sys.stderr)
+    elif kind is BrokenPipeError:                        # `--help | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # for what Python flushes at its end
     elif kind is DamagedFile:
         if is_first_rank():
             print(f"{error}\nThis file was cut or damaged: delete it, or mend it if it is your own, "

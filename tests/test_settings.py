@@ -421,3 +421,11 @@ def test_a_refused_try_binds_nothing(tmp_path):
     (out / "place" / "log.csv").write_text("step")
     with pytest.raises(SystemExit, match="was made with other settings"):
         runs.start(settings(f"--RUN={tmp_path}", "--STEPS=8"), "phase2/dpo-steer")
+
+
+def test_a_reader_who_has_enough_sees_no_traceback():
+    """--help | head"""
+    process = subprocess.Popen([sys.executable, "-u", "06_eval.py", "--help"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60)
