@@ -6,10 +6,11 @@ memories, so the matrix of transfer between environments costs no second watchin
 an adapter watches what its own environment asks about. "+ task prompt" is told the recent
 questions, so it watches once for each environment.
 
-In addition all policies write in the same contexts, and these memories are judged: win / tie / loss
-against Phase One. Contexts that 03 has cached are not used for it. Of online streams (see 01), what
-was seen up to an environment's last recent question keeps the memories that were written without
-the environment's adapter or prompt.
+Memories are judged twice. "As deployed": a part of those that the answers came from. "In the same
+contexts": all policies write once more, at temperature 1 and with Phase One's history, in contexts
+that 03 has not cached. Both times win / tie / loss are against Phase One. Of online streams (see
+01), what was seen up to an environment's last recent question keeps the memories that were written
+without the environment's adapter or prompt.
 
 Differences from the paper:
 - 95 % intervals, by a bootstrap over streams, because questions about one stream share its
@@ -38,7 +39,7 @@ from support.ranks import gather, is_first_rank, my_share, once, progress, said_
 from support.runs import (NOT_COMPARED, ROOT, as_written, fingerprint, load_streams, need,
                           next_command, read_json, read_jsonl, say_what_differs, slug, start,
                           write_json, write_jsonl, write_text)
-from support.weights import load_adapter
+from support.weights import load_adapter, load_tokenizer
 
 phase1 = stage("02_phase1_train")
 collect = stage("03_collect_tasks")
@@ -51,8 +52,9 @@ EXPECT = "dpo-steer,grpo-steer"  # Phase Two methods that should be there; other
 RECENT = 5                       # questions in a task prompt and in scope "all" (paper: 5)
 TRANSFER = per_model(1, 0)       # 1: adapters also answer what the other environments ask
 READERS = ""                     # others who answer from the same memories, like local,openai:MODEL
-VALIDATE = 160                   # contexts that a method is validated in, dealt out to its adapters
-VALIDATE_TEMPERATURE = 1.0       # as in training: at 0.6 even an untrained base looks faithful
+VALIDATE = 160                   # memories of a method that are judged as deployed, and contexts in
+                                 # which it writes once more; dealt out to its adapters
+VALIDATE_TEMPERATURE = 1.0       # in the same contexts: as in training, where answers differ most
 BOOTSTRAP = 2000                 # draws of the streams: an interval ends within about 0.3 points
 EXAMPLES = 3                     # clips shown in the report with their frames
 # ------------------------------------------------------------------------------------------------
@@ -362,6 +364,76 @@ def tasks_of_reader(exam, examinee):
     return [task for task in tasks if examinee.is_for(task["environment"])]
 
 
+# ================================================================ judge the memories as deployed
+def judge_deployed(exam, judge, examinee, memories, tokenizer):
+    """Rows as of `validate`, of memories that the answers came from: each with its own history.
+
+    memories: {slug: rows of `watch_streams`}. Phase One is not compared with itself.
+    """
+    key = exam.key_of(examinee)
+    path = exam.out / "deployed" / f"{examinee.slug}.jsonl"
+    rows = read_stored(path, key)
+    if rows is not None and are_judged(rows):
+        return rows
+    own = by_place(memories[examinee.slug])
+    contexts = []
+    rows = []
+    for stream, t in deployed_places(exam, examinee, own):
+        history = {clip: row["memory"] for (name, clip), row in own.items()
+                   if name == stream["stream"] and clip < t}
+        contexts.append(make_context(stream, t, history, k=exam.S.K))
+        memory = own[stream["stream"], t]["memory"]
+        tokens = len(tokenizer(memory)["input_ids"]) if memory else 0
+        rows.append(unjudged_row(stream["stream"], t, memory, tokens))
+    judge_quality(judge, rows, contexts)
+    if examinee is not PHASE1:
+        for environment, questions in exam.questions.items():
+            if examinee.is_for(environment):
+                judge_relevance(judge, rows, memories[PHASE1.slug], environment, questions)
+    store(path, key, rows)
+    return rows
+
+
+def deployed_places(exam, examinee, own):
+    """(stream, clip) of the memories that are judged: an examinee's share of VALIDATE, by chance.
+
+    Methods that watched the same clips are judged on the same ones. What was written before the
+    examinee had its adapter or its prompt is not its own.
+    """
+    tasks_before = exam.recent.get(examinee.environment, [])
+    last = collect.last_asked(tasks_before)
+    places = []
+    for stream in exam.streams:
+        for t, clip in enumerate(stream["clips"]):
+            is_own = clip["end"] > last.get(stream["stream"], -1)
+            if is_own and (stream["stream"], t) in own:
+                places.append((stream, t))
+    random.Random(exam.S.SEED).shuffle(places)
+    if not examinee.environment:
+        return places[:exam.S.VALIDATE]
+    # Dealt out to a method's examinees, so that each method is judged on as many memories.
+    first = exam.environments.index(examinee.environment)
+    return places[first:exam.S.VALIDATE:len(exam.environments)]
+
+
+def by_place(rows):
+    return {(row["stream"], row["clip"]): row for row in rows}
+
+
+def unjudged_row(stream, clip, memory, tokens):
+    """A row of `validate` before its verdicts. A malformed response is neither faithful nor clean."""
+    unjudged = None if memory else False
+    return {
+        "stream": stream,
+        "clip": clip,
+        "memory": memory,
+        "tokens": tokens,
+        "faithful": unjudged,
+        "clean": unjudged,
+        "verdicts": {},             # environment -> "win", "tie" or "loss"
+    }
+
+
 # ================================================================ validate, in the same contexts
 def validation_contexts(exam, memories):
     """Contexts with Phase One's memories as history, at random clips that 03 has not cached.
@@ -438,17 +510,8 @@ def write_memories(exam, examinee, contexts, attempt):
         share = rollout(policy, my_share(contexts), 1, my_share(keys), exam.S.VALIDATE_TEMPERATURE)
     rows = []
     for context, (sample,) in zip(contexts, gather(share)):
-        # A malformed response is neither faithful nor clean; of the others it is not known yet.
-        unjudged = None if sample.memory else False
-        rows.append({
-            "stream": context.stream,
-            "clip": context.clip,
-            "memory": sample.memory or "",
-            "tokens": sample.memory_tokens,
-            "faithful": unjudged,
-            "clean": unjudged,
-            "verdicts": {},         # environment -> "win", "tie" or "loss"
-        })
+        rows.append(unjudged_row(
+            context.stream, context.clip, sample.memory or "", sample.memory_tokens))
     return rows
 
 
@@ -469,11 +532,11 @@ def judge_quality(judge, rows, contexts):
 
 def judge_relevance(judge, rows, reference, environment, questions):
     """Fills in the verdicts of one environment. A malformed response is never compared."""
-    others = {(row["stream"], row["clip"]): row["memory"] for row in reference}
+    others = by_place(reference)
     compared = []
     pairs = []
     for row in rows:
-        other = others[row["stream"], row["clip"]]
+        other = others[row["stream"], row["clip"]]["memory"]
         if row["memory"] and other:
             compared.append(row)
             pairs.append((row["memory"], other))
@@ -528,9 +591,10 @@ def work(plan, S, sizes, methods=0):
     memories = (3 + methods) * S.VALIDATE
     plan.see("validate: frames", memories * S.K)
     plan.sample("validate", memories, 1, S.VALIDATE)
-    judged = (2 + methods) * S.VALIDATE
+    # Judged are as many memories as deployed, and in the same contexts.
+    judged = 2 * (2 + methods) * S.VALIDATE
     phase1.plan_quality(plan, S, judged, S.VALIDATE)
-    compared = (2 * sizes.environments + methods) * S.VALIDATE
+    compared = (3 * sizes.environments + 2 * methods) * S.VALIDATE
     notes = S.RECENT * hours.QUESTION + 2 * S.MEMORY_TOKENS
     plan.judge("judge: prefer", 2 * compared, 2 * S.VALIDATE, notes, 3)
 
@@ -565,7 +629,12 @@ def main(argv=None):
         memories[name] = watch_streams(exam, examinee, memories, description)
         answers[name] = answer_tasks(
             exam, judge, examinee, tasks_for(exam, examinee), memories[name], out / "answers")
-    # ---------------- validate
+    # ---------------- judge the memories as deployed
+    tokenizer = load_tokenizer(S)
+    deployed = {}
+    for examinee in progress(examinees, "judge memories", leave=False):
+        deployed[examinee.slug] = judge_deployed(exam, judge, examinee, memories, tokenizer)
+    # ---------------- validate in the same contexts
     contexts = validation_contexts(exam, memories[PHASE1.slug])
     reference = write_reference(exam, contexts)
     checked = {}
@@ -576,7 +645,7 @@ def main(argv=None):
     for name, reader in readers.items():
         other_answers[name] = ask_reader(exam, name, reader, examinees, memories)
     # ---------------- figures with intervals, files, report
-    results = figures_of(exam, examinees, answers, other_answers, checked)
+    results = figures_of(exam, examinees, answers, other_answers, deployed, checked)
     write_json(out / "results.json", results)
     write_text(out / "results.md", report.markdown(results))
     write_memories_of_all(out / "memories.jsonl", examinees, memories)
@@ -594,10 +663,11 @@ def is_all_judged(exam, examinees):
     """Whether all that the judge is asked for is stored: then the report needs no judge."""
     for examinee in examinees:
         tasks = tasks_for(exam, examinee)
-        file = exam.out / "checked" / f"{examinee.slug}.jsonl"
-        checked = read_stored(file, exam.key_of(examinee))
-        if checked is None or not are_judged(checked):
-            return False
+        for folder in ("deployed", "checked"):
+            file = exam.out / folder / f"{examinee.slug}.jsonl"
+            rows = read_stored(file, exam.key_of(examinee))
+            if rows is None or not are_judged(rows):
+                return False
         if stored_answers(exam, examinee, tasks, exam.out / "answers") is None:
             return False
     return True
@@ -615,11 +685,12 @@ def say_cost(exam, examinees):
           "stored")
 
 
-def figures_of(exam, examinees, answers, other_answers, checked):
+def figures_of(exam, examinees, answers, other_answers, deployed, checked):
     """What results.json holds."""
     S = exam.S
+    judged = [*deployed.values(), *checked.values()]
     bootstrap = figures.draw_units(
-        exam.streams, exam.recent, answers, checked, S.BOOTSTRAP, S.SEED)
+        exam.streams, exam.recent, [*answers.values(), *judged], S.BOOTSTRAP, S.SEED)
     readers = {}
     for reader_name, replies in other_answers.items():
         summary = figures.summarise(examinees, replies, exam.recent, bootstrap)
@@ -631,9 +702,11 @@ def figures_of(exam, examinees, answers, other_answers, checked):
         "unit": bootstrap.unit,
         "readers": readers,
         **figures.summarise(examinees, answers, exam.recent, bootstrap),
+        "deployed": figures.summarise_validation(
+            examinees, deployed, exam.environments, S.MEMORY_TOKENS, bootstrap),
         "validation": figures.summarise_validation(
             examinees, checked, exam.environments, S.MEMORY_TOKENS, bootstrap),
-        "dropped": figures.count_dropped(answers, checked),
+        "dropped": figures.count_dropped(answers.values(), judged),
     }
 
 

@@ -88,27 +88,29 @@ def count_memory(row, bootstrap, budget):
     return count
 
 
-def count_dropped(answers, checked):
-    """How much the judge failed to give."""
+def count_dropped(answers, judged):
+    """How much the judge failed to give, in lists of answers and of judged memories."""
     replies = 0
-    for rows in answers.values():
+    for rows in answers:
         replies += sum(row["reply"] is None for row in rows)
     verdicts = 0
-    for rows in checked.values():
+    for rows in judged:
         for row in rows:
             verdicts += None in (row["faithful"], row["clean"], *row["verdicts"].values())
     return {"replies": replies, "verdicts": verdicts}
 
 
 # ---------------------------------------------------------------- figures
-def draw_units(streams, recent, answers, checked, size, seed):
+def draw_units(streams, recent, examined_rows, size, seed):
     """A Bootstrap over the test streams and, apart from them, over the streams of recent questions.
+
+    examined_rows: lists of all that is counted, answers and judged memories.
 
     With fewer than five test streams it is over questions.
     """
     unit_of = by_stream if len(streams) >= 5 else by_question
     examined = set()
-    for rows in [*answers.values(), *checked.values()]:
+    for rows in examined_rows:
         examined.update(unit_of(row) for row in rows)
     earlier = set()
     for rows in recent.values():
@@ -269,7 +271,7 @@ def transfer_matrix(table, method, bootstrap):
 def summarise_validation(examinees, checked, environments, budget, bootstrap):
     """Rows {method, environment, figures of QUALITY}, for each environment and for "all" of them.
 
-    checked: {slug: rows of `validate`}; budget: tokens that a memory may have.
+    checked: {slug: rows of 06's `validate` or `judge_deployed`}; budget: tokens that a memory may have.
     """
     rows = []
     for method in dict.fromkeys(examinee.method for examinee in examinees):

@@ -116,6 +116,7 @@ ANSWER_COLUMNS = [*METRICS, "Questions"]
 def tables(results):
     """Every table of the results, in the order in which they are shown."""
     yield answers_table(results)
+    yield deployed_table(results)
     yield gains_table(results)
     yield types_table(results)
     if results["source"] in PAPER:
@@ -125,7 +126,7 @@ def tables(results):
     for method in adapter_methods(results):
         if was_crossed(results, method):
             yield transfer_table(results, method)
-    yield memories_table(results)
+    yield same_contexts_table(results)
     yield environments_table(results)
     yield all_questions_table(results)
 
@@ -161,8 +162,17 @@ def answers_table(results):
     dropped = sum(results["dropped"].values())
     if dropped:
         note += f" {dropped} verdicts that the judge failed to give are left out."
-    rows = answer_rows(results, "after")
-    return Table("Answers from memory", note, ["Method", *ANSWER_COLUMNS], rows)
+    note += " Fully right, tokens: of these memories (see below)."
+    deployed = {}
+    for row in results["deployed"]:
+        if row["environment"] == "all":
+            cells = [cell(row["fully_right"]), cell(row["tokens"], 1)]
+            deployed[named(results, row["method"])] = cells
+    rows = []
+    for row in answer_rows(results, "after"):
+        rows.append([*row, *deployed[row[0]]])
+    columns = ["Method", *ANSWER_COLUMNS, "Fully right", "Tokens"]
+    return Table("Answers from memory", note, columns, rows)
 
 
 def gains_table(results):
@@ -262,26 +272,45 @@ def transfer_table(results, method):
     return Table(f"Transfer: {title(method)}", note, ["Adapter", *phase1], rows, "heat")
 
 
-def memories_table(results):
-    kinds = {
-        "win": "Win",
-        "tie": "Tie",
-        "loss": "Loss",
-        "faithful": "Faithful",
-        "non_redundant": "Not repeating",
-        "fully_right": "Fully right",
-        "well_formed": "Well formed",
-        "tokens": "Tokens",
-    }
+# Heading -> figure of a judged memory.
+KINDS = {
+    "Win": "win",
+    "Tie": "tie",
+    "Loss": "loss",
+    "Faithful": "faithful",
+    "Not repeating": "non_redundant",
+    "Fully right": "fully_right",
+    "Well formed": "well_formed",
+    "Tokens": "tokens",
+}
+
+
+def deployed_table(results):
+    note = ("Per cent, of the memories that the answers came from: written as at deployment, each with "
+            "the policy's own memories before it. Win, tie, loss: against Phase One's memory of the "
+            "same clip, by the relevance judge. Faithful: true and within the budget. Fully right: well "
+            "formed, faithful and nothing repeated. Tokens: of a well-formed memory.")
+    return memories_table("Memories as deployed", note, results, "deployed")
+
+
+def same_contexts_table(results):
+    note = ("Per cent, not to be compared with the table above: a memory per context, all with the "
+            "Phase One history, at temperature 1 as in training, where answers differ most.")
+    return memories_table("Memories in the same contexts, temperature 1", note, results, "validation")
+
+
+def memories_table(name, note, results, part):
+    """part: "deployed" or "validation", two lists of the results with rows of the same form."""
     rows = []
-    for row in results["validation"]:
+    for row in results[part]:
         if row["environment"] == "all":
-            cells = [cell(row[kind], 1 if kind == "tokens" else 100) for kind in kinds]
+            cells = [cell(row[kind], scale_of(kind)) for kind in KINDS.values()]
             rows.append([named(results, row["method"]), *cells])
-    note = ("Per cent; a memory per context, all with the Phase One history. Win, tie, loss: against "
-            "Phase One, by the relevance judge. Faithful: true and within the budget. Fully right: "
-            "well formed, faithful and nothing repeated. Tokens: of a well-formed memory.")
-    return Table("Memories in the same contexts", note, ["Method", *kinds.values()], rows)
+    return Table(name, note, ["Method", *KINDS], rows)
+
+
+def scale_of(kind):
+    return 1 if kind == "tokens" else 100
 
 
 def environments_table(results):

@@ -107,13 +107,12 @@ def test_gains_are_paired_by_stream():
 
 
 def test_below_five_streams_the_questions_are_drawn():
-    rows = {"base": [reply(s, e, "A") for s in "st" for e in "ef"]}
-    checked = {"base": [{"stream": "s", "clip": 3}]}
+    rows = [[reply(s, e, "A") for s in "st" for e in "ef"], [{"stream": "s", "clip": 3}]]
     recent = {"e": [reply("w", "e", "A")]}
-    few = figures.draw_units(["s", "t"], recent, rows, checked, 20, 0)
+    few = figures.draw_units(["s", "t"], recent, rows, 20, 0)
     assert few.unit == "questions" and few.times.shape == (20, 6)
     assert list(few.column) == ["s 3", "s s e", "s s f", "t t e", "t t f", "w w e"]
-    many = figures.draw_units(list("stuvw"), recent, rows, checked, 20, 0)
+    many = figures.draw_units(list("stuvw"), recent, rows, 20, 0)
     assert many.unit == "streams" and list(many.column) == ["s", "t", "w"]
     assert (many.times[:, 2] == 1).all()                                        # what is apart is drawn apart
 
@@ -336,6 +335,10 @@ def run(tmp_path, monkeypatch):
     return SimpleNamespace(folder=tmp_path, policy=policy)
 
 
+def stored_key(path):
+    return runs.read_jsonl(path)[0]["fingerprint"]
+
+
 def test_the_stage_end_to_end(run, capsys):
     arguments = [f"--RUN={run.folder}", "--BOOTSTRAP=300"]
     stage.main(arguments)
@@ -360,9 +363,21 @@ def test_the_stage_end_to_end(run, capsys):
     memories = runs.read_jsonl(out / "memories.jsonl")
     assert len(memories) == (1 + 3 + 1 + 3 + 3) * 36
     assert {m["environment"] for m in memories} == {"", "place", "wear", "action"}
+    # As deployed: judged is what the answers came from, each memory with those before it by the same policy.
+    written = {(m["method"], m["environment"], m["stream"], m["clip"]): m["memory"] for m in memories}
+    for method, environment, name in (("base", "", "base"), ("dpo-steer", "wear", "dpo-steer.wear")):
+        judged = stage.read_stored(out / "deployed" / f"{name}.jsonl", stored_key(out / "deployed" / f"{name}.jsonl"))
+        assert len(judged) == (36 if method == "base" else 12)
+        for row in judged:
+            assert row["memory"] == written[method, environment, row["stream"], row["clip"]]
+            assert row["faithful"] is not None and set(row["verdicts"]) <= {"place", "wear", "action"}
+    deployed = {(v["method"], v["environment"]): v for v in R["deployed"]}
+    assert deployed["dpo-steer", "all"]["non_redundant"]["mean"] == 1                # with another history it is not
+    assert deployed["phase1", "all"]["win"]["mean"] is None                          # not compared with itself
+    assert deployed["dpo-steer", "all"]["win"]["mean"] > 0.4 and deployed["base", "all"]["fully_right"]["mean"] < 0.9
     text = (out / "results.md").read_text()
     widths = {line.count("|") for line in text.split("## ")[1].splitlines() if line.startswith("|")}
-    assert widths == {6} and "Phase Two, dpo-steer" in text
+    assert widths == {8} and "Phase Two, dpo-steer" in text
     assert "intervals over streams" in text
 
     # run again: nothing is watched; a new adapter is watched alone
