@@ -2,14 +2,15 @@
 intervals over seeds.
 
 Every variant is a run of the six scripts with other constants (MAIN, VARIANTS and ABLATIONS below are their command
-lines). A finished variant of a seed leaves a record. Its key is a hash of the scripts (comments and docstrings
-aside), of the command lines and of the base's weights; records of another hash are never pooled. Interrupt it and
-run it again: it goes on.
+lines). The seeds are ones that nothing was developed on. A finished variant of a seed leaves a record in
+results/evidence/, to be committed, so that an interrupted evidence goes on here or on another machine. A record's key
+is a hash of the scripts (comments and docstrings aside), of the command lines and of the base's weights; records of
+another hash are never pooled.
 
 Run: python experiments/evidence.py [JOBS]      (JOBS at a time, one thread each; default 4)
      (about 6 hours of one core of an AMD EPYC: see results/evidence.log)
 In:  the six scripts, tiny/
-Out: results/evidence.json, evidence.md, evidence.log, accuracy.svg; runs/evidence/ (the runs and the records)
+Out: results/evidence.json, evidence.md, evidence.log, accuracy.svg, evidence/ (the records); runs/evidence/ (the runs)
 """
 import ast
 import hashlib
@@ -27,16 +28,17 @@ from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from support.runs import read_json, write_json, write_text                  # noqa: E402
+from support.runs import read_json, read_jsonl, write_json, write_text      # noqa: E402
 
 RESULTS = ROOT / "results"
+RECORDS = RESULTS / "evidence"
 RUNS = ROOT / "runs"
 
 # ---------------------------------------------------------------- what is run
 STAGES = ("01_make_streams", "02_phase1_train", "03_collect_tasks", "04_train_reward",
           "05_phase2_train", "06_eval")
-SEEDS = range(5)                               # of the main run ...
-FEW = range(3)                                 # ... of variants and ablations
+SEEDS = range(10, 15)                          # of the main run; development used 0 to 9 ...
+FEW = range(10, 13)                            # ... of variants and ablations
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}      # t quantile 0.975 for n seeds
 
 # Command lines after the script's number. {run}: the seed's main run; {norm}: 0.8 of the mean norm of its vectors.
@@ -98,12 +100,13 @@ class Run:
             raise SystemExit(f"{script} failed")
 
     def record_file(self, variant):
-        return RUNS / "evidence" / f"{self.key}-s{self.seed}-{variant}.json"
+        return RECORDS / f"{self.key}-s{self.seed}-{variant}.json"
 
     def record(self, variant, **more):
         """Keeps what the figures need of this run's results."""
         write_json(self.record_file(variant), {
-            "key": self.key, "seed": self.seed, "variant": variant, "results": slim(self.folder), **more})
+            "key": self.key, "seed": self.seed, "variant": variant, "commit": commit(),
+            "results": slim(self.folder), **more})
 
 
 def script_of(number):
@@ -146,21 +149,28 @@ def has_docstring(node):
 
 def main_run(run):
     """The seed's main run and its record."""
-    run.folder.mkdir(parents=True, exist_ok=True)
     if run.record_file("main").exists():
         return
-    for line in MAIN:
-        run.call(line)
-    add_random_vectors(run.folder, run.seed)
+    train_main(run)
     run.call("06 --RUN={run}")
     reward = read_json(run.folder / "reward" / "report.json")
     run.record("main", norm=mean_norm(run.folder), reward=reward)
+
+
+def train_main(run):
+    """Stages 01 to 05. What is finished takes seconds, so this is called wherever they are needed: the record of the
+    main run may have been made on another machine."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    for line in MAIN:
+        run.call(line)
+    add_random_vectors(run.folder, run.seed)
 
 
 def variants(run):
     """Other adapters and layers, trained and evaluated within the seed's main run: only what is new is computed."""
     if run.record_file("side").exists():
         return
+    train_main(run)
     norm = f"{0.8 * mean_norm(run.folder):.4f}"
     for arguments in VARIANTS.values():
         run.call(PHASE2 + arguments, norm=norm)
@@ -173,6 +183,7 @@ def ablation(run, name):
     other = Run(run.key, run.seed, name)
     if other.record_file(name).exists():
         return
+    train_main(run)
     other.call("02 --RUN={run} --FROM={main}" + LONG + " " + ABLATIONS[name], main=run.name)
     other.call("06 --RUN={run} --FROM={main} --METHODS=base,phase1", main=run.name)
     other.record(name)
@@ -212,16 +223,34 @@ def slim(folder):
     for row in results["rows"]:
         if row["scope"] == "after":
             rows[name_of(row)] = means(row, ("accuracy", "coverage", "precision"))
-    validation = {}
-    for row in results["validation"]:
-        measured = [name for name, value in row.items() if isinstance(value, dict)]
-        validation[name_of(row)] = means(row, measured)
+    judged = {}                                # as deployed, and in the same contexts at temperature 1
+    for part in ("deployed", "validation"):
+        judged[part] = {}
+        for row in results[part]:
+            measured = [name for name, value in row.items() if isinstance(value, dict)]
+            judged[part][name_of(row)] = means(row, measured)
     gains = {}
     for method, gains_of_method in results["gains"].items():
         gains[method] = {}
         for reference, gain in gains_of_method.items():
             gains[method][reference] = None if gain is None else means(gain, gain)
-    return {"rows": rows, "validation": validation, "gains": gains}
+    repeats = share_of_repeats(read_jsonl(folder / "eval" / "memories.jsonl"))
+    return {"rows": rows, **judged, "gains": gains, "repeats": repeats}
+
+
+def share_of_repeats(memories):
+    """{method: share of its memories that state a phrase twice}, as deployed; malformed ones are left out.
+
+    >>> share_of_repeats([{"method": "base", "memory": "now, a red cup, a red cup."},
+    ...                   {"method": "base", "memory": "still, a red cup."}, {"method": "base", "memory": ""}])
+    {'base': 0.5}
+    """
+    twice = {}
+    for row in memories:
+        phrases = row["memory"].rstrip(".").split(", ")
+        if row["memory"]:
+            twice.setdefault(row["method"], []).append(len(set(phrases)) < len(phrases))
+    return {method: sum(found) / len(found) for method, found in twice.items()}
 
 
 def name_of(row):
@@ -273,7 +302,7 @@ def figures(records):
     found = {}
     for method, records_of_method in sorted(methods_of(main, by_variant.get("side", [])).items()):
         found |= figures_of_method(method, records_of_method)
-    found |= figures_of_phases(found, main)
+    found |= figures_of_phases(found, main, by_variant.get("side", []))
     for name in ABLATIONS:
         if name in by_variant:
             found |= figures_of_ablation(name, by_variant[name])
@@ -297,29 +326,55 @@ def figures_of_method(method, records):
         found[f"{method}.{metric}"] = over(records, "rows", row, metric, scale=100)
     for metric in ("fully_right", "well_formed", "tokens", "win", "tie", "loss", "faithful",
                    "non_redundant"):
-        found[f"{method}.{metric}"] = over(records, "validation", row, metric)
+        found[f"{method}.{metric}.deployed"] = over(records, "deployed", row, metric)
+        found[f"{method}.{metric}.same_contexts"] = over(records, "validation", row, metric)
+    found[f"{method}.repeats.deployed"] = over(records, "repeats", method)
     gains = ("gains", method)
+    found[f"{method}.gain_over_base"] = over(records, *gains, "over_base", "accuracy")
     found[f"{method}.matched_gain"] = over(records, *gains, "over_phase1", "accuracy")
     found[f"{method}.mismatched_gain"] = over(records, *gains, "mismatched", "accuracy")
     return found
 
 
-def figures_of_phases(found, main):
-    """What the README says in its sentences."""
-    lengths = []
-    for record in main:
-        validation = record["results"]["validation"]
-        lengths.append(validation["phase1 all"]["tokens"] / validation["base all"]["tokens"])
-    return {
-        "phase1.fully_right.base": found["base.fully_right"],
-        "phase1.fully_right.phase1": found["phase1.fully_right"],
+def figures_of_phases(found, main, side):
+    """What the README says in its sentences, and what is put beside the paper."""
+    figures_of = {
         "phase1.precision_change": over(main, "gains", "phase1", "over_base", "precision"),
-        "phase1.tokens_ratio": interval(lengths),
+        "phase1.tokens_ratio.deployed": quotient(main, "deployed", "phase1 all", "base all", "tokens"),
         "phase2.matched_gain": found["dpo-steer.matched_gain"],
         "phase2.mismatched_gain": found["dpo-steer.mismatched_gain"],
+        "phase2.gain_over_prompt": difference(
+            main, "rows", "dpo-steer all", "base+prompt all", "accuracy"),
         "phase2.precision_change": over(main, "gains", "dpo-steer", "over_phase1", "precision"),
         "reward_model.pair_accuracy": of_reward_model(main, "pair_accuracy"),
         "reward_model.shuffled_accuracy": of_reward_model(main, "shuffled_accuracy")}
+    for method in ("base", "phase1"):
+        fully_right = found[f"{method}.fully_right.deployed"]
+        figures_of[f"phase1.fully_right.deployed.{method}"] = fully_right
+    for metric in ("faithful", "non_redundant", "win"):
+        figures_of[f"all_parameters.{metric}_over_vector"] = difference(
+            side, "deployed", "dpo-all all", "dpo-steer all", metric)
+    return figures_of
+
+
+def pairs_of_values(records, part, row, other, metric):
+    """[(value of row, value of the other)] of the records that have both."""
+    pairs = []
+    for record in records:
+        value = look_up(record["results"], part, row, metric)
+        reference = look_up(record["results"], part, other, metric)
+        if None not in (value, reference):
+            pairs.append((value, reference))
+    return pairs
+
+
+def difference(records, *place):
+    """The interval over the records of a row's lead over another, in points."""
+    return interval([100 * (value - other) for value, other in pairs_of_values(records, *place)])
+
+
+def quotient(records, *place):
+    return interval([value / other for value, other in pairs_of_values(records, *place)])
 
 
 def of_reward_model(main, name):
@@ -329,7 +384,9 @@ def of_reward_model(main, name):
 def figures_of_ablation(name, records):
     found = {}
     for metric in ("fully_right", "tokens", "non_redundant", "faithful"):
-        found[f"{name}.{metric}"] = over(records, "validation", "phase1 all", metric)
+        found[f"{name}.{metric}.deployed"] = over(records, "deployed", "phase1 all", metric)
+        found[f"{name}.{metric}.same_contexts"] = over(records, "validation", "phase1 all", metric)
+    found[f"{name}.repeats.deployed"] = over(records, "repeats", "phase1")
     for metric in ("accuracy", "precision"):
         found[f"{name}.{metric}"] = over(records, "rows", "phase1 all", metric, scale=100)
     return found
@@ -364,7 +421,7 @@ def table_row(cells):
 def readme_table(F):
     """The results table of the README, from the figures: a test compares it with what stands there."""
     head = ["method", "accuracy", "coverage", "precision", "gain over Phase One, matched", "mismatched",
-            "fully right, %"]
+            "fully right, %", "tokens"]
     lines = [table_row(head), "|---" * len(head) + "|"]
     for method, name in NAMES.items():
         if f"{method}.accuracy" not in F:
@@ -372,9 +429,50 @@ def readme_table(F):
         cells = [name]
         for metric in ("accuracy", "coverage", "precision", "matched_gain", "mismatched_gain"):
             cells.append(cell(F.get(f"{method}.{metric}"), 0, "-"))
-        cells.append(cell(F.get(f"{method}.fully_right"), 0, "-", scale=100))
+        cells.append(cell(F.get(f"{method}.fully_right.deployed"), 0, "-", scale=100))
+        cells.append(cell(F.get(f"{method}.tokens.deployed"), 1, "-"))
         lines.append(table_row(cells))
     return "\n".join(lines)
+
+
+# (what, the paper's figures in points, ours). On Video-MME, EgoLife, EgoTempo; or in object recognition on Video-MME.
+EFFECTS = (
+    ("task prompt over base", (2.6, 1.6, 2.2), "base+prompt.gain_over_base"),
+    ("Phase One over base", (2.8, 1.2, 1.4), "phase1.gain_over_base"),
+    ("Phase One over base, precision", (2.8, 4.3, 6.1), "phase1.precision_change"),
+    ("Phase Two over Phase One", (3.5, 5.8, 3.9), "phase2.matched_gain"),
+    ("Phase Two over Phase One, precision", (0.3, 2.9, -0.1), "phase2.precision_change"),
+    ("Phase Two over base + task prompt", (3.7, 5.4, 3.1), "phase2.gain_over_prompt"),
+    ("adapter of another environment over Phase One", (-0.7,), "phase2.mismatched_gain"),
+    ("all parameters over the vector, faithful", (-1.6,), "all_parameters.faithful_over_vector"),
+    ("all parameters over the vector, not repeating", (-3.5,), "all_parameters.non_redundant_over_vector"),
+    ("all parameters over the vector, win rate", (4.8,), "all_parameters.win_over_vector"))
+
+
+def table_of_effects(F):
+    """Each effect of the paper beside ours, and whether they have the same sign."""
+    lines = [table_row(["effect, in points", "paper", "here", "sign"]), "|---|---|---|---|"]
+    for what, paper, name in EFFECTS:
+        figure = F.get(name)
+        shown = ", ".join(f"{points:+.1f}" for points in paper)
+        lines.append(table_row([what, shown, cell(figure, 1, "not measured"), sign_beside(paper, figure)]))
+    return "\n".join(lines)
+
+
+def sign_beside(paper, figure):
+    """"same", "opposite", or "open" where either is not clearly on one side of 0.
+
+    >>> sign_beside((2.8, 1.2), {"mean": 3.0, "low": 1.0, "high": 5.0}), sign_beside((-0.7,), None)
+    ('same', '-')
+    >>> sign_beside((0.3, -0.1), {"mean": 3.0, "low": 1.0, "high": 5.0})
+    'open'
+    """
+    if not figure or figure["low"] is None:
+        return "-"
+    is_clear = figure["low"] * figure["high"] > 0 and min(paper) * max(paper) > 0
+    if not is_clear:
+        return "open"
+    return "same" if figure["mean"] * paper[0] > 0 else "opposite"
 
 
 def page(F, key, seeds):
@@ -382,36 +480,44 @@ def page(F, key, seeds):
     lines = [
         f"# Evidence: {seeds} seeds, mean (95 % interval, t over seeds)", "",
         f"`python experiments/evidence.py`, hash {key}, {platform.machine()}, one thread a run. Test streams, "
-        "questions after the update; accuracy figures and gains in points, shares in [0, 1]; one memory "
-        "per context at temperature 1 for `fully right`, `faithful`, `non-redundant`, win / tie / loss.", ""]
-    lines += table_of_methods(F) + [""]
-    lines += table_of_ablations(F) + [""]
+        "questions after the update; accuracy figures and gains in points, shares in [0, 1].", ""]
+    for part, title in PARTS.items():
+        lines += [f"## {title}", "", *table_of_methods(F, part), "", *table_of_ablations(F, part), ""]
+    lines += ["## Beside the paper", "", table_of_effects(F), "", "## Figures", ""]
     lines += ["| figure | value |", "|---|---|"]
     for name in F:
-        if name.startswith(("phase1.", "phase2.", "reward_model.")):
+        if name.startswith(("phase1.", "phase2.", "all_parameters.", "reward_model.")):
             lines.append(table_row([name, cell(F[name], 3)]))
     return "\n".join(lines) + "\n"
 
 
-def table_of_methods(F):
-    digits = {"accuracy": 1, "coverage": 1, "precision": 1, "matched_gain": 1, "mismatched_gain": 1,
-              "fully_right": 2, "non_redundant": 2, "win": 2, "loss": 2}
-    names = [metric.replace("_", " ") for metric in digits]
-    lines = [table_row(["method", *names]), "|---" * (1 + len(digits)) + "|"]
+# How the memories were written that are judged. Figures of the two are never compared.
+PARTS = {"deployed": "The memories that the answers came from (temperature 0.6, own history)",
+         "same_contexts": "One memory per context at temperature 1, all with Phase One's history"}
+
+
+def table_of_methods(F, part):
+    answers = {"accuracy": 1, "coverage": 1, "precision": 1, "matched_gain": 1, "mismatched_gain": 1}
+    memories = {"fully_right": 2, "faithful": 2, "non_redundant": 2, "repeats": 2, "tokens": 1, "win": 2, "loss": 2}
+    names = [metric.replace("_", " ") for metric in (*answers, *memories)]
+    lines = [table_row(["method", *names]), "|---" * (1 + len(names)) + "|"]
     for name in F:
         method, _, metric = name.rpartition(".")
         if metric == "coverage":
-            cells = [cell(F.get(f"{method}.{metric}"), n) for metric, n in digits.items()]
+            cells = [cell(F.get(f"{method}.{metric}"), n) for metric, n in answers.items()]
+            cells += [cell(F.get(f"{method}.{metric}.{part}"), n) for metric, n in memories.items()]
             lines.append(table_row([method, *cells]))
     return lines
 
 
-def table_of_ablations(F):
-    digits = {"fully_right": 2, "tokens": 1, "non_redundant": 2, "accuracy": 1, "precision": 1}
-    lines = ["| Phase One ablation | fully right | tokens | non-redundant | accuracy | precision |",
-             "|---|---|---|---|---|---|"]
+def table_of_ablations(F, part):
+    memories = {"fully_right": 2, "tokens": 1, "non_redundant": 2, "repeats": 2}
+    answers = {"accuracy": 1, "precision": 1}
+    names = [metric.replace("_", " ") for metric in (*memories, *answers)]
+    lines = [table_row(["Phase One ablation", *names]), "|---" * (1 + len(names)) + "|"]
     for name in ("base", "phase1", *ABLATIONS):
-        cells = [cell(F.get(f"{name}.{metric}"), n) for metric, n in digits.items()]
+        cells = [cell(F.get(f"{name}.{metric}.{part}"), n) for metric, n in memories.items()]
+        cells += [cell(F.get(f"{name}.{metric}"), n) for metric, n in answers.items()]
         lines.append(table_row([name, *cells]))
     return lines
 
@@ -459,21 +565,34 @@ def bar(method, accuracy, y):
 def write_evidence(key):
     """Writes the files in results/ from the records that there are."""
     with LOCK:
-        records = [read_json(file) for file in sorted((RUNS / "evidence").glob(f"{key}-s*.json"))]
+        records = read_records(key)
         if not records:
             return
         F = figures(records)
         seeds = {}
         for record in records:
             seeds[record["variant"]] = seeds.get(record["variant"], 0) + 1
-        provenance = {"hash": key, "commit": commit(), "seeds": seeds, "records": records}
+        commits = sorted({record["commit"] for record in records})
+        provenance = {"hash": key, "commit": ", ".join(commits), "seeds": seeds}
         write_json(RESULTS / "evidence.json", F | provenance)
         write_text(RESULTS / "evidence.md", page(F, key, seeds.get("main", 0)))
         write_text(RESULTS / "accuracy.svg", picture(F))
 
 
+def read_records(key):
+    """The records of a hash, by seed and variant."""
+    return [read_json(file) for file in sorted(RECORDS.glob(f"{key}-s*.json"))]
+
+
 def commit():
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    """The commit that is checked out, with a + where the code differs from it."""
+    code = ["*.py", "tiny/base"]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    return git("rev-parse", "HEAD") + ("+" if changed else "")
+
+
+def git(*arguments):
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()
 
 
