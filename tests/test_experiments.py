@@ -1,4 +1,5 @@
 """The experiments still run on the code as it is now: the bench at toy size, the command lines of the evidence."""
+import doctest
 import re
 
 import pytest
@@ -68,3 +69,27 @@ def test_command_lines_of_the_evidence_parse():
         script = evidence.script_of(number)
         assert re.fullmatch(rf"{number}_\w+\.py", script)
         common.settings(vars(common.stage(script.removesuffix(".py"))), arguments)
+
+
+def test_the_examples_in_the_docstrings_hold():
+    assert doctest.testmod(evidence).failed == 0
+
+
+def test_figures_of_the_evidence_by_hand():
+    """Two seeds: what is deployed is told apart from what was written in the same contexts; leads are paired by seed."""
+    def record(seed, phase1, base):
+        judged = {"phase1 all": {"fully_right": phase1, "tokens": 12.0}, "base all": {"fully_right": base, "tokens": 16.0}}
+        low = {row: {name: value / 2 for name, value in of_row.items()} for row, of_row in judged.items()}
+        rows = {"base+prompt all": {"accuracy": 0.3 + seed / 10}, "dpo-steer all": {"accuracy": 0.5 + seed / 10},
+                "phase1 all": {"accuracy": 0.4}, "base all": {"accuracy": 0.35}}
+        gains = {"phase1": {"over_base": {"accuracy": 5.0, "precision": 10.0}}}
+        results = {"rows": rows, "deployed": judged, "validation": low, "gains": gains, "repeats": {"phase1": 0.1}}
+        reward = {name: {"mean": 0.9} for name in ("pair_accuracy", "shuffled_accuracy")}
+        return {"seed": seed, "variant": "main", "results": results, "reward": reward}
+    F = evidence.figures([record(0, 0.8, 0.4), record(1, 0.9, 0.4)])
+    assert F["phase1.fully_right.deployed"]["mean"] == F["phase1.fully_right.deployed.phase1"]["mean"] == 0.85
+    assert F["phase1.fully_right.same_contexts"]["mean"] == 0.425 and F["phase1.repeats.deployed"]["mean"] == 0.1
+    assert F["phase2.gain_over_prompt"] == {"mean": 20.0, "low": 20.0, "high": 20.0, "n": 2}
+    assert F["phase1.tokens_ratio.deployed"]["mean"] == 0.75 and F["phase1.gain_over_base"]["mean"] == 5.0
+    effects = {row.split(" | ")[0]: row for row in evidence.table_of_effects(F).splitlines()}
+    assert effects["| Phase One over base"].endswith("| 5.0 (5.0 to 5.0) | same |")
