@@ -22,6 +22,8 @@ from support.attention import lay_out, packed_positions, share_rows
 from support.decode import HowToSample, decode
 from support.hours import first_measured
 from support.overlay import clip_frames, is_grey
+from support.plan import prompt_tokens
+from support.plan import prompt_tokens
 from support.ranks import gather, gather_sum, my_share, progress, said_once, torch
 from support.runs import Prompt, append_jsonl, clock, per_model, read_progress, write_jsonl
 from support.text import as_text
@@ -841,48 +843,111 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch", pl
     """The policy watches streams side by side, clip by clip, with its own memories as history
     -> {stream: [row per clip]}.
 
-    Rows are {stream, clip, start, end, memory, text}, and "grey" where the clip is damaged; that, and a
-    malformed answer, leaves the memory "". path: a JSONL that rows are appended to as they come; an interrupted
-    watch goes on from it. begun: {stream: rows of its first clips} that another policy wrote; this one goes on
-    after them. planned: hours, which the first measured round corrects. Sampling as for inference (paper,
-    section 1).
+    Rows are {stream, clip, start, end, memory, text}; "grey" where the clip is damaged, which leaves the memory "",
+    and "tries" where an answer was malformed (see `write_memories`). path: a JSONL that rows are appended to as they
+    come; an interrupted watch goes on from it. begun: {stream: rows of its first clips} that another policy wrote;
+    this one goes on after them. planned: hours, which the first measured round corrects.
     """
     memories = {stream["stream"]: [] for stream in streams}
     for name, rows in (begun or {}).items():
         if name in memories:
             memories[name] += rows
+    first = {name: len(rows) for name, rows in memories.items()}
     go_on(memories, path)
-    longest = max((len(stream["clips"]) for stream in streams), default=0)
-    rounds = progress(range(longest), desc, leave=False)
+    width = streams_at_once(policy)
+    rounds = watch_rounds(streams, memories, width)
+    bar = progress(rounds, desc, leave=False)
     # The first contexts have fewer clips than K.
-    for t in first_measured(rounds, longest, planned, "a clip of each stream", skip=policy.S.K - 1):
-        waiting = []
-        for stream in streams:
-            if len(memories[stream["stream"]]) == t < len(stream["clips"]):
-                waiting.append(stream)
-        share = my_share(waiting)
+    what = f"a clip of {width} streams"
+    for places in first_measured(bar, len(rounds), planned, what, skip=policy.S.K - 1):
+        share = my_share(places)
         contexts = []
         keys = []
-        for stream in share:
+        for stream, t in share:
             latest = memories[stream["stream"]][-policy.S.K:]
             history = {row["clip"]: row["memory"] for row in latest}
             contexts.append(make_context(stream, t, history, questions, policy.S.K))
             number = zlib.crc32(stream["stream"].encode())
             keys.append((policy.S.SEED, 7, number, t))     # 7: noise of its own, not training's
-        groups = rollout(policy, contexts, 1, keys, temperature=0.6, top_p=0.95, top_k=20)
+        written = write_memories(policy, contexts, keys)
         rows = []
-        for stream, (sample,) in zip(share, groups):
+        for (stream, t), (sample, tries) in zip(share, written):
             clip = stream["clips"][t]
             row = {
                 "stream": stream["stream"], "clip": t, "start": clip["start"], "end": clip["end"],
                 "memory": sample.memory or "", "text": sample.text}
+            if tries > 1:
+                row["tries"] = tries
             rows.append(row | {"grey": True} if is_grey(clip) else row)
         rows = gather(rows)
         for row in rows:
             memories[row["stream"]].append(row)
         if path and rows:
             append_jsonl(path, rows)
+    new = []
+    for name, rows in memories.items():
+        new += rows[first[name]:]
+    say_malformed(new)
     return memories
+
+
+def streams_at_once(policy):
+    """How many streams are watched side by side: as many as are written at a time, and as have all K clips of their
+    contexts remembered from one clip to the next (FEATURE_CLIPS). On all ranks together."""
+    S = policy.S
+    fit, _ = policy.room.side_by_side(prompt_tokens(S), 1, S.MAX_NEW_TOKENS)
+    return sum(gather([max(1, min(fit, S.FEATURE_CLIPS // S.K))]))
+
+
+def watch_rounds(streams, memories, width):
+    """What is watched, round by round: lists of (stream, number of its next clip).
+
+    At most `width` streams are under way, those first that have the most clips left. Where one ends, the next begins.
+    """
+    next_clip = {stream["stream"]: len(memories[stream["stream"]]) for stream in streams}
+
+    def clips_left(stream):
+        return len(stream["clips"]) - next_clip[stream["stream"]]
+    waiting = sorted(streams, key=clips_left, reverse=True)
+    rounds = []
+    while waiting := [stream for stream in waiting if clips_left(stream) > 0]:
+        places = [(stream, next_clip[stream["stream"]]) for stream in waiting[:width]]
+        for stream, _ in places:
+            next_clip[stream["stream"]] += 1
+        rounds.append(places)
+    return rounds
+
+
+def write_memories(policy, contexts, keys, most=4):
+    """A (Sample, how often it was sampled) of each context, sampled as for inference (paper, section 1).
+
+    A malformed answer would leave a gap in all later histories, so it is sampled again, with noise of its own, up to
+    `most` times in all. Training never does that: there it is what r_fmt punishes.
+    """
+    written = [None] * len(contexts)
+    waiting = range(len(contexts))
+    for tries in range(1, most + 1):
+        again = (tries,) if tries > 1 else ()
+        groups = rollout(policy, [contexts[i] for i in waiting], 1, [keys[i] + again for i in waiting],
+                         temperature=0.6, top_p=0.95, top_k=20)
+        for i, (sample,) in zip(waiting, groups):
+            written[i] = sample, tries
+        waiting = [i for i in waiting
+                   if written[i][0].memory is None and not is_grey(contexts[i].clips[-1])]
+        if not waiting:
+            break
+    return written
+
+
+def say_malformed(rows):
+    """Says how many of the rows of a watch were malformed at first, and how many remained so."""
+    again = sum("tries" in row for row in rows)
+    empty = sum(not row["memory"] and "grey" not in row for row in rows)
+    if again:
+        print(f"  {again} of {len(rows)} answers were malformed and sampled again")
+    if empty:
+        print(f"*** {empty} of {len(rows)} clips have no memory, as their answers stayed malformed; "
+              "where these break off, raise MAX_NEW_TOKENS ***")
 
 
 def go_on(memories, path):

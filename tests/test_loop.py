@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from types import SimpleNamespace
 
 import pytest
 
+np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
 from support import runs                                                    # noqa: E402
 from support.checkpoint import Training                                     # noqa: E402
+from support.plan import Room                                               # noqa: E402
 
 phase1 = importlib.import_module("02_phase1_train")
 
@@ -455,6 +458,81 @@ def test_a_torn_line_is_cut_off(tmp_path):
     assert [r["i"] for r in runs.read_jsonl(path, torn=True)] == [0, 1]
     runs.append_jsonl(path, [{"i": 2, "text": "é\u2028"}])
     assert path.read_bytes() == whole
+
+
+def always_malformed_at_first(monkeypatch, ends_well):
+    """Rollouts whose answers are malformed unless ends_well(key) -> the keys that were asked for, call by call."""
+    asked, honest = [], common.rollout
+
+    def rollout(policy, contexts, n, keys, **how):
+        asked.append(list(keys))
+        groups = honest(policy, contexts, n, keys, **how)
+        for (sample,), key in zip(groups, keys):
+            sample.memory = f"memory by {key}" if ends_well(key) else None
+        return groups
+    monkeypatch.setattr(common, "rollout", rollout)
+    return asked
+
+
+def test_a_malformed_answer_is_sampled_again_with_noise_of_its_own(policy, streams, monkeypatch, capsys):
+    short = [s | {"clips": s["clips"][:1]} for s in streams[:3]]
+    number = {s["stream"]: zlib.crc32(s["stream"].encode()) for s in short}
+    first, second, third = (number[s["stream"]] for s in short)
+    # The first is well formed at once, the second at its third try, the third never.
+    asked = always_malformed_at_first(monkeypatch, lambda key: key[2] == first or key[2] == second and key[4:] == (3,))
+    memories = common.watch(policy, short)
+    seed = policy.S.SEED
+    assert asked == [
+        [(seed, 7, first, 0), (seed, 7, second, 0), (seed, 7, third, 0)],
+        [(seed, 7, second, 0, 2), (seed, 7, third, 0, 2)],
+        [(seed, 7, second, 0, 3), (seed, 7, third, 0, 3)],
+        [(seed, 7, third, 0, 4)]]
+    rows = [memories[s["stream"]][0] for s in short]
+    assert [row.get("tries", 1) for row in rows] == [1, 3, 4]
+    assert [row["memory"] for row in rows] == [
+        f"memory by {(seed, 7, first, 0)}", f"memory by {(seed, 7, second, 0, 3)}", ""]
+    said = capsys.readouterr().out
+    assert "2 of 3 answers were malformed and sampled again" in said
+    assert "*** 1 of 3 clips have no memory" in said
+
+
+def test_no_noise_of_an_attempt_equals_anothers():
+    noise = [common.draw_noise((0, 7, 99, 0) + again, 2, 5) for again in ((), (2,), (3,), (4,))]
+    drawn = np.concatenate(noise).ravel()
+    assert len(np.unique(drawn)) == len(drawn) == 40
+
+
+def test_a_grey_clip_is_not_sampled_again(policy, streams, monkeypatch, capsys):
+    asked = always_malformed_at_first(monkeypatch, lambda key: False)
+    monkeypatch.setattr(common, "is_grey", lambda clip: True)
+    common.watch(policy, [streams[0] | {"clips": streams[0]["clips"][:1]}])
+    assert len(asked) == 1 and "malformed" not in capsys.readouterr().out
+
+
+def test_rounds_of_a_watch():
+    """At most two streams at a time, the longest first; b has begun before; where one ends the next begins."""
+    lengths = {"a": 1, "b": 4, "c": 2, "d": 0}
+    streams = [{"stream": name, "clips": list(range(n))} for name, n in lengths.items()]
+    rounds = common.watch_rounds(streams, {"a": [], "b": ["written"], "c": [], "d": []}, width=2)
+    assert [[(stream["stream"], t) for stream, t in places] for places in rounds] == [
+        [("b", 1), ("c", 0)], [("b", 2), ("c", 1)], [("b", 3), ("a", 0)]]
+
+
+@pytest.mark.parametrize("clips, room, width", [(4000, 384, 384), (12, 384, 2), (3, 384, 1), (4000, 6, 6)])
+def test_streams_whose_windows_are_remembered_are_watched_at_once(policy, monkeypatch, clips, room, width):
+    monkeypatch.setattr(policy.S, "FEATURE_CLIPS", clips)
+    monkeypatch.setattr(policy, "room", Room(most=room))
+    assert common.streams_at_once(policy) == width
+
+
+def test_a_watch_of_few_at_a_time_writes_the_same_and_sees_each_clip_once(policy, streams, monkeypatch):
+    whole = common.watch(policy, streams)
+    policy.features.clear()
+    seen, honest = [], policy._see
+    monkeypatch.setattr(policy, "_see", lambda clips: seen.extend(map(common.clip_key, clips)) or honest(clips))
+    monkeypatch.setattr(policy.S, "FEATURE_CLIPS", 2 * policy.S.K)
+    assert common.watch(policy, streams) == whole
+    assert len(streams) > 2 and len(seen) == len(set(seen)) == sum(len(s["clips"]) for s in streams)
 
 
 def test_an_interrupted_watch_goes_on(policy, streams, tmp_path):
