@@ -190,11 +190,19 @@ def as_chat(text, tokenizer):
     return tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
 
 
+# Many models put JSON into a Markdown fence, as the prompt of the authors' release shows it.
+FENCE = re.compile(r"\s*```(?:json)?\s(.*)\s```\s*", re.DOTALL)
+
+
 def parse_response(text):
     """(memory, thinking) of a response. The memory is None unless it is exactly one `</think>` and then one JSON
     object with the single key `description`, not empty (paper, section 2, r_fmt).
 
+    One Markdown fence may stand around the object, and white space around both; nothing else may.
+
     >>> parse_response('a cup\\n</think>\\n\\n{"description": "<face_3> waves."}')
+    ('<face_3> waves.', 'a cup')
+    >>> parse_response('a cup</think>```json\\n{"description": "<face_3> waves."}\\n```')
     ('<face_3> waves.', 'a cup')
     >>> parse_response('a cup, {"description": "<face_3> waves."}')[0]      # the thinking never ends
     """
@@ -202,6 +210,9 @@ def parse_response(text):
     thinking = thinking.strip()
     if "</think>" in rest:
         return None, thinking
+    fenced = FENCE.fullmatch(rest)
+    if fenced:
+        rest = fenced[1]
     try:
         # An object becomes a tuple of (key, value) pairs, so that a repeated key shows.
         pairs = json.loads(rest, object_pairs_hook=tuple)
@@ -448,7 +459,7 @@ class Policy:
     `use(writer)` chooses who writes: "base"; "phase1", with what 02 trained; "phase2", with 05's adapter on top;
     or "reward", 04's LoRA, which reads and doesn't write. lm: the decoder; hidden: d; end: id of the end token;
     banned: ids that are never sampled (<|video_pad|> would crash the next pass), masked in log-probs too;
-    closing: ids that may end a JSON object; room: what fits in memory (support/plan.py).
+    closing: ids that may end a JSON object, or the fence around it; blank: ids of white space; room: what fits in memory (support/plan.py).
     """
     def __init__(self, model, tokenizer, room, S):
         self.model = model
@@ -470,7 +481,10 @@ class Policy:
         special = {i for i, token in tokenizer.added_tokens_decoder.items()
                    if re.fullmatch(r"<\|.*\|>", token.content)}
         self.banned = torch.tensor(sorted(special - {self.end}), device=self.device)
-        self.closing = {i for token, i in tokenizer.get_vocab().items() if "}" in token}
+        vocabulary = tokenizer.get_vocab().items()
+        self.closing = {i for token, i in vocabulary if "}" in token or "`" in token}
+        # In a vocabulary a space is written Ġ, and a line's end Ċ.
+        self.blank = {i for token, i in vocabulary if re.fullmatch("[ĠĊĉč]+", token)}
 
     # ---------------- adapters
     def add(self, writer, kind, folder=None):
@@ -726,7 +740,8 @@ def load_policy(S):
 def rollout(policy, contexts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
     """n samples of each context, by the writer that is switched on -> a list of n Samples per context.
 
-    keys: a tuple of ints >= 0 per context; sample j draws its noise from (*key, j) alone.
+    keys: a tuple of ints >= 0 per context; sample j draws its noise from (*key, j) alone. An answer stops at the end
+    token, at any other that is not white space behind its object (or the fence around that), or at MAX_NEW_TOKENS.
     """
     how = HowToSample(temperature, top_p, top_k)
     limit = policy.S.MAX_NEW_TOKENS
@@ -773,9 +788,12 @@ def draw_noise(key, n, limit):
 
 
 def as_sample(policy, ids):
+    """The Sample of an answer's tokens. One without the end token is malformed, though its object may be whole."""
     ended = bool(ids) and ids[-1] == policy.end
     text = policy.tokenizer.decode(ids[:-1] if ended else ids)
     memory, thinking = parse_response(text)
+    if not ended:
+        memory = None
     return Sample(
         ids=list(ids), text=text, memory=memory,
         thinking_tokens=count_tokens(policy, thinking),

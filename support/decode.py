@@ -145,7 +145,7 @@ class Columns:
         self.rows = list(range(B))
         self.who = torch.arange(n, device=noise.device).expand(B, n)
         self.answers = [[[] for _ in range(n)] for _ in range(B)]
-        self.closed = set()  # (row, answer) that is complete: its next token is the last
+        self.closed = set()  # (row, answer) that is complete: white space may follow, or one other token
 
     def write(self, hidden):
         """Answers from hidden (B, n, d), the prompts' last outputs, on."""
@@ -170,7 +170,8 @@ class Columns:
             for number, token in zip(numbers, tokens):
                 if number >= 0:
                     self.answers[row][number].append(token)
-                    if token != self.policy.end and (row, number) not in self.closed:
+                    may_go_on = (row, number) not in self.closed or token in self.policy.blank
+                    if token != self.policy.end and may_go_on:
                         going_on.append((number, token))
             for number, token in going_on:
                 if token in self.policy.closing and self.is_complete(self.answers[row][number]):

@@ -16,7 +16,7 @@ import pytest
 np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
-from support import runs                                                    # noqa: E402
+from support import decode, runs                                                    # noqa: E402
 from support.checkpoint import Training                                     # noqa: E402
 from support.plan import Room                                               # noqa: E402
 
@@ -41,7 +41,18 @@ def test_the_examples_in_the_docstrings_are_true(name):
     ('a</think>{"description": "x"}</think>', None, "a"),
     ('a</think>{"description": "x"} and more', None, "a"),
     ('a</think>so: {"description": "x"}', None, "a"),
-    ('a</think>```json\n{"description": "x"}\n```', None, "a"),
+    ('a</think>```json\n{"description": "x"}\n```', "x", "a"),
+    ('a</think>\n\n```\n {"description": "x"} \n``` \n', "x", "a"),
+    ('a</think>```json\n{\n  "description": "take ```b``` out"\n}\n```', "take ```b``` out", "a"),
+    ('a</think>```json\n{"description": "x"}\n', None, "a"),                          # the fence stays open
+    ('a</think>{"description": "x"}\n```', None, "a"),
+    ('a</think>```json\n```json\n{"description": "x"}\n```\n```', None, "a"),         # two fences
+    ('a</think>```json\n{"description": "x"}\n```\n```json\n{"description": "x"}\n```', None, "a"),
+    ('a</think>Here:\n```json\n{"description": "x"}\n```', None, "a"),               # text outside
+    ('a</think>```json\n{"description": "x"}\n```\nDone.', None, "a"),
+    ('a</think>```python\n{"description": "x"}\n```', None, "a"),
+    ('a</think>```json\n{"description": "x"} yes\n```', None, "a"),
+    ('```json\na</think>{"description": "x"}\n```', None, "```json\na"),              # begun in the thinking
     ('a</think>{"description": "x"', None, "a"),                                      # cut off
     ('a</think>{"description": "x"}{"description": "y"}', None, "a"),
     ('a</think>{"description": "x", "description": "y"}', None, "a"),                 # the key twice
@@ -60,6 +71,43 @@ def test_the_examples_in_the_docstrings_are_true(name):
     ("a</think>", None, "a"), ("</think>", None, ""), ("", None, "")])
 def test_parse_response(text, memory, thinking):
     assert common.parse_response(text) == (memory, thinking)
+
+
+def rolled_out(policy, context, monkeypatch, tokens, limit):
+    """The Sample of a rollout that draws these ids, and the end token after them; limit: MAX_NEW_TOKENS."""
+    coming = iter([*tokens, policy.end, None])
+    monkeypatch.setattr(decode, "pick", lambda logits, u, how: torch.full_like(u, next(coming), dtype=torch.long))
+    monkeypatch.setattr(policy.S, "MAX_NEW_TOKENS", limit)
+    [[sample]] = common.rollout(policy, [context], 1, [(1,)])
+    return sample
+
+
+OBJECT = '{"description": "now, a red lamp."}'
+
+
+@pytest.mark.parametrize("text, unread, is_memory", [
+    (OBJECT, "", True),
+    (OBJECT + "\n\n\n \t", "", True),                            # white space may follow, until the end token
+    (OBJECT + "\n, red", " red", False),                     # anything else is the last token
+    (OBJECT + "</think> red", " red", False),
+    (f"```json\n{OBJECT}\n```", "", True),                       # a fence that is open is closed
+    (f"```json\n{OBJECT}\n```\n", "", True),
+    (f"```json\n{OBJECT}\n```\n, red", " red", False),
+    (f"```json\n{OBJECT}\nred\n```", "", False)])               # not complete, so it goes on to its end
+def test_an_answer_stops_behind_its_object_or_its_fence(policy, contexts, monkeypatch, text, unread, is_memory):
+    ids = policy.tokenizer("</think>" + text)["input_ids"]
+    sample = rolled_out(policy, contexts[0], monkeypatch, ids, limit=99)
+    assert sample.text + unread == "</think>" + text
+    assert (sample.ids[-1] == policy.end) == (not unread) and not sample.truncated
+    assert sample.memory == ("now, a red lamp." if is_memory else None)
+
+
+def test_an_answer_that_is_not_ended_is_malformed(policy, contexts, monkeypatch):
+    ids = policy.tokenizer("</think>" + OBJECT)["input_ids"]
+    ended = rolled_out(policy, contexts[0], monkeypatch, ids, limit=len(ids) + 1)
+    assert ended.memory == "now, a red lamp." and not ended.truncated and ended.ids == [*ids, policy.end]
+    cut = rolled_out(policy, contexts[0], monkeypatch, ids, limit=len(ids))
+    assert cut.memory is None and cut.truncated and cut.text == ended.text and cut.memory_tokens == 0
 
 
 # ================================================================ rewards of Phase One
