@@ -51,7 +51,9 @@ FRAME_PIXELS = per_model(96**2, 448**2)  # of a frame at most; 32 x 32 pixels of
 MEMORY_TOKENS = per_model(17, 150)      # budget of one memory (paper: 150); 17 hold three of the
                                         # eight facts of a toy clip
 THINK_TOKENS = per_model(16, 1200)      # L of r_len (paper: 1200)
-MAX_NEW_TOKENS = per_model(72, 2800)    # thinking up to 2L, then the memory
+MAX_NEW_TOKENS = per_model(72, 2800)    # 2L of thinking, where r_len ends, then a memory even over its
+                                        # budget and its JSON (released run: 8192, for which 80 GB
+                                        # are too few here)
 BITS = per_model(16, 4)                 # of the weights: 4 packs linears and experts as NF4
 VISION_BITS = 16                        # 4: the vision tower's linears too, 0.8 GiB less
 DOUBLE_QUANT = 0                        # 1: the scales of packed weights in 8 bits, 1.3 GiB less
@@ -410,11 +412,15 @@ def stop_where_the_judge_failed(groups, step):
 
 
 def say_step(run, row, seconds, groups):
-    """One line a step; where groups are given, the best and the worst sample of the first one below it."""
+    """One line a step, after the first one what was cut off; where groups are given, the best and the worst sample
+    of the first one below it."""
     line = f"step {row['step']:3}  reward {row['reward']:+.3f}  "
     if "quality" in row:
         line += f"quality {row['quality']:+.3f}  "
     run.bar.write(line + f"memory {row['memory']:.1f} tokens  {seconds:.1f} s")
+    if row["step"] == 0 and row["truncated"]:
+        run.bar.write(f"*** {row['truncated']:.0%} of the answers were cut off by MAX_NEW_TOKENS, and are "
+                      "malformed; where they were well on their way, raise it ***")
     samples = [sample for group in groups[:1] for sample in group.judged]
     samples.sort(key=lambda sample: sample.reward)
     if samples:
@@ -732,6 +738,11 @@ def clip_key(clip):
 
 def load_policy(S):
     """S.MODEL, frozen, with its tokenizer, ready to take adapters. SystemExit where it can't be used."""
+    longest = 2 * S.THINK_TOKENS + S.MEMORY_TOKENS + 20             # 20: the JSON and a fence
+    if S.MAX_NEW_TOKENS < longest:
+        print(f"*** MAX_NEW_TOKENS={S.MAX_NEW_TOKENS} is less than {longest}: 2 x THINK_TOKENS, which r_len "
+              "punishes step by step, MEMORY_TOKENS and the JSON. An answer that long is cut off, "
+              "and malformed ***")
     model, tokenizer, room = load_model(S)
     return Policy(model, tokenizer, room, S)
 

@@ -102,6 +102,21 @@ def test_an_answer_stops_behind_its_object_or_its_fence(policy, contexts, monkey
     assert sample.memory == ("now, a red lamp." if is_memory else None)
 
 
+@pytest.mark.parametrize("limit, is_said", [(68, True), (69, False)])
+def test_too_little_room_for_an_answer_is_said(monkeypatch, capsys, limit, is_said):
+    monkeypatch.setattr(common, "load_model", lambda S: (_ for _ in ()).throw(SystemExit("loaded")))
+    S = common.settings({"__doc__": ""}, [f"--MAX_NEW_TOKENS={limit}", "--THINK_TOKENS=16", "--MEMORY_TOKENS=17"])
+    with pytest.raises(SystemExit, match="loaded"):
+        common.load_policy(S)
+    assert (f"*** MAX_NEW_TOKENS={limit} is less than 69" in capsys.readouterr().out) == is_said
+
+
+@pytest.mark.parametrize("model", ["tiny", "Qwen/Qwen3-VL-30B-A3B-Thinking"])
+def test_answers_have_room_by_default(model):
+    S = common.settings({"__doc__": ""}, [f"--MODEL={model}"])
+    assert S.MAX_NEW_TOKENS >= 2 * S.THINK_TOKENS + S.MEMORY_TOKENS + 20
+
+
 def test_an_answer_that_is_not_ended_is_malformed(policy, contexts, monkeypatch):
     ids = policy.tokenizer("</think>" + OBJECT)["input_ids"]
     ended = rolled_out(policy, contexts[0], monkeypatch, ids, limit=len(ids) + 1)
@@ -437,6 +452,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing(policy, streams, tmp_path
         loop(policy, tmp_path, streams, argv=["--STEPS=1"])
     assert before and all(torch.equal(a, b) for a, b in zip(before, policy.trainable))
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_what_is_cut_off_is_said_once_after_the_first_step(policy, streams, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(policy.S, "MAX_NEW_TOKENS", 72)
+    loop(policy, tmp_path / "whole", streams, argv=["--STEPS=1"])
+    assert rows(tmp_path / "whole" / "log.csv")[0]["truncated"] == "0" and "cut off" not in capsys.readouterr().out
+    monkeypatch.setattr(policy.S, "MAX_NEW_TOKENS", 8)
+    loop(policy, tmp_path / "cut", streams, argv=["--STEPS=2"])
+    assert [row["truncated"] for row in rows(tmp_path / "cut" / "log.csv")] == ["1", "1"]
+    said = [line for line in capsys.readouterr().out.splitlines() if "cut off by MAX_NEW_TOKENS" in line]
+    assert len(said) == 1 and "*** 100% of the answers" in said[0]
 
 
 def test_flat_groups_and_gated_ones_leave_the_policy_as_it_is(policy, streams, tmp_path):
