@@ -29,7 +29,7 @@ from support.runs import Prompt, append_jsonl, clock, per_model, read_progress, 
 from support.text import as_text
 from support.video import frames_to_patches
 from support.weights import (FILES, check_tensors, head_in_fp32, load_model, lora_config,
-                             read_tensors, steer_key, steered_layer)
+                             read_tensors, steer_key, steered_layer, that_steer)
 
 try:                                    # --help must work before anything is installed
     import numpy as np
@@ -537,6 +537,7 @@ class Policy:
         if not folder:
             self.layer = self.S.LAYER
         else:
+            saved = that_steer(saved)
             self.layer = min(steered_layer(saved), self.layers - 1)
             check_tensors(folder / FILES["steer"], saved, {steer_key(self.layer): vector})
             vector = saved[steer_key(self.layer)]

@@ -399,7 +399,8 @@ def print_model(model, name, S):
 def add_steering(model, name):
     """Puts the steering vector of a Phase Two checkpoint in place for good, under whatever is trained on top.
 
-    The authors keep it as `...layers.N.adapter.steer`: a vector (d,) that is added to layer N's output.
+    The authors keep it as `...layers.N.adapter.steer`: a vector (d,) that is added to layer N's output. Their files
+    hold one for each layer, but all except one are zero.
     """
     from safetensors import safe_open
     for key, file in tensor_files(name).items():
@@ -407,6 +408,8 @@ def add_steering(model, name):
             continue
         with safe_open(file_of_model(name, file), "pt") as tensors:
             vector = tensors.get_tensor(key).to(model.device)
+        if not vector.any():
+            continue
         layer = int(re.search(r"layers\.(\d+)", key)[1])
         hook = functools.partial(add_vector, vector)
         model.model.language_model.layers[layer].register_forward_hook(hook)
@@ -523,6 +526,12 @@ def lora_config(folder, rank):
 def steer_key(layer):
     """The authors' name of a steering vector after this layer."""
     return f"model.language_model.layers.{layer}.adapter.steer"
+
+
+def that_steer(tensors):
+    """Of an adapter's vectors those that are not zero; all of them, where none is."""
+    acting = {key: vector for key, vector in tensors.items() if vector.any()}
+    return acting or tensors
 
 
 def steered_layer(tensors):

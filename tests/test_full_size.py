@@ -358,7 +358,9 @@ def full(tmp_path_factory):
     shutil.copytree(TINY, folder)
     state = load_file(str(folder / "model.safetensors"))
     vector = torch.linspace(-0.2, 0.2, 128)
-    save_file(state | {"model.language_model.layers.1.adapter.steer": vector},
+    vectors = {f"model.language_model.layers.{layer}.adapter.steer": vector if layer == 1 else torch.zeros(128)
+               for layer in range(4)}                                          # as the authors' files: one a layer
+    save_file(state | vectors,
               str(folder / "model.safetensors"), metadata={"format": "pt"})
     return folder, vector
 
@@ -366,7 +368,9 @@ def full(tmp_path_factory):
 def test_a_checkpoint_with_a_steering_vector_is_steered(full, policy, contexts, capsys):
     folder, vector = full
     other = common.load_policy(settings(f"--MODEL={folder}", "--BITS=16", *SMALL))
-    assert "steering vector" in capsys.readouterr().out
+    said = [line for line in capsys.readouterr().out.splitlines() if "steering vector" in line]
+    assert len(said) == 1 and said[0].endswith("acts after layer 1")
+    assert [len(layer._forward_hooks) for layer in other.lm.layers] == [0, 1, 0, 0]
     ids = [list(range(9, 40))]
     policy.S.LAYER = 1
     mine, = policy.add("phase2", "steer")

@@ -467,6 +467,25 @@ def test_steering_vector(policy, contexts, tmp_path):
         f"model.language_model.layers.{policy.layers // 2}.adapter.steer"]          # the authors' key
 
 
+def test_of_an_adapters_vectors_the_zero_ones_are_left_out(policy, contexts, tmp_path):
+    """As in the authors' release: one for each layer, all but one of them zero."""
+    from safetensors.torch import load_file
+    context, ids = contexts[1], answers(policy, 11, (6, 9))
+    vector, = add_steer(policy, 1)
+    with torch.no_grad():
+        vector.fill_(0.1)
+    steered = reading(policy, context, ids)
+    vectors = {f"model.language_model.layers.{layer}.adapter.steer": torch.full((policy.hidden,), 0.1 * (layer == 1))
+               for layer in range(policy.layers)}
+    weights.write_tensors(tmp_path / "theirs" / "steer.safetensors", vectors)
+    weights.load_adapter(policy, "phase2", tmp_path / "theirs")
+    assert policy.layer == 1 and torch.equal(reading(policy, context, ids), steered)
+    assert sum(len(layer._forward_hooks) for layer in policy.lm.layers) == 1
+    weights.save_adapter(policy, "phase2", tmp_path / "ours")
+    assert list(load_file(str(tmp_path / "ours" / "steer.safetensors"))) == [
+        "model.language_model.layers.1.adapter.steer"]
+
+
 def test_steering_is_an_addition_to_one_layers_output(policy, contexts):
     context, ids = contexts[0], answers(policy, 12, (5,))
     last = policy.layers - 1
