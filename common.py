@@ -18,6 +18,7 @@ import zlib
 from dataclasses import dataclass, field
 
 from support import judges, runs
+from support.ahead import ReadAhead
 from support.attention import lay_out, packed_positions, share_rows
 from support.decode import HowToSample, decode
 from support.hours import first_measured
@@ -478,6 +479,7 @@ class Policy:
         self.hidden = self.lm.config.hidden_size
         self.layers = len(self.lm.layers)
         self.features = {}              # ClipFeatures of the last FEATURE_CLIPS clips
+        self.frames = ReadAhead(self._read)
         self.who = "base"
         self.trainable = []
         self.kind = {}                  # writer: "lora", "steer" or "all"
@@ -614,13 +616,23 @@ class Policy:
             p.requires_grad_(True)
 
     # ---------------- prompts
-    def prepare(self, contexts):
-        """Encoded prompts of contexts. Vision features come from memory where a clip was seen before."""
+    def look_ahead(self, contexts):
+        """Says which contexts come next, so that the frames of their clips are read in the meantime."""
+        self.frames.expect(self._unseen(contexts))
+
+    def _unseen(self, contexts):
+        """{key: clip} of the clips without features."""
         unseen = {}
         for context in contexts:
             for clip in context.clips:
                 if clip_key(clip) not in self.features:
                     unseen[clip_key(clip)] = clip
+        return unseen
+
+    def prepare(self, contexts):
+        """Encoded prompts of contexts. Vision features come from memory where a clip was seen before."""
+        unseen = self._unseen(contexts)
+        self.frames.expect(unseen)
         keys = list(unseen)
         clips_at_once = max(1, 256 // self.S.FRAMES_PER_CLIP)       # many small clips in one pass
         for i in range(0, len(keys), clips_at_once):
@@ -638,13 +650,12 @@ class Policy:
         grids = []
         times = []
         for clip in clips:
-            frames, seconds = clip_frames(clip, self.S.FRAMES_PER_CLIP)  # (n, H, W, 3)
-            clip_patches, grid = frames_to_patches(frames, self.S.FRAME_PIXELS)
+            clip_patches, grid, at = self.frames.take(clip_key(clip), clip)
             patches.append(clip_patches)
             grids.append(grid)
-            times.append(pair_times(seconds))
+            times.append(at)
         tower = self.model.model.visual
-        pixels = torch.cat(patches).to(self.device, tower.dtype)
+        pixels = torch.cat(patches).to(self.device)
         with torch.no_grad():
             out = tower(pixels, return_dict=True, grid_thw=torch.tensor(grids, device=self.device))
         sizes = [t * h * w // 4 for t, h, w in grids]               # tokens of each clip
@@ -652,6 +663,12 @@ class Policy:
         of_clips = zip(*layers)                                     # per clip (V, d) of each layer
         return [ClipFeatures(grid, at, [layer.clone() for layer in of_clip])
                 for grid, at, of_clip in zip(grids, times, of_clips)]
+
+    def _read(self, clip):
+        """(patches, grid, times of the frame pairs) of a clip's frames."""
+        frames, seconds = clip_frames(clip, self.S.FRAMES_PER_CLIP)  # (n, H, W, 3)
+        patches, grid = frames_to_patches(frames, self.S.FRAME_PIXELS)
+        return patches.to(self.model.model.visual.dtype), grid, pair_times(seconds)
 
     def _prompt_ids(self, context):
         """Token ids of a prompt. Of a clip that was not seen yet the frames are taken to be of full size."""
@@ -783,6 +800,7 @@ def batches(policy, contexts, n, limit):
     """
     lengths = [policy.prompt_length(context) for context in contexts]
     numbers = sorted(range(len(contexts)), key=lambda i: -lengths[i])
+    policy.look_ahead([contexts[i] for i in numbers])
     while numbers:
         first = numbers[0]
         count, width = policy.room.side_by_side(lengths[first], n, limit)
@@ -828,6 +846,7 @@ def logprobs(policy, context, answers):
 
 def packed_rows(policy, groups):
     """Lists of groups that share a packed row (ROW_TOKENS). A group is what has a `context` and `ids`, its answers."""
+    policy.look_ahead([group.context for group in groups])
     lengths = []
     for group in groups:
         lengths.append(policy.prompt_length(group.context) + sum(len(ids) for ids in group.ids))
@@ -889,7 +908,8 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch", pl
     bar = progress(rounds, desc, leave=False)
     # The first contexts have fewer clips than K.
     what = f"a clip of {width} streams"
-    for places in first_measured(bar, len(rounds), planned, what, skip=policy.S.K - 1):
+    steps = first_measured(bar, len(rounds), planned, what, skip=policy.S.K - 1)
+    for number, places in enumerate(steps):
         share = my_share(places)
         contexts = []
         keys = []
@@ -897,8 +917,11 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch", pl
             latest = memories[stream["stream"]][-policy.S.K:]
             history = {row["clip"]: row["memory"] for row in latest}
             contexts.append(make_context(stream, t, history, questions, policy.S.K))
-            number = zlib.crc32(stream["stream"].encode())
-            keys.append((policy.S.SEED, 7, number, t))     # 7: noise of its own, not training's
+            checksum = zlib.crc32(stream["stream"].encode())
+            keys.append((policy.S.SEED, 7, checksum, t))     # 7: noise of its own, not training's
+        next_places = my_share(rounds[number + 1]) if number + 1 < len(rounds) else []
+        coming = [make_context(stream, t, {}, k=policy.S.K) for stream, t in next_places]
+        policy.look_ahead(contexts + coming)
         written = write_memories(policy, contexts, keys)
         rows = []
         for (stream, t), (sample, tries) in zip(share, written):

@@ -269,7 +269,7 @@ def test_nothing_is_remembered_of_a_damaged_clip(policy, streams, damage, tmp_pa
     damage.add((short[0]["clips"][1]["file"], short[0]["clips"][1]["offset"]))
     plain = {"description": "now, in the office."}
     monkeypatch.setattr(common, "decode", lambda policy, prompts, noise, *_: [
-        [policy.tokenizer("x</think>" + json.dumps(plain))["input_ids"]] for _ in prompts])
+        [policy.tokenizer("x</think>" + json.dumps(plain))["input_ids"] + [policy.end]] for _ in prompts])
     rows = common.watch(policy, short, path=tmp_path / "memories.jsonl")
     written = {name: [(row["memory"], row.get("grey")) for row in rows] for name, rows in rows.items()}
     good = ("now, in the office.", None)
