@@ -378,10 +378,10 @@ def plan_loop(plan, S, steps, off_policy_steps):
     answers = groups * S.GROUP
     updates = math.ceil(S.CONTEXTS / S.MINI_BATCH)
     row = prompt_tokens(S), S.GROUP, plan.answer
-    # Off-policy all clips of a context are new, later the newest alone.
     on_policy_steps = steps - off_policy_steps
-    plan.see("frames", off_policy_steps * S.CONTEXTS * S.K + on_policy_steps * S.CONTEXTS)
     plan.sample("rollout", groups, S.GROUP, S.CONTEXTS)
+    # Off-policy all clips of a context are new, later the newest alone.
+    plan.see("rollout", off_policy_steps * S.CONTEXTS * S.K + on_policy_steps * S.CONTEXTS)
     plan.read("update: old log-probs", groups * (updates - 1) // updates, *row)
     if S.KL:
         plan.read("update: reference", groups, *row)

@@ -334,8 +334,8 @@ def work(plan, S, sizes):
     plan.watch("watch", sizes.clips, sizes.streams)
     plan_answers(plan, S, sizes, sizes.environments * (S.RECENT + S.LATER), S.RECENT + S.LATER)
     if sizes.contexts:
-        plan.see("cache: frames", sizes.contexts * S.K)
         plan.sample("cache", sizes.contexts, S.GROUP, S.CHUNK)
+        plan.see("cache", sizes.contexts * S.K)
         phase1.plan_quality(plan, S, sizes.contexts * S.GROUP, S.CHUNK * S.GROUP)
 
 

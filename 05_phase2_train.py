@@ -331,13 +331,13 @@ def work(plan, S, sizes):
     pairs = round(hours.PAIRED * sizes.contexts)
     row = prompt_tokens(S), 2, plan.answer
     reference = pairs * sizes.environments
-    plan.see("reference: frames", reference * S.K)
     plan.read("reference", reference, *row)
+    plan.see("reference", reference * S.K)
     plan.steps_begin()
-    # The pairs of a step are drawn by chance, so their clips have been forgotten.
     learned = steps * min(S.PAIRS, pairs)
-    plan.see("update: frames", learned * S.K)
     plan.learn("update", learned, *row)
+    # The pairs of a step are drawn by chance, so their clips have been forgotten.
+    plan.see("update", learned * S.K)
 
 
 def learn_from_pairs(policy, S, environment, streams, start_training):

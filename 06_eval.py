@@ -589,8 +589,8 @@ def work(plan, S, sizes, methods=0):
     collect.plan_answers(plan, S, sizes, answers, round(questions / max(1, sizes.environments)))
     # One more sample of Phase One is what the memories of all are compared with.
     memories = (3 + methods) * S.VALIDATE
-    plan.see("validate: frames", memories * S.K)
     plan.sample("validate", memories, 1, S.VALIDATE)
+    plan.see("validate", memories * S.K)
     # Judged are as many memories as deployed, and in the same contexts.
     judged = 2 * (2 + methods) * S.VALIDATE
     phase1.plan_quality(plan, S, judged, S.VALIDATE)

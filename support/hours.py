@@ -8,7 +8,8 @@ and T_pairs = P P / 2 + n A P + n A A / 2 pairs of a token and one that it sees.
     a token of S answers    the larger of launches and step + seen x S x (P + n A / 2), as all of a prompt's
                             answers lie in one row and are half written on average (sample)
     an answer of a judge    a row of its own, its reasoning sampled before it       (judge)
-    a clip                  frame x frames on the CPU, and on the card vision x tokens   (see)
+    a clip                  vision x tokens, and the card waits where the CPU, which reads ahead, needs longer for its
+                            frames than the card for all of the part beside it      (see)
 
 Two things are taken for granted. Everything uses its budget: an answer has THINK_TOKENS and MEMORY_TOKENS, a prompt is
 full. And the longest of the answers that are written side by side, which ends last, is LONGEST times as long. So it
@@ -222,22 +223,26 @@ class Estimate:
         part.work = part.work.replace("answers", "judge calls", 1)
         part.seconds += calls * self.speed.read(prompt + reasoning, replies, REPLY)
 
-    def see(self, name, clips):
-        """Frames that are read, and the vision tower. Both wait for each other."""
-        frames = clips * self.S.FRAMES_PER_CLIP
-        work = f"{clips:,} clips of {self.S.FRAMES_PER_CLIP} frames, on the CPU and the vision tower"
+    def see(self, part, clips):
+        """The clips of a part that has been listed: the vision tower, and what is waited for frames."""
+        name = f"{part}: frames"
+        work = f"{clips:,} clips of {self.S.FRAMES_PER_CLIP} frames: the vision tower, and waiting for them"
         if not self.speed:
             self.add(name, work, None)
             return
         vision = self.speed.of["vision"] * clips * clip_tokens(self.S)
-        self.add(name, work, self.speed.of["frame"] * frames + vision)
+        reading = self.speed.of["frame"] * clips * self.S.FRAMES_PER_CLIP
+        beside = sum(other.seconds for other in self.parts if other.name == part)
+        self.add(name, work, max(vision, reading - beside))
 
     # ---- what more than one stage does
     def watch(self, name, clips, streams):
-        """A memory of each clip. With many streams side by side a clip's features are forgotten between two steps."""
-        self.sample(name, clips, 1, streams)
-        is_kept = streams * self.S.K <= self.S.FEATURE_CLIPS
-        self.see(f"{name}: frames", clips if is_kept else clips * self.S.K)
+        """A memory of each clip, of as many streams side by side as are written at a time."""
+        at_once = streams
+        if self.speed:
+            at_once, _ = self.together(prompt_tokens(self.S), 1, streams, self.S.K)
+        self.sample(name, clips, 1, at_once)
+        self.see(name, clips)
 
     def add(self, name, work, seconds):
         self.parts.append(Part(name, work, seconds))

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
 from experiments import hours as table                                      # noqa: E402
 from support import hours, plan                                             # noqa: E402
-from support.hours import CARDS, Estimate, Sizes, Speed                     # noqa: E402
+from support.hours import CARDS, Estimate, Part, Sizes, Speed               # noqa: E402
 from support.runs import ROOT, read_json, write_json, write_jsonl           # noqa: E402
 
 THINKING = "Qwen/Qwen3-VL-30B-A3B-Thinking"
@@ -142,19 +142,28 @@ def test_a_judge_by_hand(by_hand):
 
 
 def test_frames_by_hand(by_hand):
-    by_hand.see("x", 10)
-    assert seconds(by_hand) == pytest.approx(10 * 20 * 0.015 + 10 * 2070 * 25e-6)
-    by_hand.watch("w", 400, 40)                                   # 40 x 5 clips are remembered, 41 x 5 are not
-    assert "400 clips" in by_hand.parts[-1].work
-    by_hand.watch("w", 410, 41)
-    assert "2,050 clips" in by_hand.parts[-1].work
+    vision, reading = 10 * 2070 * 25e-6, 10 * 20 * 0.015         # 0.5 and 3 s
+    for beside, want in ((5.0, vision), (1.0, reading - 1.0), (None, reading)):
+        by_hand.parts = [Part("other", "", 99.0)] + ([Part("x", "", beside)] if beside else [])
+        by_hand.see("x", 10)                                      # 3 s of reading hide behind 5 s of x, not behind 1
+        assert seconds(by_hand) == pytest.approx(want) and by_hand.parts[-1].name == "x: frames"
+
+
+def test_a_watch_by_hand(by_hand):
+    """Four streams at a time, whose clips are seen once: 400 clips of 90 streams are 100 rounds."""
+    by_hand.watch("w", 400, 90)
+    sampled, frames = by_hand.parts
+    alone = Estimate(by_hand.S, H100, by_hand.room)
+    alone.sample("w", 400, 1, 4)
+    assert sampled.seconds == alone.parts[0].seconds and "4 x 1 side by side" in sampled.work
+    assert frames.seconds == pytest.approx(400 * 2070 * 25e-6) and "400 clips" in frames.work
 
 
 def test_sums(by_hand):
-    by_hand.see("a: frames", 10)
+    by_hand.see("a", 10)
     by_hand.steps_begin()
     by_hand.see("b", 20)
-    each = (0.3 + 2070 * 25e-6) / 3600
+    each = 0.3 / 3600
     assert by_hand.hours() == pytest.approx(30 * each)
     assert by_hand.hours_of("a") == pytest.approx(10 * each)
     assert by_hand.hours_of("a", shares=2) == pytest.approx(5 * each)
@@ -168,7 +177,7 @@ def test_counts_of_the_stages():
     assert "3,200 x 8 answers" in part(phase1, "rollout").work
     assert "25,600 judge calls" in part(phase1, "judge: clean").work
     assert "2,400 rows" in part(phase1, "update: old log-probs").work
-    assert "10,880 clips" in part(phase1, "frames").work          # 60 x 32 x 5 + 40 x 32
+    assert "10,880 clips" in part(phase1, "rollout: frames").work          # 60 x 32 x 5 + 40 x 32
     cache = estimated("03_collect_tasks", "deploy")
     assert "2,500 x 8 answers" in part(cache, "cache").work
     assert "120 judge calls" in part(cache, "answers").work
