@@ -435,6 +435,7 @@ out.mkdir(exist_ok=True)
 batch = phase1.RollingBatch(streams, {{}}, seed=S.SEED, size=S.CONTEXTS, window=S.K,
                             off_policy_steps=S.OFF_POLICY_STEPS, n_min=S.N_MIN, n_max=S.N_MAX, resample=S.RESAMPLE)
 drawn = gather(common.sample_groups(policy, batch.next(0), 4, (0,)))
+watched = common.watch(policy, streams[:3])
 def fixed(policy, contexts, n, keys, *how):
     rng = lambda key, j: random.Random(str((key, j)))
     pick = lambda r: [r.randrange(20, 700) for _ in range(r.randrange(3, 20))] + [policy.end]
@@ -448,8 +449,8 @@ params = policy.add("phase1", "lora")
 run = Training(out, params, steps=S.STEPS, lr=S.LR, save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP, batch=batch)
 common.grpo(policy, run, batch, rewards, phase1.log_row, reference="base", **phase1.loop_constants(S))
 if is_first_rank():
-    torch.save(dict(params=[p.detach() for p in params], drawn=[[s.ids for s in g.samples] for g in drawn]), \
-out / "end.pt")
+    torch.save(dict(params=[p.detach() for p in params], drawn=[[s.ids for s in g.samples] for g in drawn], \
+watched=watched), out / "end.pt")
 """
 
 
@@ -467,6 +468,9 @@ def test_two_ranks_equal_one_process(toy, tmp_path):
         assert len((out / "log.csv").read_text().splitlines()) == 4
         assert done.stdout.count("M parameters") == done.stdout.count("\nstep   0 ") == 1, done.stdout
     assert ends[1]["drawn"] == ends[2]["drawn"]
+    assert ends[1]["watched"] == ends[2]["watched"]
+    watched = sum(ends[1]["watched"].values(), [])
+    assert 0 < sum("tries" in row for row in watched) and len(watched) == 18   # some were sampled again
     gap = max((a - b).abs().max().item() for a, b in zip(ends[1]["params"], ends[2]["params"]))
     moved = max(p.abs().max().item() for p in ends[1]["params"][1::2])          # B, zero at the start
     assert gap < 1e-5 < moved
