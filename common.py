@@ -905,33 +905,24 @@ def watch(policy, streams, questions=(), path=None, begun=None, desc="watch", pl
     go_on(memories, path)
     width = streams_at_once(policy)
     rounds = watch_rounds(streams, memories, width)
-    bar = progress(rounds, desc, leave=False)
-    # The first contexts have fewer clips than K.
+    with_the_next = list(zip(rounds, [*rounds[1:], []]))
+    bar = progress(with_the_next, desc, leave=False)
     what = f"a clip of {width} streams"
+    # The first contexts have fewer clips than K.
     steps = first_measured(bar, len(rounds), planned, what, skip=policy.S.K - 1)
-    for number, places in enumerate(steps):
+    for places, next_places in steps:
         share = my_share(places)
-        contexts = []
+        contexts = watch_contexts(share, memories, questions, policy.S.K)
+        coming = watch_contexts(my_share(next_places), memories, questions, policy.S.K)
+        policy.look_ahead(contexts + coming)
         keys = []
         for stream, t in share:
-            latest = memories[stream["stream"]][-policy.S.K:]
-            history = {row["clip"]: row["memory"] for row in latest}
-            contexts.append(make_context(stream, t, history, questions, policy.S.K))
-            checksum = zlib.crc32(stream["stream"].encode())
-            keys.append((policy.S.SEED, 7, checksum, t))     # 7: noise of its own, not training's
-        next_places = my_share(rounds[number + 1]) if number + 1 < len(rounds) else []
-        coming = [make_context(stream, t, {}, k=policy.S.K) for stream, t in next_places]
-        policy.look_ahead(contexts + coming)
+            number = zlib.crc32(stream["stream"].encode())
+            keys.append((policy.S.SEED, 7, number, t))     # 7: noise of its own, not training's
         written = write_memories(policy, contexts, keys)
         rows = []
         for (stream, t), (sample, tries) in zip(share, written):
-            clip = stream["clips"][t]
-            row = {
-                "stream": stream["stream"], "clip": t, "start": clip["start"], "end": clip["end"],
-                "memory": sample.memory or "", "text": sample.text}
-            if tries > 1:
-                row["tries"] = tries
-            rows.append(row | {"grey": True} if is_grey(clip) else row)
+            rows.append(watch_row(stream, t, sample, tries))
         rows = gather(rows)
         for row in rows:
             memories[row["stream"]].append(row)
@@ -971,6 +962,28 @@ def watch_rounds(streams, memories, width):
     return rounds
 
 
+def watch_contexts(places, memories, questions, k):
+    """The Context of each (stream, number of a clip), with the memories that there are so far."""
+    contexts = []
+    for stream, t in places:
+        latest = memories[stream["stream"]][-k:]
+        history = {row["clip"]: row["memory"] for row in latest}
+        contexts.append(make_context(stream, t, history, questions, k))
+    return contexts
+
+
+def watch_row(stream, t, sample, tries):
+    """The row of a clip; see `watch`."""
+    clip = stream["clips"][t]
+    row = {"stream": stream["stream"], "clip": t, "start": clip["start"], "end": clip["end"],
+           "memory": sample.memory or "", "text": sample.text}
+    if is_grey(clip):
+        row["grey"] = True
+    if tries > 1:
+        row["tries"] = tries
+    return row
+
+
 def write_memories(policy, contexts, keys, most=4):
     """A (Sample, how often it was sampled) of each context, sampled as for inference (paper, section 1).
 
@@ -981,8 +994,9 @@ def write_memories(policy, contexts, keys, most=4):
     waiting = range(len(contexts))
     for tries in range(1, most + 1):
         again = (tries,) if tries > 1 else ()
-        groups = rollout(policy, [contexts[i] for i in waiting], 1, [keys[i] + again for i in waiting],
-                         temperature=0.6, top_p=0.95, top_k=20)
+        some = [contexts[i] for i in waiting]
+        their_keys = [keys[i] + again for i in waiting]
+        groups = rollout(policy, some, 1, their_keys, temperature=0.6, top_p=0.95, top_k=20)
         for i, (sample,) in zip(waiting, groups):
             written[i] = sample, tries
         waiting = [i for i in waiting

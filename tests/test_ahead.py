@@ -75,7 +75,8 @@ PROGRAM = """
 import sys, time
 from support.ahead import ReadAhead
 ahead = ReadAhead(lambda clip: time.sleep(0.3))
-ahead.expect(dict.fromkeys(range(60)))
+for clip in range(60):
+    ahead.expect({clip: None})
 print("reads", flush=True)
 time.sleep(0.1)
 if len(sys.argv) > 1:
