@@ -376,9 +376,10 @@ def judge_deployed(exam, judge, examinee, memories, tokenizer):
     if rows is not None and are_judged(rows):
         return rows
     own = by_place(memories[examinee.slug])
+    watched = own.keys() & by_place(memories[PHASE1.slug]).keys()
     contexts = []
     rows = []
-    for stream, t in deployed_places(exam, examinee, own):
+    for stream, t in deployed_places(exam, examinee, watched):
         history = {clip: row["memory"] for (name, clip), row in own.items()
                    if name == stream["stream"] and clip < t}
         contexts.append(make_context(stream, t, history, k=exam.S.K))
@@ -394,11 +395,12 @@ def judge_deployed(exam, judge, examinee, memories, tokenizer):
     return rows
 
 
-def deployed_places(exam, examinee, own):
+def deployed_places(exam, examinee, watched):
     """(stream, clip) of the memories that are judged: an examinee's share of VALIDATE, by chance.
 
-    Methods that watched the same clips are judged on the same ones. What was written before the
-    examinee had its adapter or its prompt is not its own.
+    watched: what both the examinee and Phase One watched. Methods that watched the same clips are
+    judged on the same ones. What was written before the examinee had its adapter or its prompt is
+    not its own.
     """
     tasks_before = exam.recent.get(examinee.environment, [])
     last = collect.last_asked(tasks_before)
@@ -406,7 +408,7 @@ def deployed_places(exam, examinee, own):
     for stream in exam.streams:
         for t, clip in enumerate(stream["clips"]):
             is_own = clip["end"] > last.get(stream["stream"], -1)
-            if is_own and (stream["stream"], t) in own:
+            if is_own and (stream["stream"], t) in watched:
                 places.append((stream, t))
     random.Random(exam.S.SEED).shuffle(places)
     if not examinee.environment:

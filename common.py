@@ -24,7 +24,6 @@ from support.decode import HowToSample, decode
 from support.hours import first_measured
 from support.overlay import clip_frames, is_grey
 from support.plan import prompt_tokens
-from support.plan import prompt_tokens
 from support.ranks import gather, gather_sum, my_share, progress, said_once, torch
 from support.runs import Prompt, append_jsonl, clock, per_model, read_progress, write_jsonl
 from support.text import as_text
