@@ -40,9 +40,12 @@ import string
 from collections import Counter
 
 from common import settings
+from support.camera import put_in_order
+from support.growth import (Asked, add_tasks, keep_names, leave_what_is_taken, pieces_of, say_new,
+                            taken_up, write_taken)
 from support.overlay import face_finder, put_on_clips, speech_and_faces, speech_pipeline
-from support.runs import next_command, start, write_jsonl
-from support.sources import SOURCES, SPLITS, check_files, is_unicode, lay_out
+from support.runs import clock, next_command, start, write_jsonl
+from support.sources import OWN, SOURCES, SPLITS, check_files, is_unicode, lay_out
 from tiny.world import write_streams
 
 # ----------------------------------------------------------------
@@ -80,7 +83,7 @@ def main(argv=None):
         write(S, out, streams, tasks, skipped=[])
         return
 
-    # ---------------- find: what the source holds
+    # ---------------- find: what the source holds, and what of it is new
     check_packages()
     folder = data.parent if data.is_file() else data
     try:
@@ -88,36 +91,48 @@ def main(argv=None):
     except (KeyError, TypeError, ValueError, OSError) as error:
         what = f"{type(error).__name__} {error}"
         raise SystemExit(f"{data}: no {S.SOURCE} as published ({what})") from None
+    before = taken_up(out)
+    if S.SOURCE == "videos":
+        keep_names(found, before)
+    skipped = found.skipped + leave_what_is_taken(found, before, out)
 
     # ---------------- check files
     # The models come first, because one that is missing should be told before an hour of checks.
     lacks_speech = any(not stream.cues for stream in found.streams)
     recognise = speech_pipeline(S.ASR) if S.ASR and lacks_speech else None
-    finder = face_finder(S.FACE_SCORE) if S.FACES else None
+    finder = face_finder(S.FACE_SCORE) if S.FACES and found.streams else None
     files = check_files(S, out / "files.jsonl", found.streams)
-    skipped = found.skipped
     for file, row in files.items():
         skipped += [(file.relative_to(folder), reason) for reason in row["skipped"]]
 
     # ---------------- clips, and what is drawn on them
-    streams = []
+    streams = dict(before.streams)
     for stream in found.streams:
-        clips, pieces = lay_out(stream, files)
-        cues, boxes, failed = speech_and_faces(S, out, stream, pieces, recognise, finder)
+        row = streams.get(stream.name)
+        earlier = row["clips"] if row else []
+        if S.SOURCE == "camera":
+            end = earlier[-1]["end"] if earlier else None
+            skipped += put_in_order(stream, files, folder, end)
+        clips, pieces = lay_out(stream, files, len(earlier))
+        cues, boxes, failed = speech_and_faces(S, out, stream, pieces, recognise, finder,
+                                               before=pieces_of(row))
         put_on_clips(clips, cues, boxes)
         skipped += failed
         if clips:
-            streams.append({"stream": stream.name, "split": stream.split, "source": S.SOURCE,
-                            "clips": clips})
+            streams[stream.name] = {"stream": stream.name, "split": stream.split,
+                                    "source": S.SOURCE, "clips": earlier + clips}
 
     # ---------------- tasks
-    tasks, left_out = as_tasks(found.questions, streams)
+    streams = list(streams.values())
+    tasks, left_out = as_tasks(found.questions, streams, before.tasks)
     write(S, out, streams, tasks, skipped + left_out)
+    write_taken(out, before, streams, files)
+    say_new(before, streams, tasks)
 
 
 def checked_data(S):
     """The path of DATA. SystemExit where it, or another constant, cannot be."""
-    for name, possible in (("SOURCE", ["tiny", *SOURCES]), ("SPLIT", SPLITS)):
+    for name, possible in (("SOURCE", ["tiny", *SOURCES]), ("SPLIT", ["", *SPLITS])):
         value = getattr(S, name)
         if value not in possible:
             raise SystemExit(f"{name}={value!r}: expected one of {', '.join(possible)}")
@@ -138,46 +153,61 @@ def check_packages():
 
 
 # ---------------------------------------------------------------- tasks
-def as_tasks(questions, streams):
-    """(rows of tasks.jsonl in the order of streams and times, what was left out as (stream, reason)).
+def as_tasks(questions, streams, kept):
+    """(rows of tasks.jsonl: `kept`, then new ones by stream and time; what is to be said, as (stream, reason)).
 
-    A mistake in a user's own tasks.jsonl ends in SystemExit. In a data set, a question with a wrong answer is
-    left out, and one whose name another has gets a name of its own.
+    kept: the rows of earlier runs. A mistake in a user's own tasks.jsonl ends in SystemExit. In a data set, a
+    question with a wrong answer is left out, and one whose name another has gets a name of its own.
     """
-    ends = {stream["stream"]: stream["clips"][-1]["end"] for stream in streams}
-    tasks = []
-    left_out = Counter()                         # {(reason, stream): questions}
+    spans = {}                                   # {stream: (start, end)}
+    for stream in streams:
+        clips = stream["clips"]
+        spans[stream["stream"]] = (clips[0]["start"], clips[-1]["end"])
+    asked = []
+    left_out = Counter()                         # {(stream, reason): questions}
     names = Counter()
     for number, question in enumerate(questions, 1):
-        name = f"{question.stream}-{number}" if question.name is None else question.name
-        names[name] += 1
-        options = with_letters(question.options)
-        answer = in_one_line(question.answer)
-        mistake = ""
-        if len(question.options) > len(string.ascii_uppercase):
-            mistake = f"{len(question.options)} options, and there are letters for 26"
-        elif options and answer not in [option[0] for option in options]:
-            mistake = f"the answer {answer!r} is no letter of {options}"
+        row = as_task(question)
+        name = question.name
+        mistake = mistake_in(question, row, spans)
+        if name is not None:
+            names[name] += 1
+            if names[name] > 1:
+                row["task"] = f"{name}-{names[name]}"
+        if question.place and names[name] > 1:
+            mistake = f"the task name {name!r} stands twice"
         if question.place and mistake:
             raise SystemExit(f"{question.place}: {mistake}")
-        if question.place and names[name] > 1:
-            raise SystemExit(f"{question.place}: the task name {name!r} stands twice")
-        if mistake or question.stream not in ends:
-            reason = mistake or "no usable video of that name"
-            left_out[reason, question.stream] += 1
+        if mistake or question.stream not in spans:
+            left_out[question.stream, mistake or "no usable video of that name"] += 1
             continue
-        if names[name] > 1:
-            name = f"{name}-{names[name]}"
-        asked_at = ends[question.stream] if question.time is None else question.time
-        tasks.append({"task": name, "stream": question.stream, "environment": question.environment,
-                      "time": float(asked_at), "question": in_one_line(question.text),
-                      "options": options, "answer": answer})
-    place = {name: i for i, name in enumerate(ends)}
-    tasks.sort(key=lambda task: (place[task["stream"]], task["time"]))
-    reasons = []
-    for (reason, stream), count in left_out.items():
-        reasons.append((stream, f"{count} tasks left out: {reason}"))
-    return tasks, reasons
+        asked.append(Asked(row, number, question.place))
+    tasks, said = add_tasks(asked, kept, spans)
+    for (stream, reason), count in left_out.items():
+        said.append((stream, f"{count} tasks left out: {reason}"))
+    return tasks, said
+
+
+def mistake_in(question, row, spans):
+    """What is wrong with a question, "" if nothing is. spans: {stream: (start, end)}."""
+    options = row["options"]
+    if len(options) > len(string.ascii_uppercase):
+        return f"{len(options)} options, and there are letters for 26"
+    if options and row["answer"] is not None and row["answer"] not in [text[0] for text in options]:
+        return f"the answer {row['answer']!r} is no letter of {options}"
+    start, _ = spans.get(question.stream, (0, 0))
+    if question.place and question.time is not None and question.time < start:
+        return f"it is asked at {clock(question.time)}, and its stream begins at {clock(start)}"
+    return ""
+
+
+def as_task(question):
+    """The row of tasks.jsonl of a question; without a name or a time where it has none."""
+    answer = question.answer
+    return {"task": question.name, "stream": question.stream, "environment": question.environment,
+            "time": None if question.time is None else float(question.time),
+            "question": in_one_line(question.text), "options": with_letters(question.options),
+            "answer": None if answer is None else in_one_line(answer)}
 
 
 def with_letters(options):

@@ -516,20 +516,21 @@ def sound_of(packet, resampler, first):
 
 
 # ---------------------------------------------------------------- the speech and faces of a stream
-def speech_and_faces(S, out, stream, pieces, recognise, finder):
-    """(cues, boxes, what was skipped as (file name, reason)) of a stream, on its clock.
+def speech_and_faces(S, out, stream, pieces, recognise, finder, before=()):
+    """(cues, boxes, what was skipped as (file name, reason)) of new pieces of a stream, on its clock.
 
     What was written down counts; where there is none, speech is recognised and faces are found, which `out`
     keeps by file. stream: of support/sources.py, as the pieces of files that it is made of. recognise,
-    finder: None: not asked for.
+    finder: None: not asked for. before: the pieces that the stream had already, because a face keeps its number
+    over all of it.
     """
     cues = stream.cues
     skipped = []
     if recognise and not cues:
         cues, skipped = recognised_speech(stream.name, pieces, out / "speech", recognise)
-    boxes, names = written_faces(stream.name, pieces)
+    boxes, names = written_faces(stream.name, [*before, *pieces])
     if finder and not boxes:
-        boxes = found_faces(stream.name, pieces, out / "faces", finder, S.FACE_MATCH)
+        boxes = found_faces(stream.name, [*before, *pieces], out / "faces", finder, S.FACE_MATCH)
     cues = [[start, end, by_face(text, names)] for start, end, text in cues]
     return sorted(cues), sorted(boxes), skipped
 

@@ -5,6 +5,7 @@ killed goes on where it was.
 """
 import ast
 import contextlib
+import datetime
 import difflib
 import errno
 import fcntl
@@ -269,7 +270,8 @@ def has_results(out):
 
     What 01 has looked up in videos does not, nor does 03's list of what it is about to read.
     """
-    harmless = ("settings.json", "made_of.json", "files.jsonl", "speech", "faces", LOCK)
+    harmless = ("settings.json", "made_of.json", "files.jsonl", "taken.json", "speech", "faces",
+                LOCK)
     for path in out.iterdir():
         is_empty = path.is_dir() and all(inner.name == LOCK for inner in path.iterdir())
         if path.name not in harmless and ".aside" not in path.name and not is_empty:
@@ -568,11 +570,15 @@ def slug(name):
 
 
 def clock(seconds):
-    """Stream time as HH:MM:SS, from the second day on with its day.
+    """Stream time as HH:MM:SS, from the second day on with its day; of a camera's clock, with the date.
 
-    >>> clock(75), clock(90000)
-    ('00:01:15', 'day 2, 01:00:00')
+    A camera's stream counts from 1970 on, and no other lasts for three years.
+
+    >>> clock(75), clock(90000), clock(1795716190)
+    ('00:01:15', 'day 2, 01:00:00', '2026-11-26 18:03:10')
     """
     whole = int(seconds)
+    if whole >= 100_000_000:
+        return str(datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=whole))
     day = f"day {whole // 86400 + 1}, " if whole >= 86400 else ""
     return f"{day}{whole // 3600 % 24:02}:{whole // 60 % 60:02}:{whole % 60:02}"

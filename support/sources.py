@@ -4,6 +4,7 @@ A source is a function of (S, folder, data) that gives the streams that it found
 questions about them. S.DATA is `data`, and `folder` is it, or the folder around it where it is one file. To
 add a source, write such a function and put it into SOURCES.
 """
+import hashlib
 import importlib.metadata
 import importlib.util
 import math
@@ -17,6 +18,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from support.camera import time_in_text
 from support.overlay import SUBTITLES, decode_text, read_subtitles
 from support.ranks import progress
 from support.runs import clock, parse_jsonl, read_json, read_jsonl, stamp, write_jsonl
@@ -25,6 +27,13 @@ from support.video import (DECODE_SECONDS, VideoError, check_seeks, decord_is_ri
 
 # The splits, and the stages that read them.
 SPLITS = {"train": "02", "deploy": "03 to 05", "test": "06", "online": "03 to 06"}
+
+# The sources that are a user's own: what lies there is one's life, and the data sets are examinations.
+OWN = ("videos", "camera")
+
+YOUNG = 60                   # s since the last change of a file that may still be being written
+LOOK_AGAIN = 1.5             # s after which such a file is looked at once more
+EDGE = 2**20                 # bytes of a file's beginning and end that tell it from others
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg",
             ".flv", ".wmv", ".3gp", ".ogv"}
@@ -37,6 +46,7 @@ class Part:
     start: float | None = None   # s of the file's clock; None: from its beginning
     end: float | None = None     # None: to its end
     at: float | None = None      # s of the stream at which it begins; None: on the file's clock
+    cues: list = field(default_factory=list)    # [start, end, text], on the file's clock
 
 
 @dataclass
@@ -62,7 +72,7 @@ class Question:
     stream: str
     environment: str             # the kind of question; those of one kind share an adapter
     text: str
-    answer: str
+    answer: str | None           # None: nobody knows it
     options: list = field(default_factory=list)
     time: float | None = None    # s of the stream; None: asked at its end
     name: str | None = None      # of the task; None: after the stream
@@ -73,13 +83,50 @@ class Question:
 # What a folder's name begins with that holds no videos of the user's: of programs, of wastebaskets, of NAS boxes.
 HIDDEN = (".", "@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX")
 
-TASK_NEEDS = {"video", "question", "answer"}
-TASK_MAY_HAVE = {"options", "time", "environment", "task"}
+TASK_NEEDS = {"videos": {"video", "question"}, "camera": {"question"}}
+TASK_MAY_HAVE = {"answer", "options", "time", "environment", "task"}
+
+
+def split_of(S):
+    """The split of a stream that lies in no folder with the name of one."""
+    return S.SPLIT or ("deploy" if S.SOURCE in OWN else "online")
 
 
 def videos(S, folder, data):
     """Any video file, or all in a folder and below; the questions of its tasks.jsonl."""
     found = Found()
+    files, subtitles = own_files(S, folder, data, found)
+    called = {}                                  # {what a task may call the video: its stream}
+    for file, name in stream_names(folder, files).items():
+        inside = file.relative_to(folder)
+        first_folder = inside.with_suffix("").parts[0]
+        split = first_folder if first_folder in SPLITS else split_of(S)
+        cues = cues_of(file, subtitles, folder, found)
+        found.streams.append(Stream(name, split, [Part(file)], cues))
+        for alias in (name, inside, file):
+            called[as_seen(alias)] = name
+    found.questions = own_questions(S, folder, called)
+    return found
+
+
+def camera(S, folder, data):
+    """All videos in a folder and below as one stream, in the order of their times; the folder's tasks.jsonl.
+
+    Times are read later, by support/camera.py, because some stand within the files.
+    """
+    found = Found()
+    files, subtitles = own_files(S, folder, data, found)
+    name = folder.name or "camera"
+    parts = []
+    for file in files:
+        parts.append(Part(file, cues=cues_of(file, subtitles, folder, found)))
+    found.streams.append(Stream(name, split_of(S), parts))
+    found.questions = own_questions(S, folder, {as_seen(name): name, as_seen(""): name})
+    return found
+
+
+def own_files(S, folder, data, found):
+    """(the videos in a user's folder and below, at most LIMIT, their subtitles by name). SystemExit without any."""
     if data.is_file():
         there = [file for file in folder.iterdir() if is_unicode(file.name)]
         files = [data]
@@ -92,20 +139,14 @@ def videos(S, folder, data):
         raise SystemExit(f"{data}: no video file in it or below (looked for {suffixes}){reasons}")
     if S.LIMIT:
         files = files[:S.LIMIT]
-    subtitles = subtitles_by_name(there)
-    called = {}                                  # {what a task may call the video: its stream}
-    for file, name in stream_names(folder, files).items():
-        inside = file.relative_to(folder)
-        first_folder = inside.with_suffix("").parts[0]
-        split = first_folder if first_folder in SPLITS else S.SPLIT
-        cues = cues_of(file, subtitles, folder, found)
-        found.streams.append(Stream(name, split, [Part(file)], cues))
-        for alias in (name, inside, file):
-            called[as_seen(alias)] = name
-    tasks = written_tasks(folder / "tasks.jsonl")
+    return files, subtitles_by_name(there)
+
+
+def own_questions(S, folder, called):
+    """The questions of a user's tasks.jsonl. called: {what it may call a video: the stream}."""
+    tasks = written_tasks(S, folder / "tasks.jsonl")
     questions = [written_question(place, row, called) for place, row in tasks]
-    found.questions = chosen("TYPES", S.TYPES, questions, lambda question: question.environment)
-    return found
+    return chosen("TYPES", S.TYPES, questions, lambda question: question.environment)
 
 
 def is_video(file):
@@ -224,7 +265,7 @@ def read_cues(path, folder, found):
 
 
 # ---------------------------------------------------------------- a user's tasks
-def written_tasks(path):
+def written_tasks(S, path):
     """[(place, row)] of a user's tasks.jsonl; [] where there is none. SystemExit on a row of another form."""
     if not path.exists():
         return []
@@ -233,32 +274,50 @@ def written_tasks(path):
         rows = parse_jsonl(text, path)
     except ValueError as error:
         raise SystemExit(f"not one JSON object per line: {error}") from None
+    needs = TASK_NEEDS[S.SOURCE]
+    known = TASK_NEEDS["videos"] | TASK_MAY_HAVE
     tasks = []
     for number, row in enumerate(rows, 1):
         place = f"{path}, task {number}"
-        if not isinstance(row, dict) or not TASK_NEEDS <= set(row) <= TASK_NEEDS | TASK_MAY_HAVE:
-            raise SystemExit(f"{place}: needs video, question and answer, may have options, time, "
-                             f"environment and task; is {str(row)[:200]}")
+        if not isinstance(row, dict) or not needs <= set(row) <= known:
+            others = ", ".join(sorted(known - needs))
+            raise SystemExit(f"{place}: needs {' and '.join(sorted(needs, reverse=True))}, may have "
+                             f"{others}; is {str(row)[:200]}")
         options = row.get("options", [])
-        seconds = row.get("time", 0)
-        others = [value for key, value in row.items() if key not in ("options", "time")]
-        is_time = isinstance(seconds, (int, float)) and math.isfinite(seconds)
+        texts = [row.get("answer") or ""]
+        texts += [value for key, value in row.items() if key not in ("options", "time", "answer")]
         is_list = isinstance(options, list)
-        if not (is_time and is_list and all(isinstance(text, str) for text in others + options)):
+        if not is_list or not all(isinstance(text, str) for text in texts + options):
             raise SystemExit(f"{place}: options is a list, time a number, all else text; is {row}")
-        tasks.append((place, row))
+        tasks.append((place, row | {"time": asked_at(S, place, row)}))
     return tasks
+
+
+def asked_at(S, place, row):
+    """When a question is asked, in s of its stream; None where its row does not say so. SystemExit on no time."""
+    time = row.get("time")
+    if isinstance(time, str) and S.SOURCE == "camera":
+        try:
+            return time_in_text(time)
+        except ValueError:
+            pass                                 # which is said below
+    is_number = isinstance(time, (int, float)) and math.isfinite(time)
+    if not is_number and time is not None:
+        or_text = ', or a text such as "2026-11-26 18:00"' if S.SOURCE == "camera" else ""
+        raise SystemExit(f"{place}: options is a list, time a number{or_text}, all else text; is {row}")
+    return time
 
 
 def written_question(place, row, called):
     """The Question of a row of a user's tasks.jsonl."""
+    video = row.get("video", "")
     return Question(
-        stream=called.get(as_seen(row["video"]), row["video"]),
+        stream=called.get(as_seen(video), video),
         environment=row.get("environment", "questions"),
         text=row["question"],
-        answer=row["answer"],
+        answer=row.get("answer") or None,
         options=row.get("options", []),
-        time=row.get("time"),
+        time=row["time"],
         name=row.get("task"),
         place=place)
 
@@ -279,7 +338,7 @@ def videomme(S, folder, data):
         if name in files:
             path = folder / "subtitle" / f"{name}.srt"
             cues = read_cues(path, folder, found) if path.exists() else []
-            found.streams.append(Stream(name, S.SPLIT, [Part(files[name])], cues))
+            found.streams.append(Stream(name, split_of(S), [Part(files[name])], cues))
     for row in rows:
         if row["videoID"] in names:
             found.questions.append(Question(
@@ -332,7 +391,7 @@ def egolife(S, folder, data):
         if files:
             parts = [Part(file, at=file_instant(file)) for file in files]
             cues = egolife_cues(folder, wearer, found)
-            found.streams.append(Stream(wearer, S.SPLIT, parts, cues))
+            found.streams.append(Stream(wearer, split_of(S), parts, cues))
         found.questions += asked
     found.questions = chosen("TYPES", S.TYPES, found.questions, lambda question: question.environment)
     return found
@@ -403,7 +462,7 @@ def egotempo(S, folder, data):
         elif name in trimmed:
             parts[name] = Part(trimmed[name])
     names = limited([row["clip_id"] for row in rows], parts, S.LIMIT)
-    found = Found([Stream(name, S.SPLIT, [parts[name]]) for name in names if name in parts])
+    found = Found([Stream(name, split_of(S), [parts[name]]) for name in names if name in parts])
     for row in rows:
         if row["clip_id"] in names:
             found.questions.append(Question(
@@ -415,7 +474,8 @@ def egotempo(S, folder, data):
     return found
 
 
-SOURCES = {"videos": videos, "videomme": videomme, "egolife": egolife, "egotempo": egotempo}
+SOURCES = {"videos": videos, "camera": camera, "videomme": videomme, "egolife": egolife,
+           "egotempo": egotempo}
 
 
 # ---------------------------------------------------------------- what the data sets share
@@ -471,15 +531,15 @@ def check_files(S, index, streams):
         for part in stream.parts:
             spans.setdefault(part.file, []).append([part.start, part.end])
     kept = {row["file"]: row for row in read_jsonl(index)} if index.exists() else {}
-    rows = {}
     new = []
     for file in spans:
         row = kept.get(str(file))
-        if row is not None and is_current(row, file, spans[file], S):
-            rows[file] = row
-        else:
+        if row is None or not is_current(row, file, spans[file], S):
             new.append(file)
-    print(f"{len(spans)} video files, {len(rows)} of them known from {index}")
+    unfinished = still_written(new) if S.SOURCE in OWN else set()
+    new = [file for file in new if file not in unfinished]
+    known = len(spans) - len(new) - len(unfinished)
+    print(f"{len(spans)} video files to look at, {known} of them known from {index}")
     # Threads are enough, because FFmpeg works outside of Python's lock.
     pool = ThreadPoolExecutor(S.WORKERS)
     checked = pool.map(lambda file: check_video(file, spans[file], S), new)
@@ -488,19 +548,54 @@ def check_files(S, index, streams):
             # A frame that is lost here and there costs no clip.
             warnings.simplefilter("ignore")
             for n, row in enumerate(progress(checked, "checking", total=len(new), unit="file")):
-                rows[new[n]] = row
+                kept[row["file"]] = row
                 if (n + 1) % S.SAVE_EVERY == 0:
-                    write_jsonl(index, rows.values())
+                    write_jsonl(index, kept.values())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        write_jsonl(index, rows.values())
-    return {file: rows[file] for file in spans}
+        write_jsonl(index, kept.values())
+    rows = {}
+    for file in spans:
+        # No row is kept of a file that is still being written, so the next run looks at it as at a new one.
+        rows[file] = unfinished_row(file, spans[file]) if file in unfinished else kept[str(file)]
+    return rows
+
+
+def still_written(files):
+    """Those files that change while one looks at them. Files that nobody has touched for a minute do not."""
+    now = time.time()
+    before = {}
+    for file in files:
+        if file.is_file() and now - file.stat().st_mtime < YOUNG:
+            before[file] = stamp(file)
+    if before:
+        time.sleep(LOOK_AGAIN)                   # once for all of them
+    return {file for file in before if stamp(file) != before[file]}
+
+
+def unfinished_row(file, spans):
+    reason = "is still being written: it is left to the next run of this script"
+    return {"file": str(file), "spans": spans, "clips": [[] for _ in spans], "skipped": [reason],
+            "unfinished": True}
+
+
+def content_of(file, size=None):
+    """A hash of the first and the last MB of a file, or of its first `size` bytes; "" where it can't be read."""
+    try:
+        with open(file, "rb") as opened:
+            size = os.fstat(opened.fileno()).st_size if size is None else size
+            digest = hashlib.sha256(opened.read(min(EDGE, size)))
+            opened.seek(max(0, size - EDGE))
+            digest.update(opened.read(min(EDGE, size)))
+    except OSError:
+        return ""
+    return digest.hexdigest()[:32]
 
 
 def is_current(row, file, spans, S):
     """Whether a kept row still tells of a file. What took too long is tried again: a busy disk, perhaps."""
     took_too_long = any("DECODE_SECONDS" in reason for reason in row["skipped"])
-    same_file = row["stamp"] == stamp(file) and row["spans"] == spans
+    same_file = row["stamp"] == stamp(file) and row["spans"] == spans and "content" in row
     return same_file and row["how"] == how_checked(S) and not took_too_long
 
 
@@ -511,7 +606,8 @@ def how_checked(S):
 
 
 def check_video(file, spans, S):
-    """A row of files.jsonl: {file, stamp, spans, clips: [[clip ..] per span], skipped: [reasons], how, reader}.
+    """A row of files.jsonl: {file, stamp, spans, clips: [[clip ..] per span], skipped: [reasons], how, reader,
+    length: s, created: as in its metadata, content: see `content_of`}.
 
     Times are the file's own, by its time stamps, in which subtitles count too; the first frame is at 0 s even
     where the sound starts earlier. The reader is "decord" where nothing is skipped and decord proves right, else
@@ -520,10 +616,15 @@ def check_video(file, spans, S):
     clips = [[] for _ in spans]
     skipped = []
     reader = "PyAV"
+    row = {"file": str(file), "stamp": stamp(file), "content": content_of(file), "spans": spans,
+           "clips": clips, "skipped": skipped, "how": how_checked(S)}
+    created = None
+    last = 0.0
     try:
         seen = probe_video(file)
         first = seen["start"]
         last = first + seen["duration"]
+        created = seen.get("created")
         if S.CHECK:
             check_seeks(file, frame_times({"start": first, "end": last, "offset": first}, S.CHECK))
         for n, (start, end) in enumerate(spans):
@@ -539,8 +640,7 @@ def check_video(file, spans, S):
             reader = "decord"
     except VideoError as error:
         skipped.append(error.reason)
-    return {"file": str(file), "stamp": stamp(file), "spans": spans, "clips": clips,
-            "skipped": skipped, "how": how_checked(S), "reader": reader}
+    return row | {"reader": reader, "length": last, "created": created}
 
 
 def cut_clips(file, first, end, S):
@@ -569,7 +669,7 @@ def decodable(file, clips, S):
     """
     if not S.CHECK:
         return clips, []
-    if S.SOURCE != "videos" and reads_as_a_whole(file, clips, S):
+    if S.SOURCE not in OWN and reads_as_a_whole(file, clips, S):
         return clips, []
     good = []
     reasons = []
@@ -611,8 +711,11 @@ class Piece:
     shift: float
 
 
-def lay_out(stream, rows):
-    """(clip rows of a stream on its clock, its pieces); rows: of `check_files`."""
+def lay_out(stream, rows, before=0):
+    """(clip rows of a stream on its clock, its pieces); rows: of `check_files`.
+
+    before: clips that the stream has already. The cues of parts become those of the stream.
+    """
     clips = []
     pieces = []
     for part in stream.parts:
@@ -628,8 +731,10 @@ def lay_out(stream, rows):
             start = round(clip["start"] + shift, 3)
             end = round(clip["end"] + shift, 3)
             # Numbered without gaps, because the rest of the project finds clip n at place n.
-            clips.append(clip | {"clip": len(clips), "start": start, "end": end})
+            clips.append(clip | {"clip": before + len(clips), "start": start, "end": end})
             if row["reader"] == "decord":
                 clips[-1]["reader"] = "decord"
         pieces.append(Piece(part.file, usable[0]["start"], usable[-1]["end"], shift))
+        for start, end, text in part.cues:
+            stream.cues.append([start + shift, end + shift, text])
     return clips, pieces

@@ -221,7 +221,10 @@ def in_time(file, work, open_file=open_video):
 
 # ---------------------------------------------------------------- frames by their times
 def probe_video(file):
-    """-> {duration, start: s, frames, width, height}; decodes the first frame. Raises VideoError."""
+    """-> {duration, start: s, frames, width, height, created}; decodes the first frame. Raises VideoError.
+
+    created: the time of creation in the file's metadata, or None.
+    """
 
     def work(video):
         frame = frame_at(video, 0)
@@ -230,9 +233,16 @@ def probe_video(file):
         height, width = frame.shape[:2]
         start = float(video.times[0])
         return {"duration": video.end - start, "start": start, "frames": len(video.times),
-                "width": width, "height": height}
+                "width": width, "height": height, "created": created_at(video)}
 
     return in_time(file, work)
+
+
+def created_at(video):
+    """The time of creation in a file's metadata, a text in UTC, or None. GoPro writes local time there."""
+    created = video.container.metadata.get("creation_time")
+    is_local = "GoPro" in video.stream.metadata.get("handler_name", "")
+    return created.removesuffix("Z") if created and is_local else created
 
 
 def read_frames(file, times, reader="PyAV"):

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common                                                               # noqa: E402
-from support import runs                                                    # noqa: E402
+from support import runs, sources                                                    # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +54,9 @@ def contexts(streams):
     return [common.make_context(streams[0], 0, memory), common.make_context(streams[1], 2, memory),
             common.make_context(streams[2], 5, memory),
             common.make_context(streams[3], 3, memory, ["What did <face_3> wear at 00:00:10?"])]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """Videos that a test has just made are young: nobody waits to see whether they still change."""
+    monkeypatch.setattr(sources, "LOOK_AGAIN", 0)
