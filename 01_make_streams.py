@@ -7,10 +7,14 @@ which it gives the same frames here as PyAV, and PyAV the others (or all, with C
   "videos"     any video file, or every video in a folder and below, a stream each; links are followed, hidden
                folders are not looked into. Beside it, if wanted, its speech: NAME.srt, .vtt or .ass, also as
                NAME.en.srt or NAME.mp4.srt. In the folder: tasks.jsonl, a question per line,
-               {"video": "trip/day1.mp4", "question": "Who drove?", "options": ["A. Ann", "B. Bob"],
-               "answer": "B"} with, if wanted, "time" (s of the stream, when it is asked; else at its end),
-               "environment" (questions of one kind share an adapter; else all are "questions") and "task" (a
-               unique name). Without options it is an open question.
+               {"video": "trip/day1.mp4", "question": "Who drove?"} with, if wanted, "options": ["A. Ann",
+               "B. Bob"] (else it is an open question), "answer": "B" (only 06 needs it), "time" (s of the
+               stream, when it is asked; else at its end), "environment" (questions of one kind share an
+               adapter; else all are "questions") and "task" (a unique name).
+  "camera"     the same, but all videos of the folder are one stream, named after it, in the order of their times:
+               those in their names, as cameras and phones write them, else of their metadata, else of their
+               last change (support/camera.py). Gaps stay gaps, on a clock with dates. Its questions need no
+               "video", and their "time" may be "2026-11-26 18:00".
   "videomme"   Video-MME as published: videomme/*.parquet (by the optional pyarrow; or videomme.jsonl, the
                same rows), data/ID.mp4, subtitle/ID.srt
   "egolife"    EgoLifeQA/EgoLifeQA_A1_JAKE.json, A1_JAKE/DAY1/*.mp4 .., EgoLifeCap/Transcript/..: one stream
@@ -24,13 +28,19 @@ subtitles, or by ASR where there is none. Faces come from NAME.faces.jsonl besid
 speaker: "Ann: hello" is then drawn as "<face_3>: hello"), or are found and told apart with FACES=1. A face
 keeps its number over a stream. Without any of this the frames stay as they are.
 
-Each later stage reads one split: 02 "train", 03 to 05 "deploy", 06 "test". "online" serves 03 to 06: the
-first questions of each kind go to Phase One, those after them to the adapter. "videos" in DATA/train,
-DATA/deploy or DATA/test are of that split, all else is of SPLIT.
+Run again, this script only adds. Streams, clips and tasks that it has made stay as they are; new videos and
+questions come after them. A video that has grown goes on where it ended, one that became another is an error,
+and of what has gone, the clips and tasks stay. A file that is still being written waits for the next run.
+
+Each later stage reads one split: 02 "train", 03 to 05 "deploy", 06 "test". One's own videos are "deploy": 03
+watches all and answers each question. Data sets are "online", which serves 03 to 06: the first questions of
+each kind go to Phase One, those after them to the adapter. --SPLIT=online examines one's own videos so.
+"videos" in DATA/train, DATA/deploy or DATA/test are of that split, all else is of SPLIT.
 
 Run: python 01_make_streams.py [--NAME=value ...]       e.g. --SOURCE=videos --DATA=~/Videos --RUN=mine
 In:  nothing for "tiny", else the folder DATA
-Out: streams/streams.jsonl, tasks.jsonl; "tiny": videos/*.mp4, captions.jsonl, truth.jsonl; else files.jsonl
+Out: streams/streams.jsonl, tasks.jsonl; "tiny": videos/*.mp4, captions.jsonl, truth.jsonl; else files.jsonl,
+     taken.json
 Takes 10 s for the toy world; for videos of 720p on one core 0.4 s per clip and up to 3 s per file, far less
 with --CHECK=0.
 """
@@ -49,9 +59,10 @@ from support.sources import OWN, SOURCES, SPLITS, check_files, is_unicode, lay_o
 from tiny.world import write_streams
 
 # ----------------------------------------------------------------
-SOURCE = "tiny"          # "tiny" | "videos" | "videomme" | "egolife" | "egotempo"
+SOURCE = "tiny"          # "tiny" | "videos" | "camera" | "videomme" | "egolife" | "egotempo"
 DATA = ""                # the folder of the source as published, or a video file; unused by "tiny"
-LIMIT = 0                # streams at most (of each split with "tiny"; files of "egolife"); 0: all
+LIMIT = 0                # streams at most (of each split with "tiny"; files of "egolife" and
+                         # "camera"); 0: all
 TYPES = ""               # only questions of these: --TYPES="OCR Problems,Counting Problem"; "": all
 DURATION = "short,medium"        # of "videomme": also long (the paper leaves it out)
 CLIP_SECONDS = 10        # s; one clip, one memory (paper: 10)
@@ -62,9 +73,9 @@ TEST_STREAMS = 24        # streams for the evaluation
 CLIPS = 12               # clips per stream: two minutes
 QUESTIONS = 2            # per environment of a deploy or test stream; Phase One sees no question
 # ---- all but "tiny"
-SPLIT = "online"         # of a video that lies below no folder named train, deploy or test
+SPLIT = ""               # "": "deploy" for "videos" and "camera", "online" for data sets
 SHORTEST = 2             # s; a shorter rest of a video is left out, unless it is all of it
-CHECK = 3                # frames tried of each clip ("videos") or file, to skip bad ones; 0: none
+CHECK = 3                # frames tried of each clip of one's own or file, to skip bad ones; 0: none
 WORKERS = 4              # videos checked at a time
 ASR = ""                 # a Whisper model or its folder, for videos without subtitles; "": none
 FACES = 0                # 1: find faces where a stream has no NAME.faces.jsonl (insightface)
@@ -125,16 +136,16 @@ def main(argv=None):
     # ---------------- tasks
     streams = list(streams.values())
     tasks, left_out = as_tasks(found.questions, streams, before.tasks)
+    say_new(before, streams, tasks)
     write(S, out, streams, tasks, skipped + left_out)
     write_taken(out, before, streams, files)
-    say_new(before, streams, tasks)
 
 
 def checked_data(S):
     """The path of DATA. SystemExit where it, or another constant, cannot be."""
-    for name, possible in (("SOURCE", ["tiny", *SOURCES]), ("SPLIT", ["", *SPLITS])):
+    for name, possible in (("SOURCE", ["tiny", *SOURCES]), ("SPLIT", SPLITS)):
         value = getattr(S, name)
-        if value not in possible:
+        if value not in possible and (name, value) != ("SPLIT", ""):
             raise SystemExit(f"{name}={value!r}: expected one of {', '.join(possible)}")
     data = pathlib.Path(S.DATA).expanduser().resolve()
     is_there = data.is_dir() or (S.SOURCE == "videos" and data.is_file())
@@ -245,16 +256,21 @@ def write(S, out, streams, tasks, skipped):
     shown = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
     readers = Counter(readers_of_files(streams).values())
     print("video files:", ", ".join(f"{count} read by {name}" for name, count in readers.items()))
-    print(f"tasks: {shown or 'none, so only memories can be made'}")
+    without = sum(task["answer"] is None for task in tasks)
+    more = f"; {without} without an answer, which 06 leaves out" if without else ""
+    print(f"tasks: {shown or 'none, so only memories can be made'}{more}")
     print(f"skipped: {len(skipped)}")
     print_skipped(skipped)
 
     splits = {stream["split"] for stream in streams}
     served = splits | ({"deploy", "test"} if "online" in splits else {"online"})
+    hints = {"train": "; or a run that has done it: --FROM=RUN"}
+    if S.SOURCE in OWN:
+        hints["test"] = "; or --SPLIT=online, to examine by the later questions"
     for split in sorted(SPLITS.keys() - served):
-        hint = "; or a run that has done it: --FROM=RUN" if split == "train" else ""
-        print(f"no {split} stream: stage {SPLITS[split]} wants some, by --SPLIT={split} or from "
-              f"DATA/{split}{hint}")
+        place = f" or from DATA/{split}" if S.SOURCE == "videos" else ""
+        print(f"no {split} stream: stage {SPLITS[split]} wants some, by --SPLIT={split}{place}"
+              f"{hints.get(split, '')}")
     print(f"streams and tasks are in {out}; next: {next_step(S, splits)}")
 
 

@@ -895,7 +895,7 @@ def stages(report, folder):
     if OPTIONS["VIDEOS"]:
         video_folder(folder / "videos")
         dense_model(folder / "dense")
-        index = [("01_make_streams", ["--SOURCE=videos", f"--DATA={folder / 'videos'}"])]
+        index = [("01_make_streams", ["--SOURCE=videos", f"--DATA={folder / 'videos'}", "--SPLIT=online"])]
         chains["videos, dense, 16 bits, local judge"] = (
             [*TINY, *full, f"--MODEL={folder / 'dense'}", "--BITS=16", "--JUDGE=local"], index)
         chains["videos, toy world's model, 4 bits, local judge"] = (

@@ -155,7 +155,7 @@ def say_times(told_by, used, folder):
             continue
         example = f"{parts[0].file.relative_to(folder)}: {clock(parts[0].at)}"
         if source == "last change":
-            print(f"*** {len(parts)} videos tell no time, in their names or within, so each is taken to end when "
-                  f"its file was last written ({example}). A copy may have changed that ***")
+            print(f"*** no time stands in the name or the metadata of {len(parts)} video files, so each is "
+                  f"taken to end when it was last written ({example}). A copy may have changed that ***")
         else:
-            print(f"times by the {source}: {len(parts)} videos ({example})")
+            print(f"times from the {source} of {len(parts)} video files ({example})")

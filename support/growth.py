@@ -261,6 +261,14 @@ def say_new(before, streams, tasks):
     new = len(streams) - len(before.streams)
     parts = [(new, "new stream"), (longer, "longer stream"), (clips, "new clip"),
              (len(tasks) - len(before.tasks), "new task")]
-    shown = [f"{count} {what}{'s' if count > 1 else ''}" for count, what in parts if count]
-    as_before = f"{len(before.streams) - longer} streams as before"
-    print(f"\n{', '.join(shown) or 'nothing new'}; {as_before}")
+    shown = [counted(count, what) for count, what in parts if count]
+    as_before = counted(len(before.streams) - longer, "stream")
+    print(f"\n{', '.join(shown) or 'nothing new'}; {as_before} as before")
+
+
+def counted(count, what):
+    """
+    >>> counted(1, "new clip"), counted(0, "stream")
+    ('1 new clip', '0 streams')
+    """
+    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -336,7 +336,8 @@ def need(S, name):
 def load_streams(S, split):
     """Rows of streams.jsonl of one split, "online" ones too unless it is "train"; clips get absolute files.
 
-    Raises SystemExit if there are none, or where a video has gone.
+    Raises SystemExit if there are none, or where a video has gone. One's own that were watched after deployment
+    may go one by one: that is said.
     """
     path = need(S, "streams/streams.jsonl")
     splits = {split} if split == "train" else {split, "online"}
@@ -344,17 +345,32 @@ def load_streams(S, split):
     if not rows:
         raise SystemExit(f"{path} holds no stream of the split {split!r}: "
                          "see SPLIT in 01_make_streams.py")
-    files = set()
     for row in rows:
         for clip in row["clips"]:
             clip["file"] = str(path.parent / clip["file"])         # an absolute path stays as it is
-            files.add(clip["file"])
-    lost = sorted(file for file in files if not os.path.isfile(file))
-    if lost:
-        raise SystemExit(f"{len(lost)} of the {len(files)} video files of {path} are not there, such as "
-                         f"{lost[0]}. Put them back (is their disk mounted?) and run the same command "
-                         "again, or make the streams anew: 01_make_streams.py under another --RUN")
+    check_files_are_there(path, rows)
     return rows
+
+
+def check_files_are_there(path, rows):
+    """SystemExit where a video of these streams has gone; a warning where it was one of a life that goes on."""
+    files = set()
+    lost = set()
+    may_go = set()
+    for row in rows:
+        of_stream = {clip["file"] for clip in row["clips"]}
+        files |= of_stream
+        gone = {file for file in of_stream if not os.path.isfile(file)}
+        lost |= gone
+        if row["split"] == "deploy" and row["source"] in ("videos", "camera"):
+            may_go |= gone
+    if not lost:
+        return
+    there = f"{len(lost)} of the {len(files)} video files of {path} are not there, such as {min(lost)}"
+    if lost > may_go or lost == files:
+        raise SystemExit(f"{there}. Put them back (is their disk mounted?) and run the same command "
+                         "again, or make the streams anew: 01_make_streams.py under another --RUN")
+    print(f"*** {there}. Their notes stay; a stage that needs their frames again will stop there ***")
 
 
 def as_written(S, streams):

@@ -530,6 +530,8 @@ def check_files(S, index, streams):
     for stream in streams:
         for part in stream.parts:
             spans.setdefault(part.file, []).append([part.start, part.end])
+    if not spans:
+        return {}
     kept = {row["file"]: row for row in read_jsonl(index)} if index.exists() else {}
     new = []
     for file in spans:
@@ -539,7 +541,18 @@ def check_files(S, index, streams):
     unfinished = still_written(new) if S.SOURCE in OWN else set()
     new = [file for file in new if file not in unfinished]
     known = len(spans) - len(new) - len(unfinished)
-    print(f"{len(spans)} video files to look at, {known} of them known from {index}")
+    print(f"{len(spans)} video files to take up, {known} of them known from {index}")
+    if new:
+        check_new(S, index, kept, new, spans)
+    rows = {}
+    for file in spans:
+        # No row is kept of a file that is still being written, so the next run looks at it as at a new one.
+        rows[file] = unfinished_row(file, spans[file]) if file in unfinished else kept[str(file)]
+    return rows
+
+
+def check_new(S, index, kept, new, spans):
+    """Adds the rows of the files `new` to those kept in `index`."""
     # Threads are enough, because FFmpeg works outside of Python's lock.
     pool = ThreadPoolExecutor(S.WORKERS)
     checked = pool.map(lambda file: check_video(file, spans[file], S), new)
@@ -554,11 +567,6 @@ def check_files(S, index, streams):
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         write_jsonl(index, kept.values())
-    rows = {}
-    for file in spans:
-        # No row is kept of a file that is still being written, so the next run looks at it as at a new one.
-        rows[file] = unfinished_row(file, spans[file]) if file in unfinished else kept[str(file)]
-    return rows
 
 
 def still_written(files):
