@@ -202,8 +202,8 @@ def as_tasks(questions, streams, kept):
 def mistake_in(question, row, spans):
     """What is wrong with a question, "" if nothing is. spans: {stream: (start, end)}."""
     options = row["options"]
-    if len(options) > len(string.ascii_uppercase):
-        return f"{len(options)} options, and there are letters for 26"
+    if len(question.options) > len(string.ascii_uppercase):
+        return f"{len(question.options)} options, and there are letters for 26"
     if options and row["answer"] is not None and row["answer"] not in [text[0] for text in options]:
         return f"the answer {row['answer']!r} is no letter of {options}"
     start, _ = spans.get(question.stream, (0, 0))

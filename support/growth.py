@@ -30,6 +30,14 @@ def taken_up(out):
         rows = read_jsonl(out / "tasks.jsonl")
         tasks = [row for row in rows if row["stream"] in streams]
     files = read_json(out / "taken.json") if (out / "taken.json").exists() else {}
+    # What a kill has kept from being noted there stands among the files that were checked.
+    missing = files_of(streams.values()).keys() - files.keys()
+    checked = read_jsonl(out / "files.jsonl") if missing and (out / "files.jsonl").exists() else []
+    for row in checked:
+        if row["file"] in missing and "content" in row:
+            files[row["file"]] = [*row["stamp"], row["content"]]
+    if missing:
+        write_json(out / "taken.json", files)
     return Before(streams, tasks, files)
 
 

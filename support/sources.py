@@ -636,6 +636,9 @@ def check_video(file, spans, S):
         if S.CHECK:
             check_seeks(file, frame_times({"start": first, "end": last, "offset": first}, S.CHECK))
         for n, (start, end) in enumerate(spans):
+            has_grown = start is not None and end is None
+            if has_grown and last - start < S.SHORTEST:
+                continue                         # until it is long enough
             start = math.floor(first) if start is None else max(start, first)
             end = last if end is None else min(last, end)
             if start >= last:

@@ -532,11 +532,11 @@ def test_a_run_that_cannot_be_a_folder_is_refused(tmp_path):
 
 def test_more_options_than_letters_are_refused():
     make_streams = importlib.import_module("01_make_streams")
-    streams = [{"stream": "s", "clips": [{"end": 10}]}]
+    streams = [{"stream": "s", "clips": [{"start": 0, "end": 10}]}]
     question = SimpleNamespace(stream="s", text="q", options=list("abcdefghijklmnopqrstuvwxyz1"), answer="A", time=None,
                                environment="e", name=None, place="tasks.jsonl, line 1")
     with pytest.raises(SystemExit, match="line 1: 27 options, and there are letters for 26"):
-        make_streams.as_tasks([question], streams)
+        make_streams.as_tasks([question], streams, kept=[])
     question.place = ""
-    assert make_streams.as_tasks([question], streams)[1] == [("s", "1 tasks left out: 27 options, and there are "
+    assert make_streams.as_tasks([question], streams, kept=[])[1] == [("s", "1 tasks left out: 27 options, and there are "
                                                                    "letters for 26")]

@@ -449,6 +449,8 @@ def test_stage_1_says_who_reads(tmp_path, monkeypatch, capsys):
     rows = (tmp_path / "run" / "streams" / "files.jsonl").read_text().splitlines()
     assert [json.loads(row)["reader"] for row in rows] == ["decord", "PyAV"]
     monkeypatch.setitem(sys.modules, "decord", None)        # and it looks again where that has changed
+    for name in ("streams.jsonl", "tasks.jsonl"):
+        (tmp_path / "run" / "streams" / name).unlink()
     assert not any("reader" in clip for name in clips for clip in make(tmp_path)[name])
     assert "video files: 2 read by PyAV" in capsys.readouterr().out
 
@@ -695,7 +697,7 @@ def test_sidecars_reach_the_clips_and_the_frames(tmp_path, capsys):
     plain = media.read_frames(first["file"], [first["offset"] + t for t in at])
     assert [i for i, t in enumerate(at) if (frames[i] != plain[i]).any()] == [
         i for i, t in enumerate(at) if 2 <= t <= 3 or abs(t - 2.5) <= 0.5 or abs(t - 10.3) <= 0.5]
-    assert re.search(r"^online +2 +4 +0.01 +1 +2 ", capsys.readouterr().out, re.M)       # 1 cue, 2 faces
+    assert re.search(r"^deploy +2 +4 +0.01 +1 +2 ", capsys.readouterr().out, re.M)       # 1 cue, 2 faces
 
 
 def test_stage_1_listens_and_looks_where_it_is_told_to_and_only_once(tmp_path, whisper, insightface):

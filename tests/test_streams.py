@@ -409,7 +409,7 @@ def folder(tmp_path, monkeypatch):
 def test_videos(tmp_path, folder, capsys):
     streams, tasks = run(tmp_path, "--SOURCE=videos", f"--DATA={folder}")
     assert {name: s["split"] for name, s in streams.items()} == {
-        "-day one": "online", "one.mp4": "online", "one.mkv": "online", "train/b.MKV": "train"}
+        "-day one": "deploy", "one.mp4": "deploy", "one.mkv": "deploy", "train/b.MKV": "train"}
     assert tasks == []
     clips = streams["-day one"]["clips"]
     assert [(c["clip"], c["start"], c["end"], c["offset"]) for c in clips] == [
@@ -421,20 +421,21 @@ def test_videos(tmp_path, folder, capsys):
     said = capsys.readouterr().out
     assert "skipped: 3" in said
     assert all(f"  {name}: " in said for name in ("empty.mp4", "page.webm", "sound.mov"))
-    assert "no train stream" not in said
+    assert "no train stream" not in said and "--SPLIT=online, to examine" in said
+    streams, _ = run(tmp_path / "examined", "--SOURCE=videos", f"--DATA={folder}", "--SPLIT=online")
+    assert {name for name, s in streams.items() if s["split"] == "online"} == {"-day one", "one.mp4", "one.mkv"}
 
 
 def test_videos_again_looks_only_at_what_is_new(tmp_path, folder, monkeypatch):
     before, _ = run(tmp_path, "--SOURCE=videos", f"--DATA={folder}")
     make_video(folder / "new.mp4", frames=30)
     (folder / "new.srt").write_text("00:00:00,000 --> 00:00:01,000\nhi\n")
-    (folder / "one.srt").write_text("00:00:00,000 --> 00:00:01,000\nlate\n")
     looked, check = [], sources.check_video
     monkeypatch.setattr(sources, "check_video", lambda file, *more: looked.append(file.name) or check(file, *more))
     after, _ = run(tmp_path, "--SOURCE=videos", f"--DATA={folder}")
     assert looked == ["new.mp4"] and set(after) - set(before) == {"new"}
     assert after["new"]["clips"][0]["speech"] == [[0.0, 1.0, "hi"]]
-    assert after["one.mkv"]["clips"][0]["speech"] == [[0.0, 1.0, "late"]]
+    assert {name: after[name] for name in before} == before
 
 
 def test_a_clip_that_does_not_decode_is_left_out_by_name(tmp_path, monkeypatch, capsys):
@@ -468,12 +469,12 @@ def test_tasks_of_videos(tmp_path, folder, capsys):
     assert "page: 1 tasks left out" in capsys.readouterr().out
     for wrong, message in ((good | {"answer": "C"}, "task 1: the answer 'C' is no letter"),
                            (good | {"task": "cat"}, "'cat' stands twice"),
-                           ({"video": "-day one.mp4"}, "task 1: needs video, question and answer"),
-                           ("text", "task 1: needs video, question and answer"),
-                           (good | {"enviroment": "cats"}, "may have options, time"),
+                           ({"video": "-day one.mp4"}, "task 1: needs video and question, may have answer"),
+                           ("text", "task 1: needs video and question, may have answer"),
+                           (good | {"enviroment": "cats"}, "may have answer, environment"),
                            *((good | change, "task 1: options is a list, time a number, all else text")
                              for change in ({"time": "00:10"}, {"time": float("nan")}, {"environment": 3},
-                                            {"options": "A. x"}, {"options": [1]}, {"answer": None}))):
+                                            {"options": "A. x"}, {"options": [1]}, {"answer": 3}))):
         rows[0] = wrong
         write()
         with pytest.raises(SystemExit, match=message):
