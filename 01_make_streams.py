@@ -201,11 +201,11 @@ def as_tasks(questions, streams, kept):
 
 def mistake_in(question, row, spans):
     """What is wrong with a question, "" if nothing is. spans: {stream: (start, end)}."""
-    options = row["options"]
+    letters = [option[0] for option in row["options"]]
     if len(question.options) > len(string.ascii_uppercase):
         return f"{len(question.options)} options, and there are letters for 26"
-    if options and row["answer"] is not None and row["answer"] not in [text[0] for text in options]:
-        return f"the answer {row['answer']!r} is no letter of {options}"
+    if letters and row["answer"] not in [None, *letters]:
+        return f"the answer {row['answer']!r} is no letter of {row['options']}"
     start, _ = spans.get(question.stream, (0, 0))
     if question.place and question.time is not None and question.time < start:
         return f"it is asked at {clock(question.time)}, and its stream begins at {clock(start)}"

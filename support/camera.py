@@ -11,14 +11,15 @@ from support.runs import clock
 
 OVERLAP = 3.0                # s by which a video may begin before the one before it ends: times in names are
                              # rounded, and many dashcams repeat the last second or two
-TOO_LATE = ("begins before the end of what stands before it in the stream, so it is left out: it came late, or is "
-            "another lens, a copy, or of a wrong clock")
+TOO_LATE = ("begins before the end of what stands before it in the stream, so it is left out: it came "
+            "late, or is another lens, a copy, or of a wrong clock")
 FIRST_YEAR = 1990            # an earlier time is that of a camera whose clock was never set
 EPOCH = datetime.datetime(1970, 1, 1)
 
 DATE = r"(?<!\d)(?P<year>\d{4})[-_./]?(?P<month>\d\d)[-_./]?(?P<day>\d\d)"
 # Hours, minutes and seconds stand together, or have the same sign between them; thousandths may follow. Z: UTC.
-TIME = r"(?P<hour>\d\d)(?P<sign>[-_.:]?)(?P<minute>\d\d)(?P=sign)(?P<second>\d\d)(\d\d\d)?(?!\d)(?P<zone>(Z(?![A-Za-z]))?)"
+TIME = (r"(?P<hour>\d\d)(?P<sign>[-_.:]?)(?P<minute>\d\d)(?P=sign)(?P<second>\d\d)(\d\d\d)?(?!\d)"
+        r"(?P<zone>(Z(?![A-Za-z]))?)")
 # What macOS and WhatsApp write: "2024-01-31 at 5.45.12 PM".
 CLOCK = r"(?P<hour>\d\d?)\.(?P<minute>\d\d)\.(?P<second>\d\d)\s?(?P<half>[AP]M)?"
 # Each is looked for in the file's name, then in its path below DATA. The first whole date and time wins.
@@ -86,7 +87,7 @@ def time_of_match(found, is_utc):
 
 
 def time_in_file(created):
-    """s of the time of creation that a file's metadata hold, as UTC; None where they hold none, or an unlikely one."""
+    """s of the time of creation in a file's metadata; None where there is none, or an unlikely one."""
     try:
         moment = datetime.datetime.fromisoformat(created)
     except (TypeError, ValueError):
@@ -108,40 +109,42 @@ def beginning(file, inside, row):
 
 # ---------------------------------------------------------------- one stream
 def put_in_order(stream, rows, folder, end):
-    """Gives the parts of a camera's stream their times, and leaves out those that can't follow -> [(name, reason)].
+    """Gives the parts of a camera's stream their times, leaves out those that can't follow -> [(name, reason)].
 
-    rows: of `check_files`. end: s of what was taken up before; None: nothing was. Prints where the times come from.
+    rows: of `check_files`. end: s, of what was taken up before; None: nothing was. Prints where times come from.
     """
     parts = []
     told_by = {"name": [], "metadata": [], "last change": []}
-    unfinished = []
+    waits = None                                 # s from which on all waits for an unfinished file
     for part in stream.parts:
         row = rows[part.file]
         inside = part.file.relative_to(folder)
         if row.get("unfinished"):
-            unfinished.append((time_in_name(inside), inside))
+            begins = time_in_name(inside)
+            if begins is not None:
+                waits = min(begins, waits or begins)
         if not any(row["clips"]):
             continue
         if part.at is None:
             part.at, source = beginning(part.file, inside, row)
             told_by[source].append(part)
         parts.append(part)
-    known = [time for time, _ in unfinished if time is not None]
     parts.sort(key=lambda part: (part.at, part.file))
 
     stream.parts = []
     left_out = []
     for part in parts:
         inside = part.file.relative_to(folder)
-        if known and part.at >= min(known):
+        if waits is not None and part.at >= waits:
             left_out.append((inside, "waits for the one before it, which is still being written"))
         elif end is not None and part.at < end - OVERLAP:
             left_out.append((inside, TOO_LATE))
         else:
-            part.at = part.at if end is None else max(part.at, end)
+            if end is not None:
+                part.at = max(part.at, end)
             row = rows[part.file]
-            last = row["clips"][row["spans"].index([part.start, part.end])][-1]
-            end = round(part.at + last["end"] - (part.start or 0), 3)
+            clips = row["clips"][row["spans"].index([part.start, part.end])]
+            end = round(part.at + clips[-1]["end"] - (part.start or 0), 3)
             stream.parts.append(part)
     say_times(told_by, stream.parts, folder)
     return left_out

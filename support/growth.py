@@ -87,13 +87,43 @@ def leave_what_is_taken(found, before, out):
 
     A file that has grown since gives a part with what is new. SystemExit where a file is another one now.
     """
+    taken = files_of(before.streams.values())
+    grown, said = look_again(taken, before.files, out)
+    new = []
+    for stream in found.streams:
+        row = before.streams.get(stream.name)
+        end = row["clips"][-1]["end"] if row else None
+        parts = []
+        for part in stream.parts:
+            if str(part.file) in taken:
+                part = grown.get(part.file)
+            if part is None:
+                continue
+            if row and part.at is not None and part.at < end - OVERLAP:
+                said.append((part.file, TOO_LATE))
+            else:
+                parts.append(part)
+        came_late = row and stream.cues and not any(clip["speech"] for clip in row["clips"])
+        if came_late and not parts:
+            said.append((stream.name, "has subtitles now, but its clips were taken up without: they stay so"))
+        stream.parts = parts
+        if parts:
+            new.append(stream)
+    found.streams = new
+    return said
+
+
+def look_again(taken, files, out):
+    """({file: a part with what is new of it}, what is to be said) of the files that were taken up.
+
+    taken: see `files_of`. files: of taken.json. SystemExit where a file is another one now.
+    """
+    grown = {}
     said = []
     replaced = []
-    grown = {}                                   # {file: the part with what is new}
-    taken = files_of(before.streams.values())
     for name, (stream, clip) in taken.items():
         file = pathlib.Path(name)
-        fate = fate_of(file, before.files.get(name))
+        fate = fate_of(file, files.get(name))
         if fate == "gone":
             said.append((name, "is no longer there; its clips stay in the streams, and so does what was "
                          "made of them"))
@@ -105,29 +135,11 @@ def leave_what_is_taken(found, before, out):
     if replaced:
         more = f" and {len(replaced) - 5} more" if len(replaced) > 5 else ""
         raise SystemExit(
-            f"another video than the one that was taken up: {', '.join(replaced[:5])}{more}. Notes may have "
-            "been made of the old one. Put that back; or give the new one a name of its own, and it is taken "
-            f"up as new; or take a new --RUN. If nothing has been made of these streams yet: delete {out}/"
-            "streams.jsonl and tasks.jsonl, and run this again")
-    new = []
-    for stream in found.streams:
-        row = before.streams.get(stream.name)
-        parts = []
-        for part in stream.parts:
-            if str(part.file) in taken:
-                part = grown.get(part.file) if part.end is None else None
-            if part and row and part.at is not None and part.at < row["clips"][-1]["end"] - OVERLAP:
-                said.append((part.file, TOO_LATE))
-            elif part:
-                parts.append(part)
-        came_late = row and stream.cues and not any(clip["speech"] for clip in row["clips"])
-        if came_late and not parts:
-            said.append((stream.name, "has subtitles now, but its clips were taken up without: they stay so"))
-        stream.parts = parts
-        if parts:
-            new.append(stream)
-    found.streams = new
-    return said
+            f"another video than the one that was taken up: {', '.join(replaced[:5])}{more}. Notes may "
+            "have been made of the old one. Put that back; or give the new one a name of its own, and it "
+            "is taken up as new; or take a new --RUN. If nothing has been made of these streams yet: "
+            f"delete {out}/streams.jsonl and tasks.jsonl, and run this again")
+    return grown, said
 
 
 def fate_of(file, was):
@@ -206,7 +218,7 @@ def add_tasks(asked, kept, spans):
     for row in kept:
         answer = answers.get(row["task"], row["answer"])
         if row["task"] not in here:
-            said.append((row["task"], "no longer stands among the questions; it stays, because it was taken up"))
+            said.append((row["task"], "no longer stands among the questions; it was taken up, so it stays"))
         elif answer != row["answer"]:
             said.append((row["task"], "has another answer now, which is taken over"))
         tasks.append(row | {"answer": answer})
@@ -221,8 +233,8 @@ def what_changed(asked, known):
     if content_of_task(row) == content_of_task(known) and same_time:
         return ""
     if asked.place:
-        raise SystemExit(f"{asked.place}: the name {row['task']!r} is that of another question, which was taken "
-                         f"up before: {known}. Give this one a name of its own, or none")
+        raise SystemExit(f"{asked.place}: the name {row['task']!r} is that of another question, which "
+                         f"was taken up before: {known}. Give this one a name of its own, or none")
     return f"{row['task']} is another question now; the one that was taken up stays"
 
 
@@ -263,7 +275,8 @@ def say_new(before, streams, tasks):
         return
     longer = clips = 0
     for row in streams:
-        was = len(before.streams[row["stream"]]["clips"]) if row["stream"] in before.streams else 0
+        earlier = before.streams.get(row["stream"], {"clips": []})
+        was = len(earlier["clips"])
         clips += len(row["clips"]) - was
         longer += 0 < was < len(row["clips"])
     new = len(streams) - len(before.streams)

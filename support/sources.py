@@ -126,7 +126,7 @@ def camera(S, folder, data):
 
 
 def own_files(S, folder, data, found):
-    """(the videos in a user's folder and below, at most LIMIT, their subtitles by name). SystemExit without any."""
+    """(the videos in a user's folder and below, their subtitles by name). SystemExit where there are none."""
     if data.is_file():
         there = [file for file in folder.iterdir() if is_unicode(file.name)]
         files = [data]
