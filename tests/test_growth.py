@@ -395,7 +395,7 @@ def test_tasks_keep_names_and_times(tmp_path, data, capsys):
     said = capsys.readouterr().out
     assert again == tasks and "nothing new" in said
     [gone] = [task["task"] for task in tasks if task["question"] == "What?"]
-    assert f"{gone}: no longer stands among the questions; it stays" in said
+    assert f"{gone}: no longer stands among the questions; it was taken up, so it stays" in said
 
 
 def test_answers_may_come_later_and_nothing_else_may_change(tmp_path, data, capsys):
