@@ -295,6 +295,14 @@ def test_a_video_that_has_grown_goes_on(tmp_path, data, capsys):
     assert "nothing new; 2 streams as before" in capsys.readouterr().out
 
 
+def test_what_a_video_has_grown_by_waits_until_it_is_long_enough(tmp_path, data):
+    video = make(data / "day.mp4", 31)
+    S = SimpleNamespace(SOURCE="videos", CLIP_SECONDS=10, SHORTEST=2, CHECK=3)
+    for start, ends in ((30.0, []), (31.0, []), (28.0, [31.0]), (10.0, [20.0, 30.0])):
+        row = sources.check_video(video, [[start, None]], S)
+        assert [clip["end"] for clip in row["clips"][0]] == ends and not row["skipped"]
+
+
 def test_videos_that_have_gone_keep_their_streams(tmp_path, data, capsys):
     for name in "abc":
         make(data / f"{name}.mp4")
@@ -396,6 +404,15 @@ def test_tasks_keep_names_and_times(tmp_path, data, capsys):
     assert again == tasks and "nothing new" in said
     [gone] = [task["task"] for task in tasks if task["question"] == "What?"]
     assert f"{gone}: no longer stands among the questions; it was taken up, so it stays" in said
+
+
+def test_a_question_with_its_time_is_known_before_one_without(tmp_path, data):
+    make(data / "VID_20240131_174512.mp4")
+    ask(data, {"question": "Who?", "time": AT + 5})
+    _, first = films(tmp_path, data)
+    ask(data, {"question": "Who?"}, {"question": "Who?", "time": AT + 5})
+    _, tasks = films(tmp_path, data)
+    assert tasks[:1] == first and [task["time"] - AT for task in tasks] == [5, 12]
 
 
 def test_answers_may_come_later_and_nothing_else_may_change(tmp_path, data, capsys):
