@@ -93,10 +93,11 @@ def leave_what_is_taken(found, before, out):
     for stream in found.streams:
         row = before.streams.get(stream.name)
         end = row["clips"][-1]["end"] if row else None
+        used = files_of([row]) if row else {}
         parts = []
         for part in stream.parts:
-            if str(part.file) in taken:
-                part = grown.get(part.file)
+            if str(part.file) in used:           # by this stream; another may use another part of it
+                part = grown.get(part.file) if part.end is None else None
             if part is None:
                 continue
             if row and part.at is not None and part.at < end - OVERLAP:

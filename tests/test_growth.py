@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from test_datasets import egolife                                           # noqa: F401 (a fixture)
+from test_datasets import egolife, egotempo                                 # noqa: F401 (fixtures)
 from test_streams import ROOT, SHARED, av, make_video, real_videos, run, runs, sources
 
 from support import camera, growth
@@ -377,6 +377,21 @@ def test_a_data_set_grows_at_its_end_alone(tmp_path, egolife, capsys):     # noq
     clips = after["A1_JAKE"]["clips"]
     assert len(before["A1_JAKE"]["clips"]) == 9 and len(clips) == 12 and clips[:9] == before["A1_JAKE"]["clips"]
     assert "DAY1_A1_JAKE_13000000.mp4: begins before the end" in capsys.readouterr().out
+
+
+def test_a_new_part_of_a_known_file_is_a_new_stream(tmp_path, egotempo):    # noqa: F811
+    table = egotempo / "egotempo_openQA.json"
+    rows = json.loads(table.read_text())["annotations"]
+    table.write_text(json.dumps({"annotations": rows[:2]}))
+    first, few = run(tmp_path, "--SOURCE=egotempo", f"--DATA={egotempo}")
+    table.write_text(json.dumps({"annotations": rows}))
+    streams, tasks = run(tmp_path, "--SOURCE=egotempo", f"--DATA={egotempo}")
+    whole, of_whole = run(tmp_path / "whole", "--SOURCE=egotempo", f"--DATA={egotempo}")
+    for row in (*streams.values(), *whole.values()):
+        for clip in row["clips"]:
+            clip.pop("reader", None)                         # decord reads no file that something was skipped of
+    assert streams == whole and tasks == of_whole
+    assert len(first) == 1 and len(streams) == 3 and tasks[:2] == few and len(tasks) == 4
 
 
 # ---- tasks that were taken up ------------------------------------------------------------------------------
