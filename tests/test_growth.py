@@ -120,7 +120,8 @@ def test_where_times_come_from_is_said(berlin, tmp_path, data, capsys):
     said = capsys.readouterr().out
     assert "times from the name of 1 video files (VID_20240131_174512.mp4: 2024-01-31 17:45:12)" in said
     assert "times from the metadata of 1 video files (GX010042.MP4: 2024-01-31 18:00:00)" in said
-    assert "*** no time stands in the name or the metadata of 1 video files" in said and "old.mp4: 2024-01-31 20:00" in said
+    assert "*** no time stands in the name or the metadata of 1 video files" in said
+    assert "old.mp4: 2024-01-31 20:00" in said
 
 
 def test_gopro_writes_local_time(berlin):
@@ -404,7 +405,8 @@ def test_tasks_keep_names_and_times(tmp_path, data, capsys):
     assert [(t["task"], t["time"] - AT) for t in first] == [("life-2", 5), ("life-1", 12), ("life-3", 12)]
     make(data / "VID_20240131_190000.mp4")
     new = {"question": "What?"}
-    rows = [new, {"question": "When?", "time": AT + 6}, who | {"environment": "people"}, {"question": "When?", "time": AT + 5},
+    rows = [new, {"question": "When?", "time": AT + 6}, who | {"environment": "people"},
+            {"question": "When?", "time": AT + 5},
             who | {"options": ["Ann", "Eve"]}, who, who]     # moved, edited, asked once more
     ask(data, *rows)
     _, tasks = films(tmp_path, data)
@@ -444,7 +446,7 @@ def test_answers_may_come_later_and_nothing_else_may_change(tmp_path, data, caps
     assert "who, a-2: has another answer now" in said and "without an answer" not in said
     for change in ({"options": ["Ann", "Eve"]}, {"question": "Which?"}, {"time": 3}, {"environment": "x"}):
         ask(data, named | change)
-        with pytest.raises(SystemExit, match="task 1: the name 'who' is that of another question.*Give this one a name"):
+        with pytest.raises(SystemExit, match="task 1: the name 'who' is that of another question.*Give this"):
             folder_of(tmp_path, data)
     ask(data, named | {"answer": "C"})
     with pytest.raises(SystemExit, match="the answer 'C' is no letter"):
