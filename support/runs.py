@@ -267,9 +267,9 @@ def start(S, stage, *functions, alone=True):
 def has_results(out):
     """Whether anything in a stage's folder binds it to its settings.
 
-    What 01 has looked up in videos does not, nor does 03's list of what it is about to read.
+    What 01 has looked up in videos does not.
     """
-    harmless = ("settings.json", "made_of.json", "files.jsonl", "speech", "faces", LOCK)
+    harmless = ("settings.json", "files.jsonl", "speech", "faces", LOCK)
     for path in out.iterdir():
         is_empty = path.is_dir() and all(inner.name == LOCK for inner in path.iterdir())
         if path.name not in harmless and ".aside" not in path.name and not is_empty:

@@ -329,19 +329,23 @@ def test_the_cache_goes_on_by_stream_and_clip(tmp_path, monkeypatch):
         for group in groups:
             group.samples[0].quality = 0.5
     monkeypatch.setattr(collect.phase1, "quality", quality)
-    collect.fill_cache(S, tmp_path, None, None, streams, memories, {})
+
+    def fill():
+        collect.fill_cache(S, tmp_path, collect.read_cache(S, tmp_path, streams), None, None, streams, memories, {})
+    fill()
     whole = (tmp_path / "cache.jsonl").read_bytes()
     rows = runs.read_jsonl(tmp_path / "cache.jsonl")
     assert len(asked) == len(rows) == 9 and not (tmp_path / "cache.part").exists()
     # Two processes wrote at once: some contexts twice, some never.
-    (tmp_path / "cache.jsonl").unlink()
+    for name in ("cache.jsonl", "considered.json"):
+        (tmp_path / name).unlink()
     runs.write_jsonl(tmp_path / "cache.part", [rows[3], rows[0], rows[0], rows[3], rows[7]])
     asked.clear()
-    collect.fill_cache(S, tmp_path, None, None, streams, memories, {})
+    fill()
     assert (tmp_path / "cache.jsonl").read_bytes() == whole and len(asked) == 6
-    # Without recent.json 03 answers the questions anew, and samples nothing twice.
+    # The tenth clip, which was left out, has been considered once and for all.
     asked.clear()
-    collect.fill_cache(S, tmp_path, None, None, streams, memories, {})
+    fill()
     assert (tmp_path / "cache.jsonl").read_bytes() == whole and not asked
 
 
