@@ -8,7 +8,10 @@ ask: without tasks the script ends with the memories.
 Run it again after 01 has taken up new videos or questions. It watches the new clips alone, answers the new
 questions and adds the new clips to the cache. Which questions define an environment depends on the split of the
 streams (see 01):
-  deploy   a life goes on: the latest RECENT of all that were ever asked
+  deploy   a life goes on: the latest RECENT of all that were ever asked. Once 05 has made an environment's adapter,
+           it writes the new clips too, and what the environment asks is answered from these notes: the adapter's
+           where there are any, Phase One's before. So a clip gets a memory of each writer, in one pass over the
+           frames. Phase One goes on, because the cache wants its histories and a new environment has no adapter.
   online   a benchmark, as in the paper: the first RECENT, for ever. Only what came before the last recent
            question is watched here, and an environment learns nothing from the clips that its adapter will be
            examined on: each row of the cache names the environments that may learn from it.
@@ -16,24 +19,26 @@ streams (see 01):
 Run: python 03_collect_tasks.py [--NAME=value ...]
      (toy world: 21 s on two cores)
 In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02), and what the judge needs
-Out: tasks/memories.jsonl, memories/STREAM.txt (to be read), asked.jsonl (all questions with their replies, in the
-     order in which they came), recent.json, cache.jsonl, considered.json (clips that the cache was drawn from)
+     later phase2/ADAPTER/*/adapter (05)
+Out: tasks/memories.jsonl (Phase One's), adapted/ENVIRONMENT.jsonl (an adapter's), memories/STREAM.txt (to be read);
+     asked.jsonl (all questions with their replies, in the order in which they came), recent.json;
+     cache.jsonl, considered.json (how many clips of each stream the cache was drawn from)
 """
 import functools
 import math
 import zlib
 from dataclasses import dataclass
 
-from common import (Group, Sample, build_prompt, go_on, load_judge, load_policy, make_context,
-                    per_model, rollout, settings, stage, watch)
+from common import (Group, Notes, Sample, build_prompt, go_on, load_judge, load_policy,
+                    make_context, per_model, rollout, settings, stage, watch)
 from support import hours, judges
 from support.hours import Sizes, first_measured, say_plan, sizes_of
 from support.judges import Answer, Verdict
 from support.ranks import gather, is_first_rank, my_share, once, progress, said_once
 from support.reader import Retriever
-from support.runs import (append_jsonl, clock, find, load_streams, need, next_command, read_json,
-                          read_jsonl, read_progress, say_what_differs, slug, start, write_json,
-                          write_jsonl, write_text)
+from support.runs import (ROOT, append_jsonl, clock, find, fingerprint, load_streams, need,
+                          next_command, read_json, read_jsonl, read_progress, say_what_differs,
+                          slug, start, write_json, write_jsonl, write_text)
 from support.weights import load_adapter, load_tokenizer
 
 phase1 = stage("02_phase1_train")
@@ -44,8 +49,9 @@ CACHE_CONTEXTS = per_model(288, 2500)  # ... and contexts cached at most (paper:
 CHUNK = per_model(24, 28)              # contexts sampled, or questions asked, between two writes
 # ---------------------------------------------------------------- the method
 RECENT = 5                             # questions that define an environment (paper: 5 to 10)
-LATER = 5                              # questions after those, by which 04 validates R
+LATER = 5                              # questions besides those, by which 04 validates R
 GROUP = 8                              # N, memories cached per context (paper), at temperature 1
+ADAPTER = "dpo-steer"                  # which of 05's adapters write, ALGORITHM-ADAPTER; "": none
 # ----------------------------------------------------------------
 ANSWER = Answer("answer", """These notes are all that is known of a video:
 {entries}
@@ -448,6 +454,8 @@ def work(plan, S, sizes):
     """What this stage does, for the plan (support/hours.py)."""
     if sizes.clips:
         plan.watch("watch", sizes.clips, sizes.streams)
+    if sizes.adapters:
+        plan.sample("watch: adapters", sizes.adapters * sizes.clips, 1, sizes.streams)
     if sizes.questions:
         plan_answers(plan, S, sizes, sizes.questions, S.CHUNK)
     if sizes.contexts:
@@ -478,6 +486,9 @@ def main(argv=None):
     if S.PLAN:
         say_plan(S, work, planned_sizes(S), LEVERS)
         return
+    if S.ADAPTER and not S.ADAPTER.startswith(("dpo-", "grpo-")):
+        raise SystemExit(f"ADAPTER={S.ADAPTER}: here it names what 05 has made by ALGORITHM and "
+                         'ADAPTER, like dpo-steer; "": no adapter writes')
     out = start(S, "tasks", answer, right, phase1.quality, build_prompt)
     streams = load_streams(S, "deploy")
     names = {stream["stream"] for stream in streams}
@@ -505,9 +516,15 @@ def main(argv=None):
     # ---- memories
     memories = news.memories
     if news.clips:
-        memories = watch(get_policy(), streams, path=out / "memories.jsonl",
+        policy = get_policy()
+        load_adapters(policy, news.adapters)
+        (out / "adapted").mkdir(exist_ok=True)
+        memories = watch(policy, streams, path=out / "memories.jsonl", beside=news.beside,
                          planned=planned.hours_of("watch"))
     write_readable(out / "memories", memories)
+    for environment, notes in news.adapted.items():
+        adapted = {stream: rows for stream, rows in notes.memories.items() if has_adapted(rows)}
+        write_readable(out / "memories" / slug(environment), adapted)
 
     # ---- questions, answered from memory
     answer_new(S, judge, news, asked, memories, out / "asked.jsonl")
@@ -545,6 +562,53 @@ def load_phase1(S, adapter):
     return policy
 
 
+# ---------------------------------------------------------------- adapters at work
+def find_adapters(S, environments):
+    """{environment: folder} of the adapters that 05 has made in this run."""
+    folders = {}
+    for environment in environments:
+        folder = ROOT / "runs" / S.RUN / "phase2" / S.ADAPTER / slug(environment) / "adapter"
+        if S.ADAPTER and any(folder.glob("*.safetensors")):
+            folders[environment] = folder
+    return folders
+
+
+def load_adapters(policy, folders):
+    for environment, folder in folders.items():
+        load_adapter(policy, writer_of(environment), folder)
+    policy.use("phase1")
+
+
+def writer_of(environment):
+    return f"phase2:{environment}"
+
+
+def adapted_notes(S, out, environments, folders, memories):
+    """{environment: its Notes}, where an adapter has written or is about to.
+
+    They hold the adapter's memory of a clip where there is one, else Phase One's (memories: {stream: rows}). In each
+    round `watch` adds the adapters' rows before Phase One's. So where Phase One has a clip and the adapter has not,
+    there was no adapter then, and after a SIGKILL an adapter may be a clip ahead.
+    """
+    adapted = {}
+    for environment in environments:
+        path = out / "adapted" / f"{slug(environment)}.jsonl"
+        written = {(row["stream"], row["clip"]): row for row in read_progress(path)}
+        if not written and environment not in folders:
+            continue
+        merged = {}
+        for stream, rows in memories.items():
+            merged[stream] = [written.get((stream, t), row) for t, row in enumerate(rows)]
+            while (stream, len(merged[stream])) in written:
+                merged[stream].append(written[stream, len(merged[stream])])
+        policy = ""
+        if environment in folders:
+            # Which adapter it was: 05 makes it anew when the recent questions change.
+            policy = f"{S.ADAPTER} {fingerprint(folders[environment])[:8]}"
+        adapted[environment] = Notes(writer_of(environment), merged, path, policy=policy)
+    return adapted
+
+
 # ---------------------------------------------------------------- what is new
 @dataclass
 class News:
@@ -556,6 +620,13 @@ class News:
     again: list          # recent questions, where the judge has failed on some
     answered: int        # questions that were asked before
     cache: Cache
+    adapters: dict       # {environment: folder} of those that write the new clips, too
+    adapted: dict        # {environment: Notes} where an adapter has written or is about to
+
+    @property
+    def beside(self):
+        """Notes of those who write beside Phase One."""
+        return [self.adapted[environment] for environment in self.adapters]
 
     @property
     def needs_judge(self):
@@ -570,7 +641,8 @@ class News:
         environments = len({task["environment"] for task in self.questions})
         written = sum(map(len, self.memories.values()))
         return Sizes("what is new", len(self.streams), self.clips, len(self.cache.missing),
-                     environments, len(self.questions), notes=written // len(self.memories))
+                     environments, len(self.questions), notes=written // len(self.memories),
+                     adapters=len(self.adapters))
 
     def say(self):
         written = sum(map(len, self.memories.values()))
@@ -578,6 +650,9 @@ class News:
               f"{len(self.questions)} questions, {len(self.cache.missing)} contexts to cache; "
               f"before: {written} memories, {self.answered} questions, "
               f"{len(self.cache.old)} contexts")
+        if self.clips and self.adapters:
+            print(f"{1 + len(self.adapters)} memories of each new clip: by Phase One, and by the "
+                  f"adapters of {', '.join(self.adapters)}")
 
 
 def what_is_new(S, out, streams, to_ask, asked):
@@ -601,7 +676,14 @@ def what_is_new(S, out, streams, to_ask, asked):
     # Without questions nothing is cached.
     cached_streams = streams if to_ask or asked else []
     cache = read_cache(S, out, cached_streams)
-    return News(growing, clips, memories, questions, again, len(asked), cache)
+    environments = sorted({task["environment"] for task in asked.values()})
+    # A benchmark leaves the adapters to 06.
+    adapters = {}
+    if not is_benchmark(streams):
+        adapters = once(lambda: find_adapters(S, environments))
+    adapted = adapted_notes(S, out, environments, adapters, memories)
+    return News(
+        growing, clips, memories, questions, again, len(asked), cache, adapters, adapted)
 
 
 def say_unseen(tasks, streams):
@@ -616,18 +698,24 @@ def say_unseen(tasks, streams):
 
 # ---------------------------------------------------------------- memories and replies, to be read
 def write_readable(folder, memories):
-    """A text for each stream, with the times of its clips."""
+    """A text for each stream, with the times of its clips; where adapters have written, with who wrote what."""
     written = 0
     for stream, rows in memories.items():
         entries = [stream + "\n"] if slug(stream) != stream else []
         for row in rows:
+            time = f"{clock(row['start'])}-{clock(row['end'])}"
+            who = f"  {row.get('policy', 'phase1')}" if has_adapted(rows) else ""
             nothing = "(the video is damaged here)" if row.get("grey") else "(nothing)"
-            memory = row["memory"] or nothing
-            entries.append(f"{clock(row['start'])}-{clock(row['end'])}\n{memory}\n")
+            entries.append(f"{time}{who}\n{row['memory'] or nothing}\n")
             written += bool(row["memory"])
         write_text(folder / f"{slug(stream)}.txt", "\n".join([*entries, ""]))
     clips = sum(len(rows) for rows in memories.values())
     print(f"memories of {written} of {clips} clips: {folder}")
+
+
+def has_adapted(rows):
+    """Whether an adapter wrote some of the rows."""
+    return any("policy" in row for row in rows)
 
 
 def answer_new(S, judge, news, asked, memories, path):
@@ -639,9 +727,9 @@ def answer_new(S, judge, news, asked, memories, path):
     to_do = []
     for chunk in in_chunks(news.again, S.CHUNK) + in_chunks(news.questions, S.CHUNK):
         if any(lacks_reply(task, asked) for task in chunk):
-            to_do.append(chunk)
-    for chunk in progress(to_do, "answers", leave=False):
-        replies, retrieved = answer(S, judge, chunk, memories)
+            to_do += by_notes(chunk, news.adapted, memories)
+    for chunk, notes in progress(to_do, "answers", leave=False):
+        replies, retrieved = answer(S, judge, chunk, notes)
         correct = right(judge, chunk, replies)
         rows = []
         for task, reply, is_right, is_part in zip(chunk, replies, correct, retrieved):
@@ -654,6 +742,18 @@ def answer_new(S, judge, news, asked, memories, path):
         append_jsonl(path, rows)
         for row in rows:
             asked[identity(row)] = row
+
+
+def by_notes(tasks, adapted, memories):
+    """[(tasks, the memories that they are answered from)]: an adapter's where their environment has one."""
+    groups = {}
+    for task in tasks:
+        name = task["environment"] if task["environment"] in adapted else ""
+        groups.setdefault(name, []).append(task)
+    answered_from = {"": memories}
+    for environment, notes in adapted.items():
+        answered_from[environment] = notes.memories
+    return [(group, answered_from[name]) for name, group in groups.items()]
 
 
 def lacks_reply(task, asked):
@@ -677,7 +777,9 @@ def say_replies(recent, tasks, n):
         if not any(identity(row) in new for row in rows):
             continue
         known = [row["correct"] for row in rows if row["correct"] is not None]
-        counted = f"{known.count(True)} of {len(known)} answered right" if known else "no answers known"
+        counted = "no answers known"
+        if known:
+            counted = f"{known.count(True)} of {len(known)} answered right"
         print(f"{environment}, {len(rows)} recent questions: {counted}")
         for row in rows:
             if identity(row) in new:

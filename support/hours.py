@@ -120,6 +120,7 @@ class Sizes:
     environments: int = 0
     questions: int = 0
     clips_asked: int = 0         # of the streams that an environment asks about, on average
+    adapters: int = 0            # that write beside Phase One
     notes: int = 0               # memories of a stream from before, on average
     comparisons: float = 28      # of two memories, for each context and environment: all pairs of 8
 

@@ -1,6 +1,8 @@
 """03 again and again: streams that grow, questions that come later, answers that nobody knows."""
+import functools
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
 from support import runs                                                    # noqa: E402
+from support.weights import save_adapter                                    # noqa: E402
 from tiny import world                                                      # noqa: E402
 from test_online import KINDS, asked_at, write_run                          # noqa: E402
 from test_stages import ALWAYS                                              # noqa: E402
@@ -100,6 +103,7 @@ def test_a_run_that_grew_in_three_steps_equals_one_over_the_whole(life, whole, t
     def counted(module, name, count):
         function = getattr(module, name)
 
+        @functools.wraps(function)               # so that 03 takes it for its own
         def wrapper(*args, **kwargs):
             done.update(count(*args))
             return function(*args, **kwargs)
@@ -290,6 +294,148 @@ def test_the_oldest_contexts_make_room(tmp_path, monkeypatch):
     for row in runs.read_jsonl(tmp_path / "cache.jsonl"):
         if (row["stream"], row["clip"]) in rows:
             assert row == rows[row["stream"], row["clip"]]
+
+
+# ================================================================ adapters at work
+@pytest.fixture(scope="module")
+def adapted(life, loaded, tmp_path_factory):
+    """A run in which an adapter of "place" has come after the first step, and all clips have been watched since.
+
+    With what was written and answered, in order: (writer, stream, clip, history), and ("answered", task, memories).
+    """
+    run = copy_of(life, tmp_path_factory.mktemp("adapted"))
+    grow(life, run, STEPS[0])
+    collect_tasks(run)
+    make_adapter(loaded, run, "place", 0)
+    grow(life, run, STEPS[2])
+    done = []
+    rollout, answer, see = common.rollout, collect.answer, common.Policy._see
+
+    def seen_rollout(policy, contexts, *args, **how):
+        done.extend((policy.who, c.stream, c.clip, list(c.history)) for c in contexts)
+        return rollout(policy, contexts, *args, **how)
+
+    @functools.wraps(answer)                     # so that 03 takes it for its own
+    def seen_answer(S, judge, tasks, memories):
+        for task in tasks:
+            notes = [row["memory"] for row in memories[task["stream"]]]
+            done.append(("answered", task["task"], notes))
+        return answer(S, judge, tasks, memories)
+
+    def seen_clips(self, clips):
+        done.extend(("seen", clip["file"], clip["offset"]) for clip in clips)
+        return see(self, clips)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "rollout", seen_rollout)
+        patch.setattr(collect, "answer", seen_answer)
+        patch.setattr(common.Policy, "_see", seen_clips)
+        collect_tasks(run)
+    return run, done
+
+
+def make_adapter(policy, run, environment, seed):
+    policy.S.LAYER = 1
+    params = policy.add("phase2", "steer")
+    with torch.no_grad():
+        params[0].copy_(2 * torch.randn(params[0].shape, generator=torch.Generator().manual_seed(seed)))
+    save_adapter(policy, "phase2", run / "phase2/dpo-steer" / environment / "adapter")
+    policy.drop("phase2")
+
+
+NEW = [("a", 2), *(("b", t) for t in range(4)), *(("c", t) for t in range(3))]
+
+
+def test_an_adapter_writes_the_new_clips_beside_phase_one(adapted, whole):
+    run, done = adapted
+    same_rows = as_known(rows_of(whole, "memories.jsonl"), "stream", "clip")
+    assert as_known(rows_of(run, "memories.jsonl"), "stream", "clip") == same_rows     # Phase One's stay its own
+    assert (run / "tasks/cache.jsonl").read_bytes() == (whole / "tasks/cache.jsonl").read_bytes()
+    rows = as_known(rows_of(run, "adapted/place.jsonl"), "stream", "clip")
+    assert set(rows) == set(NEW) and not (run / "tasks/adapted/object.jsonl").exists()
+    assert len({row["policy"] for row in rows.values()}) == 1
+    assert re.fullmatch("dpo-steer [0-9a-f]{8}", rows["a", 2]["policy"])
+    assert any(rows[clip]["memory"] != same_rows[clip]["memory"] for clip in NEW)
+    # The adapter goes on from Phase One's memories, and then from its own.
+    notes = {clip: row["memory"] for clip, row in {**same_rows, **rows}.items()}
+    histories = {event[1:3]: event[3] for event in done if event[0] == "phase2:place"}
+    assert set(histories) == set(NEW)
+    for (stream, t), history in histories.items():
+        assert history == [notes[stream, i] for i in range(t)]
+    # All write in one pass over the frames: each clip is looked at once.
+    seen = Counter(event for event in done if event[0] == "seen")
+    assert set(seen.values()) == {1} and len(seen) == 10
+
+
+def test_new_questions_are_answered_from_the_notes_of_their_environment(adapted, whole):
+    run, done = adapted
+    phase1 = as_known(rows_of(run, "memories.jsonl"), "stream", "clip")
+    adapter = as_known(rows_of(run, "adapted/place.jsonl"), "stream", "clip")
+    answered = {event[1]: event[2] for event in done if event[0] == "answered"}
+    tasks = {task["task"]: task for task in rows_of(whole, "asked.jsonl")}
+    assert len(answered) == len(tasks) - 2                        # two were asked before
+    for name, notes in answered.items():
+        rows = {**phase1, **adapter} if tasks[name]["environment"] == "place" else phase1
+        stream = tasks[name]["stream"]
+        assert notes == [rows[stream, t]["memory"] for t in range(STEPS[2][stream])]
+
+
+def test_the_text_says_who_wrote_what(adapted):
+    run, _ = adapted
+    text = (run / "tasks/memories/place/a.txt").read_text()
+    label = rows_of(run, "adapted/place.jsonl")[0]["policy"]
+    assert re.findall(r"^\S+-\S+  (.*)$", text, re.MULTILINE) == ["phase1", "phase1", label]
+    assert "phase1" not in (run / "tasks/memories/a.txt").read_text()
+    assert not (run / "tasks/memories/object").exists()
+
+
+def test_a_round_that_was_cut_between_two_writers_is_finished(adapted, life, tmp_path, monkeypatch):
+    """The adapter has written of a clip, and Phase One had not yet: the adapter writes of it no second time."""
+    run = copy_of(adapted[0], tmp_path)
+    memories = run / "tasks/memories.jsonl"
+    before = rows_of(run, "memories.jsonl")
+    for name in ("asked.jsonl", "recent.json", "cache.jsonl", "considered.json"):
+        (run / "tasks" / name).unlink()
+    runs.write_jsonl(memories, before[:-1])
+    runs.write_jsonl(run / "tasks/asked.jsonl", rows_of(adapted[0], "asked.jsonl")[:2])
+    writers = []
+    rollout = common.rollout
+
+    def seen(policy, contexts, *args, **how):
+        writers.extend(policy.who for _ in contexts)
+        return rollout(policy, contexts, *args, **how)
+    monkeypatch.setattr(common, "rollout", seen)
+    collect_tasks(run)
+    assert set(writers) == {"phase1"} and rows_of(run, "memories.jsonl") == before
+    for name in ("memories.jsonl", "adapted/place.jsonl", "asked.jsonl", "cache.jsonl", "recent.json"):
+        assert (run / "tasks" / name).read_bytes() == (adapted[0] / "tasks" / name).read_bytes(), name
+
+
+def test_each_environment_has_notes_of_its_own_and_a_new_adapter_a_name_of_its_own(adapted, life, loaded, tmp_path, capsys):
+    run = copy_of(life, tmp_path)
+    grow(life, run, STEPS[1])
+    collect_tasks(run)
+    make_adapter(loaded, run, "place", 1)
+    make_adapter(loaded, run, "object", 0)
+    grow(life, run, STEPS[2])
+    capsys.readouterr()
+    collect_tasks(run)
+    assert "3 memories of each new clip: by Phase One, and by the adapters of object, place" in capsys.readouterr().out
+    rows = {kind: as_known(rows_of(run, f"adapted/{kind}.jsonl"), "stream", "clip") for kind in KINDS}
+    assert set(rows["place"]) == set(rows["object"]) == {("b", 2), ("b", 3), ("c", 0), ("c", 1), ("c", 2)}
+    names = {kind: {row["policy"] for row in rows[kind].values()} for kind in KINDS}
+    of_first = {row["policy"] for row in rows_of(adapted[0], "adapted/place.jsonl")}
+    assert names["object"] == of_first and names["place"] != of_first     # the same vector, and another one
+    assert [rows["place"][clip]["memory"] for clip in rows["place"]] != [
+        rows["object"][clip]["memory"] for clip in rows["place"]]
+    # Without adapters from here on, what they wrote is kept, and what comes is answered from it.
+    shutil.rmtree(run / "phase2")
+    collect_tasks(run)
+    assert "finished before: " in capsys.readouterr().out
+
+
+def test_the_name_of_an_adapter_is_no_kind_of_05(tmp_path):
+    with pytest.raises(SystemExit, match="ADAPTER=lora: here it names what 05 has made"):
+        collect.main([f"--RUN={tmp_path}", "--ADAPTER=lora"])
 
 
 # ================================================================ killed while it grows, and on two ranks

@@ -1,5 +1,6 @@
 """What people really feed it: text that is no text, adapters that do not fit, names that are no file names, damaged
 files of a run, a full disk, two processes in one folder."""
+import contextlib
 import importlib
 import os
 import pathlib
@@ -298,7 +299,8 @@ def test_a_watch_goes_on_by_stream_and_clip(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "rollout", rollout)
     monkeypatch.setattr(common, "is_grey", lambda clip: False)
     monkeypatch.setattr(common, "streams_at_once", lambda policy: 2)
-    policy = SimpleNamespace(S=SimpleNamespace(K=3, SEED=0), look_ahead=lambda contexts: None)
+    policy = SimpleNamespace(S=SimpleNamespace(K=3, SEED=0), look_ahead=lambda contexts: None, who="phase1",
+                             using=lambda writer: contextlib.nullcontext())
     whole = common.watch(policy, streams, path=tmp_path / "whole.jsonl")
     assert [row["memory"] for row in whole["b"]] == ["mb0", "mb1", "mb2", "mb3"]
     path = tmp_path / "memories.jsonl"
