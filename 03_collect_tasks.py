@@ -18,8 +18,8 @@ streams (see 01):
 
 Run: python 03_collect_tasks.py [--NAME=value ...]
      (toy world: 21 s on two cores)
-In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02), and what the judge needs
-     later phase2/ADAPTER/*/adapter (05)
+In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02), and what the judge needs; later
+     phase2/ADAPTER/*/adapter (05)
 Out: tasks/memories.jsonl (Phase One's), adapted/ENVIRONMENT.jsonl (an adapter's), memories/STREAM.txt (to be read);
      asked.jsonl (all questions with their replies, in the order in which they came), recent.json;
      cache.jsonl, considered.json (how many clips of each stream the cache was drawn from)
@@ -290,7 +290,21 @@ class Cache:
     @property
     def unjudged(self):
         """Samples that a judge has failed on."""
-        return count_unjudged([self.rows[name_of(place)] for place in self.old])
+        names = [name_of(place) for place in self.old + self.new]
+        return count_unjudged([self.rows[name] for name in names if name in self.rows])
+
+    def chunks_to_do(self, size):
+        """Places to be sampled or judged, `size` at a time."""
+        to_do = []
+        for chunk in in_chunks(self.old, size) + in_chunks(self.new, size):
+            missing = [place for place in chunk if name_of(place) not in self.rows]
+            if any(has_unjudged(self.rows.get(name_of(place))) for place in chunk):
+                # A chunk in which a verdict failed is judged again as a whole: an endpoint has kept all others,
+                # and a few clips that it refuses are still a few among many.
+                to_do.append(chunk)
+            elif missing:
+                to_do.append(missing)
+        return to_do
 
 
 def name_of(place):
@@ -346,16 +360,7 @@ def fill_cache(S, out, cache, policy, judge, streams, memories, limits, planned=
     written = {}
     for stream, notes in memories.items():
         written[stream] = [row["memory"] for row in notes]
-    to_do = []
-    for chunk in in_chunks(cache.old, S.CHUNK) + in_chunks(cache.new, S.CHUNK):
-        if any(has_unjudged(cache.rows.get(name_of(place))) for place in chunk):
-            # A chunk in which a verdict failed is judged again as a whole: an endpoint has kept all others, and
-            # a few clips that it refuses are still a few among many.
-            to_do.append(chunk)
-            continue
-        missing = [place for place in chunk if name_of(place) not in cache.rows]
-        if missing:
-            to_do.append(missing)
+    to_do = cache.chunks_to_do(S.CHUNK)
     chunks = progress(to_do, "rollout cache") if to_do else []
     for chunk in first_measured(chunks, len(to_do), planned, f"for {S.CHUNK} contexts"):
         groups = []
@@ -475,7 +480,8 @@ def planned_sizes(S):
     """The Sizes of a run that has not begun, for --PLAN=1."""
     sizes = sizes_of(S, "deploy")
     sizes.contexts = min(sizes.contexts, S.CACHE_CONTEXTS)
-    if find(S, "streams/streams.jsonl") and is_benchmark(load_streams(S, "deploy")):
+    path = find(S, "streams/streams.jsonl")
+    if path and is_benchmark(read_jsonl(path)):
         first = sizes.environments * (S.RECENT + S.LATER)
         sizes.questions = min(sizes.questions, first)
     return sizes
@@ -518,7 +524,6 @@ def main(argv=None):
     if news.clips:
         policy = get_policy()
         load_adapters(policy, news.adapters)
-        (out / "adapted").mkdir(exist_ok=True)
         memories = watch(policy, streams, path=out / "memories.jsonl", beside=news.beside,
                          planned=planned.hours_of("watch"))
     write_readable(out / "memories", memories)
@@ -702,9 +707,10 @@ def write_readable(folder, memories):
     written = 0
     for stream, rows in memories.items():
         entries = [stream + "\n"] if slug(stream) != stream else []
+        shows_writers = has_adapted(rows)
         for row in rows:
             time = f"{clock(row['start'])}-{clock(row['end'])}"
-            who = f"  {row.get('policy', 'phase1')}" if has_adapted(rows) else ""
+            who = f"  {row.get('policy', 'phase1')}" if shows_writers else ""
             nothing = "(the video is damaged here)" if row.get("grey") else "(nothing)"
             entries.append(f"{time}{who}\n{row['memory'] or nothing}\n")
             written += bool(row["memory"])

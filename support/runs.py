@@ -488,8 +488,10 @@ def write_jsonl(path, rows):
 def append_jsonl(path, rows):
     """For work in progress. A kill may tear the last line, so read it back with torn=True."""
     if is_first_rank():
-        with writing(path), open(path, "ab") as file:
-            file.write(as_bytes(as_lines(rows)))
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab") as file:
+                file.write(as_bytes(as_lines(rows)))
 
 
 def as_lines(rows):

@@ -252,6 +252,21 @@ def test_a_judge_that_fails_on_most_stops_the_run_and_nothing_is_lost(life, whol
     assert recent[0] == recent[1]
 
 
+def test_samples_that_nobody_judged_are_judged_later_and_sampled_once(life, whole, tmp_path, monkeypatch):
+    run = copy_of(life, tmp_path)
+    ask = world.Judge.ask
+
+    def fails(self, prompt, items):
+        return [None] * len(items) if prompt.name == "faithful" else ask(self, prompt, items)
+    monkeypatch.setattr(world.Judge, "ask", fails)
+    with pytest.raises(SystemExit, match="failed on 20 of 20 cached samples"):
+        collect_tasks(run)
+    monkeypatch.setattr(world.Judge, "ask", ask)
+    monkeypatch.setattr(collect, "load_policy", None)
+    collect_tasks(run)
+    assert (run / "tasks/cache.jsonl").read_bytes() == (whole / "tasks/cache.jsonl").read_bytes()
+
+
 # ================================================================ the cache makes room
 def test_the_oldest_contexts_make_room(tmp_path, monkeypatch):
     """Of new clips at most CACHE_CONTEXTS, evenly spread; a clip that was left out once is never looked at again."""
@@ -440,12 +455,18 @@ def test_the_name_of_an_adapter_is_no_kind_of_05(tmp_path):
 
 # ================================================================ killed while it grows, and on two ranks
 GROW = """
-import os, pathlib, random, signal, sys
+import os, pathlib, random, shutil, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 import common, test_grow
 from support import ranks, runs
-life, run = map(pathlib.Path, sys.argv[1:3])
+life, run, adapters = map(pathlib.Path, sys.argv[1:])
+
+
+def grow(step):                              # the adapter comes after the first step
+    test_grow.grow(life, run, test_grow.STEPS[step])
+    if step == 1:
+        shutil.copytree(adapters, run / "phase2")
 """
 KILLED = GROW + """
 draw = random.Random(3)
@@ -488,21 +509,21 @@ def child(writes):
     return status == 0
 
 
-for clips in test_grow.STEPS:
-    test_grow.grow(life, run, clips)
+for step in range(3):
+    grow(step)
     killed = 0
     while not child(draw.randint(1, 6 * 2 ** killed)):
         killed += 1
-        for name in ("memories.jsonl", "asked.jsonl", "cache.part"):       # the last line may be torn
+        for name in ("memories.jsonl", "adapted/place.jsonl", "asked.jsonl", "cache.part"):    # last lines may be torn
             file = run / "tasks" / name
             if file.exists():
                 os.truncate(file, max(0, file.stat().st_size - draw.choice([0, 0, 5])))
     print("killed", killed, "times", flush=True)
 """
 TWO_RANKS = GROW + """
-for clips in test_grow.STEPS:
+for step in range(3):
     if ranks.RANK == 0:
-        test_grow.grow(life, run, clips)
+        grow(step)
     ranks.once(lambda: None)
     test_grow.collect_tasks(run)
 """
@@ -517,12 +538,18 @@ def run_script(script, folder, command, *argv):
     return done.stdout
 
 
-def test_sigkill_in_the_middle_of_growing_loses_nothing(life, whole, tmp_path):
+def same_grown(run, adapted):
+    same_work(run, adapted)
+    one, two = (as_known(rows_of(each, "adapted/place.jsonl"), "stream", "clip") for each in (run, adapted))
+    assert one == two and set(one) == set(NEW)
+
+
+def test_sigkill_in_the_middle_of_growing_loses_nothing(life, adapted, tmp_path):
     run = copy_of(life, tmp_path / "run")
-    said = run_script(KILLED, tmp_path, [], str(life), str(run))
+    said = run_script(KILLED, tmp_path, [], str(life), str(run), str(adapted[0] / "phase2"))
     kills = [int(line.split()[1]) for line in said.splitlines() if line.startswith("killed")]
     assert len(kills) == 3 and min(kills) >= 1
-    same_work(run, whole)
+    same_grown(run, adapted[0])
     asked = by_environment(rows_of(run, "asked.jsonl"))
     recent = runs.read_json(run / "tasks/recent.json")
     assert {kind: [row["task"] for row in rows[:2]] for kind, rows in recent.items()} == {
@@ -530,8 +557,8 @@ def test_sigkill_in_the_middle_of_growing_loses_nothing(life, whole, tmp_path):
     assert not (run / "tasks/cache.part").exists()
 
 
-def test_two_ranks_grow_as_one(life, whole, tmp_path):
+def test_two_ranks_grow_as_one(life, adapted, tmp_path):
     run = copy_of(life, tmp_path / "run")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run_script(TWO_RANKS, tmp_path, command, str(life), str(run))
-    same_work(run, whole)
+    run_script(TWO_RANKS, tmp_path, command, str(life), str(run), str(adapted[0] / "phase2"))
+    same_grown(run, adapted[0])
