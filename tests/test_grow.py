@@ -509,15 +509,23 @@ def child(writes):
     return status == 0
 
 
+def sizes():
+    files = [run / "tasks" / name for name in ("memories.jsonl", "adapted/place.jsonl", "asked.jsonl", "cache.part")]
+    return {{file: file.stat().st_size if file.exists() else 0 for file in files}}
+
+
 for step in range(3):
     grow(step)
     killed = 0
-    while not child(draw.randint(1, 6 * 2 ** killed)):
+    before = sizes()
+    while not child(draw.randint(1, 8 * 3 ** killed)):
         killed += 1
-        for name in ("memories.jsonl", "adapted/place.jsonl", "asked.jsonl", "cache.part"):    # last lines may be torn
-            file = run / "tasks" / name
-            if file.exists():
-                os.truncate(file, max(0, file.stat().st_size - draw.choice([0, 0, 5])))
+        after = sizes()
+        written = [file for file in after if after[file] > before[file]]
+        if written:                              # the line that was written last may be torn
+            last = max(written, key=lambda file: file.stat().st_mtime_ns)
+            os.truncate(last, after[last] - draw.choice([0, 5]))
+        before = sizes()
     print("killed", killed, "times", flush=True)
 """
 TWO_RANKS = GROW + """
