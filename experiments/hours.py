@@ -37,7 +37,7 @@ RECIPE = {"02": ["--STEPS=30", "--OFF_POLICY_STEPS=18", "--CONTEXTS=16"],
           "06": ["--METHODS=base+prompt,dpo-steer", "--VALIDATE=40"]}
 ASKED = "Object Recognition,Action Recognition,Counting Problem"
 MADE = {"train": Sizes("40 videos of 25 clips", 40, 1000),
-        "deploy": Sizes("60 short videos", 60, 480, 100, 3, 60),
+        "deploy": Sizes("60 short videos", 60, 480, 100, 3, 30),
         "test": Sizes("60 short videos", 60, 480, 100, 3, 60, 144)}
 COMMANDS = f"""M="{' '.join(MODEL + SHORT)}"
 python 01_make_streams.py --RUN=p1day --SOURCE=videos --DATA=~/Videos --SPLIT=train --LIMIT=40
