@@ -73,17 +73,18 @@ SHOW = 0                         # 1: print one group in full and stop
 
 # ================================================================ what the judges are asked
 # An item with a "context" also shows the judge the newest clip, and fills in {heard} and {previous}. CLEAN is about
-# the text alone, so it gets no context. Braces that are not fields are doubled, for str.format.
+# the text alone, so it gets no context. Braces that are not fields are doubled, for str.format. The memory comes last,
+# because what is before it is read once for all memories of a group.
 FAITHFUL = Verdict("faithful", """These frames are the newest clip of a video; heard in it: {heard}
-The memory before it: {previous}
-Its new memory: {memory}
 Is all that the new memory says supported by the frames or by what is heard, and does it connect to the \
-memory before? Answer with {{"verdict": true}} or {{"verdict": false}}.""")
-CLEAN = Verdict("clean", """The memory before: {previous}
-The new memory: {memory}
-Is the new memory free of all this: anything that the memory before already states; boxes or coordinates; \
-talk of "subtitles" or "this video"; a speaker's label within quotation marks? Answer with \
-{{"verdict": true}} or {{"verdict": false}}.""")
+memory before? Answer with {{"verdict": true}} or {{"verdict": false}}.
+The memory before it: {previous}
+Its new memory: {memory}""")
+CLEAN = Verdict("clean", """Is a new memory free of all this: anything that the memory before already states; boxes \
+or coordinates; talk of "subtitles" or "this video"; a speaker's label within quotation marks? Answer with \
+{{"verdict": true}} or {{"verdict": false}}.
+The memory before: {previous}
+The new memory: {memory}""")
 RICHEST = Ranking("rank", """These frames are the newest clip of a video; heard in it: {heard}
 The memory before it: {previous}
 Candidates for its new memory:

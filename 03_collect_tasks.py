@@ -67,10 +67,14 @@ def answer(S, judge, tasks, memories):
     It gets the memories of the stream up to the time of the question and nothing else: all of them, or where
     they exceed READER_TOKENS the most relevant ones. memories: {stream: [row per clip]}.
     """
-    return once(lambda: read_and_reply(S, judge, tasks, memories))
+    answered = gather(read_and_reply(S, judge, my_share(tasks), memories))
+    replies = [reply for reply, _ in answered]
+    retrieved = [is_part for _, is_part in answered]
+    return replies, retrieved
 
 
 def read_and_reply(S, judge, tasks, memories):
+    """(reply, whether its memories were retrieved) of each task."""
     tokenizer = load_tokenizer(S)
     retrievers = {}
     for stream in {task["stream"] for task in tasks}:
@@ -85,7 +89,7 @@ def read_and_reply(S, judge, tasks, memories):
         entries, is_part = retrieve(question, options, task["time"], S.READER_TOKENS)
         items.append({"question": question, "options": options, "entries": entries})
         retrieved.append(is_part)
-    return ask_reader(judge, items), retrieved
+    return list(zip(ask_reader(judge, items), retrieved))
 
 
 def ask_reader(judge, items):
@@ -104,7 +108,7 @@ def right(judge, tasks, replies):
     for i, task in enumerate(tasks):
         if not task["options"] and replies[i] not in (None, judges.INSUFFICIENT):
             to_grade.append(i)
-    grades = once(lambda: grade(judge, tasks, replies, to_grade))
+    grades = grade(judge, tasks, replies, to_grade)
     correct = []
     for task, reply in zip(tasks, replies):
         correct.append(None if reply is None else reply == task["answer"])
@@ -114,13 +118,11 @@ def right(judge, tasks, replies):
 
 
 def grade(judge, tasks, replies, indices):
-    if not indices:
-        return []
     items = []
     for i in indices:
         item = {"question": tasks[i]["question"], "answer": tasks[i]["answer"], "reply": replies[i]}
         items.append(item)
-    return judge.ask(GRADE, items)
+    return judges.ask_in_shares(judge, GRADE, items) if items else []
 
 
 # ================================================================ who asked what, and when

@@ -26,7 +26,7 @@ from support import hours
 from support.checkpoint import Training
 from support.hours import Sizes, first_measured, say_plan, sizes_of
 from support.judges import Preference
-from support.ranks import gather_sum, my_share, once, progress, said_once
+from support.ranks import gather, gather_sum, my_share, progress, said_once
 from support.runs import (append_jsonl, load_streams, need, next_command, read_json, read_jsonl,
                           read_progress, slug, start, write_json, write_jsonl)
 from support.text import as_text
@@ -44,16 +44,20 @@ SAVE_EVERY = 50                  # steps between checkpoints
 # ---------------------------------------------------------------- the method
 RECENT = 5                       # questions that define an environment (paper: 5 to 10)
 HISTORY = 1                      # earlier memories that R reads (held out: 0.93 with 4, 0.99 with 
+COMPARISONS = 28                 # of two memories of a context at most, per environment; 28: all pairs
+                                 # of 8, as the authors; fewer: see `around`
 HELD_OUT = 0.25                  # share of the cached streams where R never trains
 CHUNK = 64                       # contexts per call of the judge: what is lost with a call
 BOOTSTRAP = 1000                 # resamples of the held-out streams for a 95 % interval
 GRAD_CLIP = 1.0                  # norm of the gradient at most
 # ----------------------------------------------------------------
+# All comparisons of an environment begin alike: the local judge reads that once for many of them.
 PREFER = Preference("prefer", """These questions were asked lately, and similar ones will come:
 {questions}
-Find out what they are after. Which of two notes, {first!r} (first) or {second!r} (second), helps more to
-answer such questions? Answer with {{"better": "first"}}, {{"better": "second"}} or \
-{{"better": "tie"}}.""")
+Find out what they are after. Which of two notes helps more to answer such questions? Answer with \
+{{"better": "first"}}, {{"better": "second"}} or {{"better": "tie"}}.
+First note: {first}
+Second note: {second}""")
 
 
 # ================================================================ a graph of preferences for each context
@@ -146,35 +150,57 @@ def choose_pair(edges, quality, length):
 def agreed(verdict, swapped):
     """What the judge says of two memories in both orders together (paper, section 3).
 
-    swapped: its verdict with the second memory shown first. "first" and "second" count only where both
-    verdicts mean the same memory. 06 takes all that is neither of these nor "failed" for a tie.
+    swapped: its verdict with the second memory shown first; None after a tie, where it is not asked. "first" and
+    "second" count only where both verdicts mean the same memory. 06 takes all that is neither of these nor "failed"
+    for a tie.
 
     >>> agreed("first", "second"), agreed("second", "first")
     ('first', 'second')
-    >>> agreed("first", "first"), agreed("first", "tie"), agreed(None, "first")
-    ('contradicted', 'tied', 'failed')
+    >>> agreed("first", "first"), agreed("first", "tie"), agreed("tie", None), agreed("first", None)
+    ('contradicted', 'tied', 'tied', 'failed')
     """
-    if verdict is None or swapped is None:
-        return "failed"
     if "tie" in (verdict, swapped):
         return "tied"
+    if verdict is None or swapped is None:
+        return "failed"
     return "contradicted" if verdict == swapped else verdict
 
 
-def comparable(samples):
-    """Pairs (i, j) worth a verdict: both are well formed and of known quality, and their texts differ."""
+def comparable(samples, limit):
+    """Pairs (i, j) worth a verdict: both are well formed and of known quality, and their texts differ.
+
+    limit: pairs of different texts at most. Samples with the same text share its verdicts.
+    """
     formed = []
     for i, sample in enumerate(samples):
         if sample["format"] == 0 and sample["memory"] and sample["quality"] is not None:
             formed.append(i)
+    texts = list(dict.fromkeys(samples[i]["memory"] for i in formed))
+    compared = {frozenset((texts[a], texts[b])) for a, b in around(len(texts))[:limit]}
     pairs = []
     for i, j in combinations(formed, 2):
-        if samples[i]["memory"] != samples[j]["memory"]:
+        if {samples[i]["memory"], samples[j]["memory"]} in compared:
             pairs.append((i, j))
     return pairs
 
 
-def compare(judge, cache, questions, path, chunk, planned=None):
+def around(n):
+    """All pairs of n things that stand in a circle: first the neighbours, then those with one between them, and so on.
+
+    So the first n of them join all things, and each thing is compared as often as any other.
+
+    >>> around(4)
+    [(0, 1), (1, 2), (2, 3), (3, 0), (0, 2), (1, 3)]
+    """
+    pairs = []
+    for distance in range(1, n // 2 + 1):
+        # Half way round, each pair comes from both sides.
+        starts = distance if 2 * distance == n else n
+        pairs += [(i, (i + distance) % n) for i in range(starts)]
+    return pairs
+
+
+def compare(judge, cache, questions, path, chunk, limit, planned=None):
     """Per row of the cache its verdicts: [[i, j, what `agreed` says]].
 
     What the file `path` holds is not asked again, unless a verdict failed: then its chunk is, and a judge that
@@ -188,44 +214,54 @@ def compare(judge, cache, questions, path, chunk, planned=None):
     chunks = progress(firsts, f"judge {path.stem}", leave=False)
     for first in first_measured(chunks, len(firsts), planned, f"for {chunk} contexts"):
         rows = cache[first:first + chunk]
-        if judge and not all(is_judged(row, done) for row in rows):
-            judged = compare_chunk(judge, rows, questions)
+        if judge and not all(is_judged(row, done, limit) for row in rows):
+            judged = compare_chunk(judge, rows, questions, limit)
             append_jsonl(path, judged)
             for row in judged:
                 done[row["stream"], row["clip"]] = row["verdicts"]
     return [done[row["stream"], row["clip"]] for row in cache]
 
 
-def is_judged(row, done):
-    """Whether there is a verdict for each pair of memories in a row of the cache."""
+def is_judged(row, done, limit):
+    """Whether there is a verdict for each pair that is to be compared in a row of the cache."""
     verdicts = done.get((row["stream"], row["clip"]), [])
     judged = [(i, j) for i, j, said in verdicts if said != "failed"]
-    return (row["stream"], row["clip"]) in done and judged == comparable(row["samples"])
+    return (row["stream"], row["clip"]) in done and judged == comparable(row["samples"], limit)
 
 
-def compare_chunk(judge, rows, questions):
-    """Rows {stream, clip, verdicts}."""
-    pairs = [comparable(row["samples"]) for row in rows]
-    items = []
-    for row, pairs_of_row in zip(rows, pairs):
-        for i, j in pairs_of_row:
-            items.append(comparison(questions, row["samples"], i, j))
-            items.append(comparison(questions, row["samples"], j, i))
-    answers = once(lambda: judge.ask(PREFER, items))
-    failed = answers.count(None)
-    if failed * 2 > len(answers):
-        raise SystemExit(said_once(f"the judge failed on {failed} of {len(answers)} comparisons; "
-                                   "mend it and run the same command again: it goes on from there"))
-    said = map(agreed, answers[::2], answers[1::2])
+def compare_chunk(judge, rows, questions, limit):
+    """Rows {stream, clip, verdicts}. Each rank has its share of the contexts judged."""
+    share = my_share(rows)
+    pairs = [comparable(row["samples"], limit) for row in share]
+    memories = []
+    for row, pairs_of_row in zip(share, pairs):
+        texts = [sample["memory"] for sample in row["samples"]]
+        memories += [(texts[i], texts[j]) for i, j in pairs_of_row]
+    said = iter(in_both_orders(judge, questions, memories))
     judged = []
-    for row, pairs_of_row in zip(rows, pairs):
+    for row, pairs_of_row in zip(share, pairs):
         verdicts = [[i, j, next(said)] for i, j in pairs_of_row]
         judged.append({"stream": row["stream"], "clip": row["clip"], "verdicts": verdicts})
+    judged = gather(judged)
+    words = [word for row in judged for _, _, word in row["verdicts"]]
+    failed = words.count("failed")
+    if failed * 2 > len(words):
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(words)} comparisons; "
+                                   "mend it and run the same command again: it goes on from there"))
     return judged
 
 
-def comparison(questions, samples, i, j):
-    return {"questions": questions, "first": samples[i]["memory"], "second": samples[j]["memory"]}
+def in_both_orders(judge, questions, pairs):
+    """What `agreed` says of each pair of memories. The second order is asked only where the first was no tie."""
+    def ask(pairs):
+        items = [{"questions": questions, "first": one, "second": two} for one, two in pairs]
+        return judge.ask(PREFER, items)
+    verdicts = ask(pairs)
+    decided = [i for i, verdict in enumerate(verdicts) if verdict not in ("tie", None)]
+    swapped = [None] * len(pairs)
+    for i, verdict in zip(decided, ask([pairs[i][::-1] for i in decided])):
+        swapped[i] = verdict
+    return list(map(agreed, verdicts, swapped))
 
 
 # ================================================================ preferences and pairs
@@ -259,7 +295,7 @@ class Pair:
 class Yield:
     """How many preferences and pairs come of how many comparisons."""
     contexts: int = 0
-    compared: int = 0            # pairs of memories, each judged in both orders
+    compared: int = 0            # pairs of memories
     failed: int = 0              # of these, in one order at least without a verdict
     tied: int = 0                # in one order at least
     contradicted: int = 0        # the two orders name different memories
@@ -272,7 +308,7 @@ class Yield:
             setattr(self, name, getattr(self, name) + count)
 
 
-def find_preferences(judge, cache, questions, folder, chunk, suffix="", planned=None):
+def find_preferences(judge, cache, questions, folder, chunk, limit, suffix="", planned=None):
     """(judged contexts that have preferences, pairs, {environment: Yield}).
 
     cache: rows of cache.jsonl; questions: {environment: [text]}. Verdicts go into a file per environment of
@@ -285,7 +321,7 @@ def find_preferences(judge, cache, questions, folder, chunk, suffix="", planned=
     for environment, asked in questions.items():
         rows = [row for row in cache if environment in row["environments"]]
         file = folder / f"{slug(environment)}{suffix}.jsonl"
-        verdicts = compare(judge, rows, asked, file, chunk, planned)
+        verdicts = compare(judge, rows, asked, file, chunk, limit, planned)
         yields[environment] = Yield()
         for row, verdicts_of_row in zip(rows, verdicts):
             context, pair, counts = learn_from(environment, row, verdicts_of_row)
@@ -618,7 +654,10 @@ def main(argv=None):
     test_cache = [row for row in cache if (row["stream"], row["clip"]) in held_out]
     # A reward model that has begun to learn keeps to the verdicts that there were.
     has_begun = (out / "checkpoint.pt").exists()
-    comparisons = 0 if has_begun else count_comparisons(cache) / max(1, len(cache) * len(recent))
+    comparisons = 0
+    if not has_begun:
+        counted = count_comparisons(cache, S.COMPARISONS)
+        comparisons = counted / max(1, len(cache) * len(recent))
     sizes = Sizes("03's cache", len({row["stream"] for row in cache}), len(cache), len(cache),
                   len(recent), comparisons=comparisons)
     planned = say_plan(S, work, sizes, LEVERS)
@@ -627,8 +666,9 @@ def main(argv=None):
     policy = load_policy(S)
     planned_hours = planned.hours_of("judge", shares=(1 + S.HELD_OUT) * len(recent))
     contexts, pairs, yields = find_preferences(
-        judge, cache, asked, out / "verdicts", S.CHUNK, planned=planned_hours)
-    tests, _, _ = find_preferences(judge, test_cache, later, out / "verdicts", S.CHUNK, ".later")
+        judge, cache, asked, out / "verdicts", S.CHUNK, S.COMPARISONS, planned=planned_hours)
+    tests, _, _ = find_preferences(
+        judge, test_cache, later, out / "verdicts", S.CHUNK, S.COMPARISONS, ".later")
     yields["all"] = summed(yields)
     print_yields(yields)
     write_jsonl(out / "preferences.jsonl", preference_rows(contexts))
@@ -680,10 +720,10 @@ def last_share(items, share):
     return items[-max(1, round(share * len(items))):]
 
 
-def count_comparisons(cache):
+def count_comparisons(cache, limit):
     count = 0
     for row in cache:
-        count += len(comparable(row["samples"])) * len(row["environments"])
+        count += len(comparable(row["samples"], limit)) * len(row["environments"])
     return count
 
 

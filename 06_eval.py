@@ -35,6 +35,7 @@ from common import (build_prompt, load_judge, load_policy, make_context, per_mod
                     settings, stage, watch)
 from support import figures, hours, report
 from support.hours import say_plan, sizes_of
+from support.judges import ask_in_shares
 from support.ranks import gather, is_first_rank, my_share, once, progress, said_once
 from support.runs import (NOT_COMPARED, ROOT, as_written, fingerprint, load_streams, need,
                           next_command, read_json, read_jsonl, say_what_differs, slug, start,
@@ -525,8 +526,8 @@ def judge_quality(judge, rows, contexts):
     for row, context in well_formed:
         truths.append({"context": context, "memory": row["memory"]})
         repetitions.append({"previous": phase1.previous_memory(context), "memory": row["memory"]})
-    faithful = once(lambda: judge.ask(phase1.FAITHFUL, truths))
-    clean = once(lambda: judge.ask(phase1.CLEAN, repetitions))
+    faithful = ask_in_shares(judge, phase1.FAITHFUL, truths)
+    clean = ask_in_shares(judge, phase1.CLEAN, repetitions)
     for (row, _), is_faithful, is_clean in zip(well_formed, faithful, clean):
         row["faithful"] = is_faithful
         row["clean"] = is_clean
@@ -549,19 +550,11 @@ def judge_relevance(judge, rows, reference, environment, questions):
 def compare(judge, questions, pairs):
     """For each pair "win", "tie" or "loss" of its first memory; None where the judge failed.
 
-    The judge sees a pair in both orders. What it says counts where both agree (see 04), and else it
-    is a tie.
+    What the judge says counts where both orders of a pair agree (see 04), and else it is a tie.
     """
-    items = []
-    for memory, other in pairs:
-        items.append({"questions": questions, "first": memory, "second": other})
-        items.append({"questions": questions, "first": other, "second": memory})
-    replies = once(lambda: judge.ask(reward_stage.PREFER, items))
+    said = gather(reward_stage.in_both_orders(judge, questions, my_share(pairs)))
     words = {"first": "win", "second": "loss", "failed": None}
-    verdicts = []
-    for reply, swapped in zip(replies[::2], replies[1::2]):
-        verdicts.append(words.get(reward_stage.agreed(reply, swapped), "tie"))
-    return verdicts
+    return [words.get(word, "tie") for word in said]
 
 
 # ================================================================ the stage
@@ -603,7 +596,7 @@ def work(plan, S, sizes, methods=0):
 
 # Those whose edit asks for a new run: they hold the prompts of policy, judge and reader.
 FUNCTIONS_THAT_MATTER = (build_prompt, phase1.quality, collect.answer, collect.right,
-                         reward_stage.compare_chunk)
+                         reward_stage.in_both_orders)
 
 
 def main(argv=None):

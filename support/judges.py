@@ -12,14 +12,16 @@ in a prompt of its own, so an edited prompt takes effect. The prompts, their ite
 
 JUDGE = "tiny"           the toy world's exact one, which knows a clip's facts as a video judge sees them
         "local"          the model itself with its adapters switched off: no second copy, nothing to pay. It
-                         reasons greedily, then the likeliest of the allowed replies is its verdict
+                         reasons for JUDGE_TOKENS (never before "prefer", which is asked most often), then the
+                         likeliest of the allowed replies is its verdict (support/local_judge.py)
         "openai:MODEL"   an OpenAI-compatible endpoint (vLLM, Gemini, GPT) by the optional package `openai`;
                          address and key from OPENAI_BASE_URL and OPENAI_API_KEY alone, never printed or saved
                          (support/endpoint.py)
 
 A judge question of your own:
   1. In the stage: SHORT = Verdict("short", 'Is "{memory}" short? Answer with {{"verdict": true}} or ...').
-  2. Choose the class by the reply that you ask for: Verdict, Ranking, Preference or Answer.
+  2. Choose the class by the reply that you ask for: Verdict, Ranking, Preference or Answer. What many items have in
+     common comes first in the text, because "local" reads it once for all of them.
   3. Where you need it: verdicts = judge.ask(SHORT, [{"memory": sample.memory} for sample in samples]).
   4. The keys of an item are the {fields} of the text. With a "context" among them the judge sees the newest
      clip, and the text may also say {heard} and {previous}.
@@ -31,7 +33,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from support.endpoint import Endpoint
-from support.ranks import torch
+from support.local_judge import Local
+from support.ranks import gather, my_share
 from support.reader import printed
 from support.runs import ROOT, Prompt, need, read_jsonl
 from support.text import as_text
@@ -74,6 +77,7 @@ def load_toy_judge(S):
 class JudgePrompt(Prompt):
     """The text of a judge question with {fields}, and its name. A subclass says which replies count."""
     key = ""                                     # the one key of the reply's JSON object
+    reasons = True                               # whether "local" reasons before it replies
 
     def __new__(cls, name, text):
         prompt = super().__new__(cls, text)
@@ -161,7 +165,7 @@ class Ranking(JudgePrompt):
 
     def replies(self, item):
         """Beginnings of replies: the likelier one begins with a memory's number, the better it ranks."""
-        return [f'{{"best_first": [{i + 1}' for i in range(len(item["memories"]))]
+        return [f'{{"best_first": [{i + 1},' for i in range(len(item["memories"]))]
 
     def likeliest(self, replies, values):
         order = sorted(range(len(replies)), key=lambda i: -values[i])
@@ -177,6 +181,7 @@ class Ranking(JudgePrompt):
 class Preference(JudgePrompt):
     """Asks for {"better": "first"}, "second" or "tie"."""
     key = "better"
+    reasons = False
     choices = ("first", "second", "tie")
 
     def fields(self, item):
@@ -233,6 +238,11 @@ class Question:
     def clips(self):
         return self.item["context"].clips[-1:] if "context" in self.item else []
 
+    @property
+    def asked(self):
+        """All that a judge is shown: equal where questions are."""
+        return json.dumps([self.text, self.clips], default=str)
+
     def replies(self):
         return self.judge_prompt.replies(self.item)
 
@@ -260,21 +270,26 @@ class TextJudge:
         self.failed = Counter()                  # of these, without a verdict
 
     def ask(self, prompt, items):
-        """A verdict for each item, None where it failed. SystemExit where all MANY of a kind did."""
+        """A verdict for each item, None where it failed. Equal questions are asked once.
+
+        SystemExit where all MANY of a kind failed.
+        """
         questions = [Question(prompt, item) for item in items]
-        verdicts = [None] * len(items)
+        different = {question.asked: question for question in questions}
+        verdicts = dict.fromkeys(different)
         for attempt in range(TRIES):
-            missing = [i for i, verdict in enumerate(verdicts) if verdict is None]
+            missing = [asked for asked, verdict in verdicts.items() if verdict is None]
             if not missing:
                 break
-            replies = self.send([questions[i] for i in missing], attempt)
-            for i, reply in zip(missing, replies):
+            replies = self.send([different[asked] for asked in missing], attempt)
+            for asked, reply in zip(missing, replies):
                 if reply is not None:
-                    verdicts[i] = questions[i].parse(reply)
+                    verdicts[asked] = different[asked].parse(reply)
+        found = [verdicts[question.asked] for question in questions]
         self.asked[prompt.name] += len(items)
-        self.failed[prompt.name] += verdicts.count(None)
+        self.failed[prompt.name] += found.count(None)
         self.stop_where_all_failed(prompt.name)
-        return verdicts
+        return found
 
     def stop_where_all_failed(self, name):
         """Where most have failed, the stages stop by rules of their own. A clip that is refused ends no run."""
@@ -284,29 +299,6 @@ class TextJudge:
                              "same command again: what was answered is kept")
 
 
-# ---------------------------------------------------------------- the model itself
-class Local:
-    """Replies of the policy's base. model: common.LocalModel, so that this file need not know common."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __call__(self, questions, attempt):
-        top_k = 1 if attempt == 0 else 0         # greedily first, then by chance
-        keys = [(0, 11, attempt)] * len(questions)
-        policy = self.model.policy
-        with policy.using("base"), torch.no_grad():
-            groups = self.model.rollout(questions, 1, keys, top_k=top_k)
-            return [self.choose(question, group[0].text) for question, group in zip(questions, groups)]
-
-    def choose(self, question, text):
-        """The likeliest reply after the reasoning in `text`; without a choice, the text."""
-        replies = question.replies()
-        if replies is None:
-            return text
-        tokenizer = self.model.policy.tokenizer
-        ids = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
-        reasoning = as_text(text.partition("</think>")[0], tokenizer) + "\n</think>\n\n"
-        reasoned = Question(question.judge_prompt, question.item, reasoning)
-        values = [logp.sum().item() for logp in self.model.logprobs(reasoned, ids)]
-        return question.judge_prompt.likeliest(replies, values)
+def ask_in_shares(judge, prompt, items):
+    """As judge.ask, where all ranks hold the same items: each asks for its share, and all get all verdicts."""
+    return gather(judge.ask(prompt, my_share(items)))
