@@ -370,7 +370,7 @@ def work(plan, S, sizes):
     if S.RICHNESS:
         candidates = S.GROUP * S.MEMORY_TOKENS
         groups = S.STEPS * S.CONTEXTS
-        plan.judge("judge: rank", groups, S.CONTEXTS, candidates, S.GROUP, clips=1)
+        plan.judge("judge: rank", groups, S.CONTEXTS, S.MEMORY_TOKENS, candidates, clips=1)
 
 
 def plan_loop(plan, S, steps, off_policy_steps):
@@ -387,14 +387,14 @@ def plan_loop(plan, S, steps, off_policy_steps):
     if S.KL:
         plan.read("update: reference", groups, *row)
     plan.learn("update", groups, *row)
-    plan_quality(plan, S, answers, S.CONTEXTS * S.GROUP)
+    plan_quality(plan, S, answers, S.CONTEXTS * S.GROUP, S.GROUP)
 
 
-def plan_quality(plan, S, memories, at_once):
-    """What `quality` asks about so many memories, `at_once` in a call."""
-    both = 2 * S.MEMORY_TOKENS
-    plan.judge("judge: clean", memories, at_once, both, 2)
-    plan.judge("judge: faithful", memories, at_once, both, 2, clips=1)
+def plan_quality(plan, S, memories, at_once, together):
+    """What `quality` asks about so many memories, `at_once` in a call and `together` of each context."""
+    length = S.MEMORY_TOKENS
+    plan.judge("judge: clean", memories, at_once, length, length, together)
+    plan.judge("judge: faithful", memories, at_once, length, length, together, clips=1)
 
 
 def main(argv=None):

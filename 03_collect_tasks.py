@@ -338,14 +338,14 @@ def work(plan, S, sizes):
     if sizes.contexts:
         plan.sample("cache", sizes.contexts, S.GROUP, S.CHUNK)
         plan.see("cache", sizes.contexts * S.K)
-        phase1.plan_quality(plan, S, sizes.contexts * S.GROUP, S.CHUNK * S.GROUP)
+        phase1.plan_quality(plan, S, sizes.contexts * S.GROUP, S.CHUNK * S.GROUP, S.GROUP)
 
 
 def plan_answers(plan, S, sizes, questions, at_once):
     """The reader's answers, `at_once` in a call: it reads all memories of a stream, as far as they fit."""
     memory = sizes.clips // max(1, sizes.streams) * (S.MEMORY_TOKENS + hours.STAMP)
     notes = min(memory, S.READER_TOKENS)
-    plan.judge("answers", questions, at_once, notes + hours.QUESTION, hours.LETTERS)
+    plan.judge("answers", questions, at_once, notes, hours.QUESTION)
 
 
 def main(argv=None):

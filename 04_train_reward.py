@@ -56,8 +56,8 @@ PREFER = Preference("prefer", """These questions were asked lately, and similar 
 {questions}
 Find out what they are after. Which of two notes helps more to answer such questions? Answer with \
 {{"better": "first"}}, {{"better": "second"}} or {{"better": "tie"}}.
-First note: {first}
-Second note: {second}""")
+First note: {first!r}
+Second note: {second!r}""")
 
 
 # ================================================================ a graph of preferences for each context
@@ -166,10 +166,10 @@ def agreed(verdict, swapped):
     return "contradicted" if verdict == swapped else verdict
 
 
-def comparable(samples, limit):
+def comparable(samples, limit=None):
     """Pairs (i, j) worth a verdict: both are well formed and of known quality, and their texts differ.
 
-    limit: pairs of different texts at most. Samples with the same text share its verdicts.
+    limit: pairs of different texts at most, None for all. Samples with the same text share its verdicts.
     """
     formed = []
     for i, sample in enumerate(samples):
@@ -200,7 +200,7 @@ def around(n):
     return pairs
 
 
-def compare(judge, cache, questions, path, chunk, limit, planned=None):
+def compare(judge, cache, questions, path, chunk, planned=None, limit=None):
     """Per row of the cache its verdicts: [[i, j, what `agreed` says]].
 
     What the file `path` holds is not asked again, unless a verdict failed: then its chunk is, and a judge that
@@ -222,14 +222,14 @@ def compare(judge, cache, questions, path, chunk, limit, planned=None):
     return [done[row["stream"], row["clip"]] for row in cache]
 
 
-def is_judged(row, done, limit):
+def is_judged(row, done, limit=None):
     """Whether there is a verdict for each pair that is to be compared in a row of the cache."""
     verdicts = done.get((row["stream"], row["clip"]), [])
     judged = [(i, j) for i, j, said in verdicts if said != "failed"]
     return (row["stream"], row["clip"]) in done and judged == comparable(row["samples"], limit)
 
 
-def compare_chunk(judge, rows, questions, limit):
+def compare_chunk(judge, rows, questions, limit=None):
     """Rows {stream, clip, verdicts}. Each rank has its share of the contexts judged."""
     share = my_share(rows)
     pairs = [comparable(row["samples"], limit) for row in share]
@@ -308,7 +308,7 @@ class Yield:
             setattr(self, name, getattr(self, name) + count)
 
 
-def find_preferences(judge, cache, questions, folder, chunk, limit, suffix="", planned=None):
+def find_preferences(judge, cache, questions, folder, chunk, suffix="", planned=None, limit=None):
     """(judged contexts that have preferences, pairs, {environment: Yield}).
 
     cache: rows of cache.jsonl; questions: {environment: [text]}. Verdicts go into a file per environment of
@@ -321,7 +321,7 @@ def find_preferences(judge, cache, questions, folder, chunk, limit, suffix="", p
     for environment, asked in questions.items():
         rows = [row for row in cache if environment in row["environments"]]
         file = folder / f"{slug(environment)}{suffix}.jsonl"
-        verdicts = compare(judge, rows, asked, file, chunk, limit, planned)
+        verdicts = compare(judge, rows, asked, file, chunk, planned, limit)
         yields[environment] = Yield()
         for row, verdicts_of_row in zip(rows, verdicts):
             context, pair, counts = learn_from(environment, row, verdicts_of_row)
@@ -620,20 +620,26 @@ def mean_spread(contexts, values):
 
 
 # ================================================================ the stage
-LEVERS = ("contexts", "environments", "THINK_TOKENS")    # lowered where the plan exceeds a day
+LEVERS = ("contexts", "environments", "COMPARISONS")     # lowered where the plan exceeds a day
 
 
 def work(plan, S, sizes):
     """What this stage does, for the plan (support/hours.py)."""
     asked = S.RECENT * hours.QUESTION
-    # The held-out contexts are judged once more, by later questions. Each pair is shown in both orders.
+    # The held-out contexts are judged once more, by later questions.
     contexts = round(sizes.contexts * (1 + S.HELD_OUT))
-    comparisons = round(contexts * sizes.environments * sizes.comparisons)
-    in_a_call = round(S.CHUNK * sizes.comparisons)
-    plan.judge("judge: prefer", 2 * comparisons, 2 * in_a_call, asked + 2 * S.MEMORY_TOKENS, 3)
+    pairs = min(sizes.comparisons, S.COMPARISONS)
+    plan_comparisons(plan, S, round(contexts * sizes.environments * pairs), round(S.CHUNK * pairs))
     plan.steps_begin()
     shared = hours.INSTRUCTION + asked + S.HISTORY * S.MEMORY_TOKENS
     plan.learn("reward model", S.STEPS * S.CONTEXTS, shared, collect.GROUP, S.MEMORY_TOKENS)
+
+
+def plan_comparisons(plan, S, pairs, at_once):
+    """What `in_both_orders` asks about so many pairs, `at_once` in a call, in which all share the questions."""
+    calls = round(pairs * (1 + hours.DECIDED))
+    plan.judge("judge: prefer", calls, at_once, S.RECENT * hours.QUESTION, 2 * S.MEMORY_TOKENS,
+               together=at_once, reasons=False)
 
 
 def main(argv=None):
@@ -666,9 +672,9 @@ def main(argv=None):
     policy = load_policy(S)
     planned_hours = planned.hours_of("judge", shares=(1 + S.HELD_OUT) * len(recent))
     contexts, pairs, yields = find_preferences(
-        judge, cache, asked, out / "verdicts", S.CHUNK, S.COMPARISONS, planned=planned_hours)
+        judge, cache, asked, out / "verdicts", S.CHUNK, "", planned_hours, S.COMPARISONS)
     tests, _, _ = find_preferences(
-        judge, test_cache, later, out / "verdicts", S.CHUNK, S.COMPARISONS, ".later")
+        judge, test_cache, later, out / "verdicts", S.CHUNK, ".later", None, S.COMPARISONS)
     yields["all"] = summed(yields)
     print_yields(yields)
     write_jsonl(out / "preferences.jsonl", preference_rows(contexts))
@@ -720,7 +726,7 @@ def last_share(items, share):
     return items[-max(1, round(share * len(items))):]
 
 
-def count_comparisons(cache, limit):
+def count_comparisons(cache, limit=None):
     count = 0
     for row in cache:
         count += len(comparable(row["samples"], limit)) * len(row["environments"])

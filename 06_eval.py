@@ -33,7 +33,7 @@ from types import SimpleNamespace
 
 from common import (build_prompt, load_judge, load_policy, make_context, per_model, rollout,
                     settings, stage, watch)
-from support import figures, hours, report
+from support import figures, report
 from support.hours import say_plan, sizes_of
 from support.judges import ask_in_shares
 from support.ranks import gather, is_first_rank, my_share, once, progress, said_once
@@ -588,10 +588,9 @@ def work(plan, S, sizes, methods=0):
     plan.see("validate", memories * S.K)
     # Judged are as many memories as deployed, and in the same contexts.
     judged = 2 * (2 + methods) * S.VALIDATE
-    phase1.plan_quality(plan, S, judged, S.VALIDATE)
+    phase1.plan_quality(plan, S, judged, S.VALIDATE, 1)
     compared = (3 * sizes.environments + 2 * methods) * S.VALIDATE
-    notes = S.RECENT * hours.QUESTION + 2 * S.MEMORY_TOKENS
-    plan.judge("judge: prefer", 2 * compared, 2 * S.VALIDATE, notes, 3)
+    reward_stage.plan_comparisons(plan, S, compared, S.VALIDATE)
 
 
 # Those whose edit asks for a new run: they hold the prompts of policy, judge and reader.

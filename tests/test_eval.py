@@ -178,7 +178,7 @@ def test_a_memory_is_compared_only_with_a_memory():
     class First:
         def ask(self, prompt, items):
             asked.extend(items)
-            return ["first", "second"] * (len(items) // 2)
+            return ["first" if item["first"] == "one" else "second" for item in items]
     rows = [{"stream": "s", "clip": i, "memory": m, "verdicts": {}} for i, m in enumerate(["one", "", "three"])]
     reference = [{"stream": "s", "clip": i, "memory": m} for i, m in enumerate(["1", "2", "", "of another"])]
     stage.judge_relevance(First(), rows, reference, "e", ["q"])
