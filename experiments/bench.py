@@ -49,7 +49,7 @@ NEW_TOKENS = 40                                # in each answer: about what the 
 PROMPT_LENGTHS = (256, 1024, 2048, 4096, 8192)
 MASKED_LENGTHS = (1024, 4096, 8192)            # of prompts, for attention with and without a mask
 CACHED = 8192                                  # tokens that a decode step sees
-JUDGE_LENGTH = 3000                            # of a question, and 40 more of its memory
+JUDGE_LENGTH = 3000                            # tokens before a memory that is judged
 TRL_PROMPTS = 4                                # contexts of a step ...
 TRL_PROMPT_LENGTH = 500                        # ... and their tokens, before they are tokenised anew
 PARTS = ("rollout", "packing", "attention", "judge", "experts", "trl")
@@ -464,7 +464,9 @@ def bench_judge(policy, contexts, result, repeats):
         memories.append(policy.tokenizer.decode(ids))
     of_clip = [Question(phase1.FAITHFUL, {"context": contexts[0], "memory": memory})
                for memory in memories]
-    long = policy.tokenizer.decode(text_prompt(policy, JUDGE_LENGTH).ids)
+    # Random tokens are not those into which their text is cut, so there are more of these.
+    text = policy.tokenizer.decode(text_prompt(policy, JUDGE_LENGTH).ids)
+    long = policy.tokenizer.decode(policy.tokenizer(text)["input_ids"][:JUDGE_LENGTH])
     of_text = [Question(phase1.CLEAN, {"previous": long, "memory": memory}) for memory in memories]
     compare_verdicts(policy, "judge, toy world", of_clip, result, repeats)
     compare_verdicts(policy, f"judge, prompt of {JUDGE_LENGTH}", of_text, result, repeats)

@@ -25,33 +25,26 @@ class Local:
         self.model = model
 
     def __call__(self, questions, attempt):
-        """Their replies: of the allowed ones the likeliest; where any text counts, what the model writes."""
+        """Replies to questions of one kind: of the allowed ones the likeliest; where any text counts, what the model
+        writes.
+        """
         policy = self.model.policy
         with policy.using("base"), torch.no_grad():
             reasoned = self.reason(questions, attempt)
-            choosing = []
-            writing = []
-            for i, question in enumerate(reasoned):
-                (writing if question.replies() is None else choosing).append(i)
-            replies = [None] * len(questions)
-            for i, reply in zip(choosing, likeliest(policy, [reasoned[i] for i in choosing])):
-                replies[i] = reply
-            written = self.write([reasoned[i] for i in writing], attempt, OPEN_REPLY)
-            for i, reply in zip(writing, written):
-                replies[i] = reply
-        return replies
+            if any(question.replies() is None for question in questions):
+                return self.write(reasoned, attempt, OPEN_REPLY)
+            return likeliest(policy, reasoned)
 
     def reason(self, questions, attempt):
         """The questions with their reasoning, which is cut at JUDGE_TOKENS, and closed."""
         policy = self.model.policy
         limit = policy.S.JUDGE_TOKENS
-        reasons = [question for question in questions if question.judge_prompt.reasons and limit]
-        texts = iter(self.write(reasons, attempt, limit))
+        texts = [""] * len(questions)
+        if limit and all(question.judge_prompt.reasons for question in questions):
+            texts = self.write(questions, attempt, limit)
         closed = []
-        for question in questions:
-            reasoning = ""
-            if question.judge_prompt.reasons and limit:
-                reasoning = as_text(next(texts).partition("</think>")[0], policy.tokenizer)
+        for question, text in zip(questions, texts):
+            reasoning = as_text(text.partition("</think>")[0], policy.tokenizer)
             closed.append(replace(question, reasoning=reasoning + "\n</think>\n\n"))
         return closed
 
@@ -88,15 +81,26 @@ def likeliest(policy, questions):
 def scores(policy, questions):
     """Log-probs of the allowed replies to each question, given that one of them is written."""
     found = [None] * len(questions)
-    # Questions that begin alike come together.
-    order = sorted(range(len(questions)), key=lambda i: (repr(questions[i].clips), questions[i].text))
-    at_once = max(1, policy.S.FEATURE_CLIPS)                   # so many clips are held at a time
-    for first in range(0, len(order), at_once):
-        some = order[first:first + at_once]
+    for some in in_order(questions, policy.S.FEATURE_CLIPS):
         asked = encode(policy, [questions[i] for i in some])
         for i, values in zip(some, scores_of(policy, asked)):
             found[i] = values
     return found
+
+
+def in_order(questions, most):
+    """Numbers of the questions: those that begin alike follow each other, in lists about at most so many clips."""
+    shown = [repr(question.clips) for question in questions]
+    order = sorted(range(len(questions)), key=lambda i: (shown[i], questions[i].text))
+    lists = []
+    clips = set()
+    for i in order:
+        clips.add(shown[i])
+        if not lists or len(clips) > most:
+            lists.append([])
+            clips = {shown[i]}
+        lists[-1].append(i)
+    return lists
 
 
 def encode(policy, questions):

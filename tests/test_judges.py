@@ -222,6 +222,15 @@ def test_what_questions_share_is_read_once(policy, contexts, passes):
     assert len(passes) == 1 and passes.pop() < alone + 28 * 40
 
 
+def test_few_clips_are_held_at_a_time(contexts):
+    asked = many_questions(contexts)
+    lists = local_judge.in_order(asked, 2)
+    assert sorted(sum(lists, [])) == list(range(len(asked))) and len(lists) == 3       # four clips, and none
+    for some in lists:
+        assert len({str(asked[i].clips) for i in some}) <= 2
+    assert [len(some) for some in local_judge.in_order(asked, 5)] == [len(asked)] and not local_judge.in_order([], 2)
+
+
 def test_rows_respect_what_fits(policy, contexts, passes, monkeypatch):
     asked = many_questions(contexts)
     longest = max(policy.prompt_length(question) for question in asked)
@@ -289,6 +298,35 @@ def test_reasoning_is_cut_and_closed(policy, contexts, monkeypatch):
     assert question.reasoning == local.reason([question.__class__(phase1.CLEAN, question.item)], 0)[0].reasoning
     by_chance = {local.reason([judges.Question(phase1.CLEAN, question.item)], i)[0].reasoning for i in range(1, 4)}
     assert len(by_chance) > 1
+
+
+def test_a_rank_asks_for_its_share_alone(monkeypatch):
+    """03 to 06 as rank 1 of 2 runs them, which gets nothing from the other here."""
+    eval_stage = common.stage("06_eval")
+    asked = []
+
+    class Judge:
+        def ask(self, prompt, items):
+            asked.append((prompt.name, len(items)))
+            return ["tie" if prompt.name == "prefer" else True] * len(items)
+    for module in (judges, collect, reward_stage, eval_stage):
+        monkeypatch.setattr(module, "my_share", lambda items: list(items)[1::2])
+        monkeypatch.setattr(module, "gather", lambda share: share)
+    S = common.settings({"__doc__": ""}, [])
+    tasks = [{"stream": "s", "question": "?", "options": ["A. x"], "time": 9.0, "answer": "x"}] * 5
+    memories = {"s": [{"start": 0.0, "end": 9.0, "memory": "a"}]}
+    assert collect.answer(S, Judge(), tasks, memories) == ([True] * 2, [False] * 2)
+    open_tasks = [task | {"options": []} for task in tasks]
+    collect.right(Judge(), open_tasks, ["x"] * 5)
+    samples = [{"format": 0.0, "memory": memory, "quality": 0.5} for memory in "ab"]
+    cache = [{"stream": "s", "clip": i, "samples": samples} for i in range(5)]
+    judged = reward_stage.compare_chunk(Judge(), cache, ["q"])
+    assert [row["clip"] for row in judged] == [1, 3]
+    assert eval_stage.compare(Judge(), ["q"], [("a", "b")] * 5) == ["tie"] * 2
+    rows = [{"memory": "a", "faithful": None, "clean": None} for _ in range(5)]
+    eval_stage.judge_quality(Judge(), rows, [common.Context("s", [], [])] * 5)
+    assert [ask for ask in asked if ask[1]] == [
+        ("answer", 2), ("grade", 2), ("prefer", 2), ("prefer", 2), ("faithful", 2), ("clean", 2)]
 
 
 # ================================================================ an endpoint
