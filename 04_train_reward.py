@@ -176,7 +176,7 @@ def comparable(samples, limit=None):
         if sample["format"] == 0 and sample["memory"] and sample["quality"] is not None:
             formed.append(i)
     texts = list(dict.fromkeys(samples[i]["memory"] for i in formed))
-    compared = {frozenset((texts[a], texts[b])) for a, b in around(len(texts))[:limit]}
+    compared = [{texts[a], texts[b]} for a, b in around(len(texts))[:limit]]
     pairs = []
     for i, j in combinations(formed, 2):
         if {samples[i]["memory"], samples[j]["memory"]} in compared:

@@ -104,11 +104,14 @@ def in_order(questions, most):
 
 
 def encode(policy, questions):
+    known = {}                           # {texts of replies: their ids}; most questions have the same
     asked = []
     for question, prompt in zip(questions, policy.prepare(questions)):
-        ids = policy.tokenizer(question.replies(), add_special_tokens=False)["input_ids"]
-        replies = [tuple(reply) for reply in ids]
-        asked.append(Asked(prompt, replies, forks(replies)))
+        texts = tuple(question.replies())
+        if texts not in known:
+            ids = policy.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+            known[texts] = [tuple(reply) for reply in ids]
+        asked.append(Asked(prompt, known[texts], forks(known[texts])))
     return asked
 
 
@@ -158,8 +161,11 @@ def values_of(question, logits):
         logp[beginning] = dict(zip(tokens, of_tokens))
     values = []
     for reply in question.replies:
-        passed = [logp[reply[:i]][token] for i, token in enumerate(reply) if reply[:i] in logp]
-        values.append(sum(passed))
+        value = 0.0
+        for i, token in enumerate(reply):
+            if reply[:i] in logp:
+                value += logp[reply[:i]][token]
+        values.append(value)
     return values
 
 
