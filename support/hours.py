@@ -205,8 +205,9 @@ class Estimate:
         seconds = contexts * self.speed.read(prompt) + batches * of_batch
         self.add(name, f"{work}, {together} x {width} side by side", seconds)
 
-    def together(self, prompt, samples, at_once, clips, limit):
+    def together(self, prompt, samples, at_once, clips, limit=None):
         """(contexts, answers to each) that are written side by side."""
+        limit = limit or self.S.MAX_NEW_TOKENS
         contexts, width = self.room.side_by_side(prompt, samples, limit)
         features = self.S.FEATURE_CLIPS // max(1, clips)
         return max(1, min(contexts, at_once, features)), width
