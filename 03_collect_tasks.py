@@ -1,28 +1,42 @@
-"""Deployment: the Phase One policy watches the deployment streams and writes memories. Each environment (a
-kind of question, as in the paper) asks its first questions, which are answered from memory alone. Then one
-rollout cache is sampled that all environments share.
+"""Deployment: the Phase One policy watches the deployment streams and writes memories. Questions of several
+environments (an environment is a kind of question, as in the paper) are answered from these memories alone. Then
+a rollout cache is sampled that all environments share: a new environment costs no rollout (paper, section 3).
 
-The questions are all that Phase Two learns from: no answers are used. The cache is sampled once, so a new
-environment costs no rollout (paper, section 3). Of online streams (see 01) only what came before the last
-recent question is watched here, and an environment learns nothing from the clips that its adapter will be
-examined on: each row of the cache names the environments that may learn from it. Nobody has to ask: without
-tasks the script ends with the memories.
+The questions are all that Phase Two learns from. Answers, where there are any, are only counted. Nobody has to
+ask: without tasks the script ends with the memories.
+
+Run it again after 01 has taken up new videos or questions. It watches the new clips alone, answers the new
+questions and adds the new clips to the cache. Which questions define an environment depends on the split of the
+streams (see 01):
+  deploy   a life goes on: the latest RECENT of all that were ever asked. Once 05 has made an environment's adapter,
+           it writes the new clips too, and what the environment asks is answered from these notes: the adapter's
+           where there are any, Phase One's before. So a clip gets a memory of each writer, in one pass over the
+           frames. Phase One goes on, because the cache wants its histories and a new environment has no adapter.
+  online   a benchmark, as in the paper: the first RECENT, for ever. Only what came before the last recent
+           question is watched here, and an environment learns nothing from the clips that its adapter will be
+           examined on: each row of the cache names the environments that may learn from it.
 
 Run: python 03_collect_tasks.py [--NAME=value ...]
      (toy world: 21 s on two cores)
-In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02), and what the judge needs
-Out: tasks/memories.jsonl, memories/STREAM.txt (to be read), recent.json, cache.jsonl
+In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02), and what the judge needs; later
+     phase2/ADAPTER/*/adapter (05)
+Out: tasks/memories.jsonl (Phase One's), adapted/ENVIRONMENT.jsonl (an adapter's), memories/STREAM.txt (to be read);
+     asked.jsonl (all questions with their replies, in the order in which they came), recent.json;
+     cache.jsonl, considered.json (how many clips of each stream the cache was drawn from)
 """
+import functools
 import math
+import zlib
+from dataclasses import dataclass
 
-from common import (Group, Sample, build_prompt, load_judge, load_policy, make_context, per_model,
-                    rollout, settings, stage, watch)
+from common import (Group, Notes, Sample, build_prompt, go_on, load_judge, load_policy,
+                    make_context, per_model, rollout, settings, stage, watch)
 from support import hours, judges
 from support.hours import Sizes, first_measured, say_plan, sizes_of
 from support.judges import Answer, Verdict
 from support.ranks import gather, is_first_rank, my_share, once, progress, said_once
 from support.reader import Retriever
-from support.runs import (append_jsonl, as_written, clock, fingerprint, load_streams, need,
+from support.runs import (ROOT, append_jsonl, clock, find, fingerprint, load_streams, need,
                           next_command, read_json, read_jsonl, read_progress, say_what_differs,
                           slug, start, write_json, write_jsonl, write_text)
 from support.weights import load_adapter, load_tokenizer
@@ -30,13 +44,14 @@ from support.weights import load_adapter, load_tokenizer
 phase1 = stage("02_phase1_train")
 
 # ---------------------------------------------------------------- toy world | Qwen3-VL-30B-A3B
-CACHE_STREAMS = per_model(24, 100)     # streams to cache contexts of (paper: about 100 videos) ...
-CACHE_CONTEXTS = per_model(288, 2500)  # ... and their contexts at most (paper: 25 clips a video)
-CHUNK = per_model(24, 28)              # contexts sampled between two writes of the cache
+CACHE_STREAMS = per_model(24, 100)     # online streams watched at least (paper: about 100 videos) ...
+CACHE_CONTEXTS = per_model(288, 2500)  # ... and contexts cached at most (paper: 25 clips a video)
+CHUNK = per_model(24, 28)              # contexts sampled, or questions asked, between two writes
 # ---------------------------------------------------------------- the method
 RECENT = 5                             # questions that define an environment (paper: 5 to 10)
-LATER = 5                              # questions after those, by which 04 validates R
+LATER = 5                              # questions besides those, by which 04 validates R
 GROUP = 8                              # N, memories cached per context (paper), at temperature 1
+ADAPTER = "dpo-steer"                  # which of 05's adapters write, ALGORITHM-ADAPTER; "": none
 # ----------------------------------------------------------------
 ANSWER = Answer("answer", """These notes are all that is known of a video:
 {entries}
@@ -102,19 +117,26 @@ def ask_reader(judge, items):
 def right(judge, tasks, replies):
     """Whether each reply is right: a letter by itself, an open answer by the judge's grade.
 
-    None where the reader or the judge failed.
+    None where no answer is known, and where the reader or the judge failed.
     """
     to_grade = []
-    for i, task in enumerate(tasks):
-        if not task["options"] and replies[i] not in (None, judges.INSUFFICIENT):
+    correct = []
+    for i, (task, reply) in enumerate(zip(tasks, replies)):
+        if reply is None or not has_answer(task):
+            correct.append(None)
+            continue
+        correct.append(reply == task["answer"])
+        if not task["options"] and reply != judges.INSUFFICIENT:
             to_grade.append(i)
     grades = grade(judge, tasks, replies, to_grade)
-    correct = []
-    for task, reply in zip(tasks, replies):
-        correct.append(None if reply is None else reply == task["answer"])
     for i, verdict in zip(to_grade, grades):
         correct[i] = verdict
     return correct
+
+
+def has_answer(task):
+    """Whether the right answer is known. A question needs none, see tasks.jsonl in 01."""
+    return task.get("answer") is not None
 
 
 def grade(judge, tasks, replies, indices):
@@ -149,6 +171,36 @@ def spread(tasks):
         asked[key] = rounds[-1] + 1
     order = sorted(range(len(tasks)), key=lambda i: rounds[i])
     return [tasks[i] for i in order]
+
+
+def latest_questions(asked, n, later):
+    """{environment: its latest n questions, then those before them, at most `later`}.
+
+    asked: in the order in which they were asked.
+    """
+    environments = {}
+    for task in asked:
+        environments.setdefault(task["environment"], []).append(task)
+    recent = {}
+    for environment, tasks in sorted(environments.items()):
+        recent[environment] = tasks[-n:] + tasks[-n - later:-n]
+    return recent
+
+
+def identity(task):
+    """What a question is known by. One that was reworded under its old name is another one."""
+    return task["task"], task["question"]
+
+
+def read_asked(path):
+    """{identity: row of asked.jsonl}, in the order in which they were asked first.
+
+    Where the judge had failed, a later row of the same question takes the place of the first.
+    """
+    asked = {}
+    for row in read_progress(path):
+        asked[identity(row)] = row
+    return asked
 
 
 def last_asked(tasks):
@@ -225,53 +277,136 @@ def check_recent(S, streams):
 
 
 # ================================================================ the rollout cache
-def fill_cache(S, out, policy, judge, streams, memories, limits, planned=None):
-    """GROUP samples of every context, with their format and quality rewards, appended chunk by chunk."""
+@dataclass
+class Cache:
+    """The rollout cache, and what comes into it now. A place is (stream, number of a clip)."""
+    rows: dict           # {(name of the stream, clip): row} of cache.jsonl
+    old: list            # places that stay in it
+    new: list            # places that come in; some of them may be in `rows`, after an interruption
+
+    @property
+    def missing(self):
+        """Places that were never sampled."""
+        return [place for place in self.new if name_of(place) not in self.rows]
+
+    @property
+    def unjudged(self):
+        """Samples that a judge has failed on."""
+        names = [name_of(place) for place in self.old + self.new]
+        return count_unjudged([self.rows[name] for name in names if name in self.rows])
+
+    def chunks_to_do(self, size):
+        """Places to be sampled or judged, `size` at a time."""
+        to_do = []
+        for chunk in in_chunks(self.old, size) + in_chunks(self.new, size):
+            missing = [place for place in chunk if name_of(place) not in self.rows]
+            if any(has_unjudged(self.rows.get(name_of(place))) for place in chunk):
+                # A chunk in which a verdict failed is judged again as a whole: an endpoint has kept all others,
+                # and a few clips that it refuses are still a few among many.
+                to_do.append(chunk)
+            elif missing:
+                to_do.append(missing)
+        return to_do
+
+
+def name_of(place):
+    stream, t = place
+    return stream["stream"], t
+
+
+def read_cache(S, out, streams):
+    """The Cache. Of clips that it has not been drawn from yet, CACHE_CONTEXTS at most come in, evenly spread over
+    all of them. For these the oldest make room."""
+    file = out / "considered.json"
+    considered = once(lambda: read_json(file) if file.exists() else {})
+    # What was judged again stands in cache.part, and takes the place of what was finished before.
+    before = [*read_progress(out / "cache.jsonl"), *read_progress(out / "cache.part")]
+    rows = {(row["stream"], row["clip"]): row for row in before}
+    places = all_places(streams)
+    unseen = [place for place in places if place[1] >= considered.get(place[0]["stream"], 0)]
+    new = evenly(unseen, S.CACHE_CONTEXTS)
+    names = {name_of(place) for place in new}
+    old = []
+    for place in places:
+        if name_of(place) in rows and name_of(place) not in names:
+            old.append(place)
+    too_many = max(0, len(old) + len(new) - S.CACHE_CONTEXTS)
+    return Cache(rows, old[too_many:], new)
+
+
+def all_places(streams):
+    places = []
+    for stream in streams:
+        places += [(stream, t) for t in range(len(stream["clips"]))]
+    return places
+
+
+def evenly(items, limit):
+    """At most `limit` of the items, evenly spread.
+
+    >>> evenly("abcdefg", 3)
+    ['a', 'c', 'e']
+    """
+    count = min(limit, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def in_chunks(items, size):
+    return [items[first:first + size] for first in range(0, len(items), size)]
+
+
+def fill_cache(S, out, cache, policy, judge, streams, memories, limits, planned=None):
+    """GROUP samples of every context, with their format and quality rewards, appended chunk by chunk
+    -> the rows of cache.jsonl."""
     part = out / "cache.part"
-    # What was judged again stands in `part`, and takes the place of what was finished before.
-    before = [*read_progress(out / "cache.jsonl"), *read_progress(part)]
-    done = {(row["stream"], row["clip"]): row for row in before}
-    places = chosen_clips(streams, S.CACHE_CONTEXTS)
-    names = [(stream["stream"], t) for stream, t in places]
     written = {}
-    for stream, rows in memories.items():
-        written[stream] = [row["memory"] for row in rows]
-    firsts = range(0, len(places), S.CHUNK)
-    chunks = progress(firsts, "rollout cache")
-    for first in first_measured(chunks, len(firsts), planned, f"for {S.CHUNK} contexts"):
-        chunk = range(first, min(first + S.CHUNK, len(places)))
-        # A chunk in which a verdict failed is judged again as a whole: an endpoint has kept all others, and a
-        # few clips that it refuses are still a few among many.
-        again = any(has_unjudged(done[names[i]]) for i in chunk if names[i] in done)
-        indices = my_share([i for i in chunk if again or names[i] not in done])
+    for stream, notes in memories.items():
+        written[stream] = [row["memory"] for row in notes]
+    to_do = cache.chunks_to_do(S.CHUNK)
+    chunks = progress(to_do, "rollout cache") if to_do else []
+    for chunk in first_measured(chunks, len(to_do), planned, f"for {S.CHUNK} contexts"):
         groups = []
-        environments = []                        # that may learn from a context
-        to_sample = []                           # (group, key)
-        for i in indices:
-            stream, t = places[i]
+        to_sample = []
+        keys = []
+        for stream, t in my_share(chunk):
             context = make_context(stream, t, written[stream["stream"]], k=S.K)
-            group = Group(context, saved_samples(done.get(names[i])))
+            row = cache.rows.get((stream["stream"], t))
+            group = Group(context, saved_samples(row))
             groups.append(group)
-            environments.append(learners(stream, stream["clips"][t], limits))
             if not group.samples:
-                to_sample.append((group, (S.SEED, 8, i)))
-        contexts = [group.context for group, _ in to_sample]
-        samples = rollout(policy, contexts, S.GROUP, [key for _, key in to_sample])
-        for (group, _), answers in zip(to_sample, samples):
-            group.samples = answers
+                to_sample.append(group)
+                keys.append((S.SEED, 8, zlib.crc32(stream["stream"].encode()), t))
+        if to_sample:
+            contexts = [group.context for group in to_sample]
+            samples = rollout(policy, contexts, S.GROUP, keys)
+            for group, answers in zip(to_sample, samples):
+                group.samples = answers
         phase1.quality(groups, judge, S.MEMORY_TOKENS)
-        rows = gather(list(map(cache_row, groups, environments)))
-        if rows:
-            append_jsonl(part, rows)
-        done |= {(row["stream"], row["clip"]): row for row in rows}
-    rows = [done[name] for name in names]
+        rows = gather(list(map(cache_row, groups)))
+        append_jsonl(part, rows)
+        cache.rows |= {(row["stream"], row["clip"]): row for row in rows}
+    return publish(S, out, cache, streams, limits)
+
+
+def publish(S, out, cache, streams, limits):
+    """Writes cache.jsonl, in the order of streams and clips, and from how many clips it was drawn."""
+    names = {name_of(place) for place in cache.old + cache.new}
+    rows = []
+    for stream, t in all_places(streams):
+        if (stream["stream"], t) in names:
+            row = cache.rows[stream["stream"], t]
+            row["environments"] = learners(stream, stream["clips"][t], limits)
+            rows.append(row)
     failed = count_unjudged(rows)
     if failed * 2 > len(rows) * S.GROUP:
         raise SystemExit(said_once(f"the judge failed on {failed} of {len(rows) * S.GROUP} cached "
                                    "samples; mend it and run the same command again"))
     write_jsonl(out / "cache.jsonl", rows)
+    considered = {stream["stream"]: len(stream["clips"]) for stream in streams}
+    write_json(out / "considered.json", considered)
     if is_first_rank():
-        part.unlink(missing_ok=True)
+        (out / "cache.part").unlink(missing_ok=True)
+    return rows
 
 
 def saved_samples(row):
@@ -284,8 +419,8 @@ def saved_samples(row):
 
 
 def has_unjudged(row):
-    """Whether a judge failed on a sample of a row of the cache."""
-    return any(sample["quality"] is None for sample in row["samples"])
+    """Whether a judge failed on a sample of a row of the cache. A missing row has none."""
+    return row is not None and count_unjudged([row]) > 0
 
 
 def count_unjudged(rows):
@@ -296,21 +431,12 @@ def count_unjudged(rows):
     return count
 
 
-def chosen_clips(streams, limit):
-    """(stream, index of the clip) of at most `limit` contexts, evenly spread over all clips."""
-    places = []
-    for stream in streams:
-        places += [(stream, t) for t in range(len(stream["clips"]))]
-    if len(places) <= limit:
-        return places
-    return [places[i * len(places) // limit] for i in range(limit)]
-
-
 # What a row of the cache keeps of a sample beside its rewards.
 SAMPLED = ("ids", "text", "memory", "thinking_tokens", "memory_tokens", "truncated")
 
 
-def cache_row(group, environments):
+def cache_row(group):
+    """A row of cache.jsonl. Which environments may learn from it is filled in when it is published."""
     context = group.context
     samples = []
     for sample in group.samples:
@@ -318,7 +444,7 @@ def cache_row(group, environments):
             "format": 0.0 if sample.memory else phase1.FORMAT,
             "quality": sample.quality})
     return {"stream": context.stream, "clip": context.clip, "history": context.history,
-            "environments": environments, "samples": samples}
+            "environments": [], "samples": samples}
 
 
 def cached_context(stream, row, window):
@@ -333,8 +459,12 @@ LEVERS = ("contexts", "THINK_TOKENS")    # what to lower where the plan exceeds 
 
 def work(plan, S, sizes):
     """What this stage does, for the plan (support/hours.py)."""
-    plan.watch("watch", sizes.clips, sizes.streams)
-    plan_answers(plan, S, sizes, sizes.environments * (S.RECENT + S.LATER), S.RECENT + S.LATER)
+    if sizes.clips:
+        plan.watch("watch", sizes.clips, sizes.streams)
+    if sizes.adapters:
+        plan.sample("watch: adapters", sizes.adapters * sizes.clips, 1, sizes.streams)
+    if sizes.questions:
+        plan_answers(plan, S, sizes, sizes.questions, S.CHUNK)
     if sizes.contexts:
         plan.sample("cache", sizes.contexts, S.GROUP, S.CHUNK)
         plan.see("cache", sizes.contexts * S.K)
@@ -343,145 +473,348 @@ def work(plan, S, sizes):
 
 def plan_answers(plan, S, sizes, questions, at_once):
     """The reader's answers, `at_once` in a call: it reads all memories of a stream, as far as they fit."""
-    memory = sizes.clips // max(1, sizes.streams) * (S.MEMORY_TOKENS + hours.STAMP)
-    notes = min(memory, S.READER_TOKENS)
+    memories = sizes.notes + sizes.clips // max(1, sizes.streams)
+    notes = min(memories * (S.MEMORY_TOKENS + hours.STAMP), S.READER_TOKENS)
     plan.judge("answers", questions, at_once, notes, hours.QUESTION)
+
+
+def planned_sizes(S):
+    """The Sizes of a run that has not begun, for --PLAN=1."""
+    sizes = sizes_of(S, "deploy")
+    sizes.contexts = min(sizes.contexts, S.CACHE_CONTEXTS)
+    path = find(S, "streams/streams.jsonl")
+    if path and is_benchmark(read_jsonl(path)):
+        first = sizes.environments * (S.RECENT + S.LATER)
+        sizes.questions = min(sizes.questions, first)
+    return sizes
 
 
 def main(argv=None):
     S = settings(globals(), argv)
     if S.PLAN:
-        sizes = sizes_of(S, "deploy")
-        sizes.contexts = min(sizes.contexts, S.CACHE_CONTEXTS)
-        say_plan(S, work, sizes, LEVERS)
+        say_plan(S, work, planned_sizes(S), LEVERS)
         return
+    if S.ADAPTER and not S.ADAPTER.startswith(("dpo-", "grpo-")):
+        raise SystemExit(f"ADAPTER={S.ADAPTER}: here it names what 05 has made by ALGORITHM and "
+                         'ADAPTER, like dpo-steer; "": no adapter writes')
     out = start(S, "tasks", answer, right, phase1.quality, build_prompt)
     streams = load_streams(S, "deploy")
     names = {stream["stream"] for stream in streams}
     tasks = [task for task in read_jsonl(need(S, "streams/tasks.jsonl")) if task["stream"] in names]
-    if finished_before(S, out, streams, tasks):
-        return
     adapter = need(S, "phase1/adapter")
     say_what_differs(adapter.parent, "02_phase1_train.py", phase1.quality, build_prompt)
-    judge = load_judge(S, lambda: policy) if tasks else None
-    policy = load_policy(S)
-    load_adapter(policy, "phase1", adapter)
 
-    # ---- what is to be watched
-    is_online = any(stream["split"] == "online" for stream in streams)
-    recent = first_questions(tasks if is_online else spread(tasks), S.RECENT + S.LATER)
-    if tasks:
-        streams = seen_by_then(streams, recent, S.CACHE_STREAMS)
-    cached_streams = streams[:S.CACHE_STREAMS] if tasks else []
-    say_what_is_to_come(streams, tasks, recent, is_online)
-    sizes = Sizes("those above", len(streams), sum(len(stream["clips"]) for stream in streams),
-                  len(chosen_clips(cached_streams, S.CACHE_CONTEXTS)), len(recent))
-    planned = say_plan(S, work, sizes, LEVERS)
+    # ---- what is new
+    is_online = is_benchmark(streams)
+    asked = read_asked(out / "asked.jsonl")
+    to_ask = spread(tasks)
+    if is_online:
+        first = first_questions(tasks, S.RECENT + S.LATER)
+        to_ask = sum(first.values(), [])
+        if tasks:
+            streams = seen_by_then(streams, first, S.CACHE_STREAMS)
+    news = what_is_new(S, out, streams, to_ask, asked)
+    news.say()
+    say_unseen(news.questions, streams)
+    planned = say_plan(S, work, news.sizes(), LEVERS)
+    # The judge comes first, because one that can't be had should be told before hours of watching.
+    get_policy = functools.cache(functools.partial(load_phase1, S, adapter))
+    judge = load_judge(S, get_policy) if news.needs_judge else None
 
     # ---- memories
-    memories = watch(
-        policy, streams, path=out / "memories.jsonl", planned=planned.hours_of("watch"))
+    memories = news.memories
+    if news.clips:
+        policy = get_policy()
+        load_adapters(policy, news.adapters)
+        memories = watch(policy, streams, path=out / "memories.jsonl", beside=news.beside,
+                         planned=planned.hours_of("watch"))
     write_readable(out / "memories", memories)
-    if not tasks:
+    for environment, notes in news.adapted.items():
+        adapted = {stream: rows for stream, rows in notes.memories.items() if has_adapted(rows)}
+        write_readable(out / "memories" / slug(environment), adapted)
+
+    # ---- questions, answered from memory
+    answer_new(S, judge, news, asked, memories, out / "asked.jsonl")
+    recent = latest_questions(asked.values(), S.RECENT, S.LATER)
+    if is_online:
+        recent = {}
+        for environment, some in first.items():
+            recent[environment] = [asked[identity(task)] for task in some]
+    if not recent:
         print("no tasks ask about these streams: the memories are all there is to make "
               "(see tasks.jsonl in 01)")
         return
-
-    # ---- the recent questions, answered from memory
-    answer_recent(S, judge, recent, memories)
-    write_json(out / "recent.json", recent)
+    stop_where_most_failed(recent)
+    say_replies(recent, news.questions + news.again, S.RECENT)
 
     # ---- the rollout cache
     limits = learns_until(tasks, recent, S.RECENT)
     planned_hours = planned.hours_of("cache", "judge")
-    fill_cache(S, out, policy, judge, cached_streams, memories, limits, planned_hours)
-    say_what_failed(out)
-    print(f"memories, answers and the rollout cache are in {out}; "
-          f"next: {next_command(S, '04_train_reward.py')}")
+    policy = get_policy() if news.cache.missing else None
+    cached = fill_cache(
+        S, out, news.cache, policy, judge, streams, memories, limits, planned_hours)
+    write_json(out / "recent.json", recent)
+    say_what_failed(recent, cached)
+    done = "finished before:" if news.is_empty else "memories, answers and the rollout cache are in"
+    print(f"{done} {out}; next: {next_command(S, '04_train_reward.py')}")
 
 
-def finished_before(S, out, streams, tasks):
-    """Whether this folder is complete; if not, remembers of which streams and tasks it will be made."""
-    made_of = fingerprint(as_written(S, streams), tasks)
-    file = out / "made_of.json"
-    has_changed = once(lambda: file.exists() and made_of != read_json(file))
-    if not (out / "cache.jsonl").exists() or not (out / "recent.json").exists():
-        if has_changed:
-            print(f"*** streams or tasks have changed since {out} was begun; memories that were "
-                  "written before are kept as they are ***")
-        write_json(file, made_of)
-        return False
-    if has_changed:
-        print(f"*** streams or tasks have changed since {out} was made, and are not in it. To take "
-              "them up: --RUN=NEWNAME, from 01 on ***")
-    elif say_what_failed(out):
-        return False
-    print(f"finished before: {out}; next: {next_command(S, '04_train_reward.py')}")
-    return True
+def is_benchmark(streams):
+    return any(stream["split"] == "online" for stream in streams)
 
 
-def say_what_failed(out):
-    """Whether the judge has failed on a part of what is published, which is said."""
-    # Rank 0 reads, because it has written: another may be here before the file is in place.
-    recent, cache = once(lambda: (read_json(out / "recent.json"), read_jsonl(out / "cache.jsonl")))
-    tasks = sum(recent.values(), [])
-    unanswered = [task["correct"] for task in tasks].count(None)
-    unjudged = count_unjudged(cache)
-    if unanswered or unjudged:
-        print(f"*** the judge has failed on {unanswered} recent questions and {unjudged} samples, "
-              "which are left out from here on; this command asks for them again ***")
-    return unanswered + unjudged > 0
+def load_phase1(S, adapter):
+    policy = load_policy(S)
+    load_adapter(policy, "phase1", adapter)
+    return policy
 
 
-def say_what_is_to_come(streams, tasks, recent, is_online):
-    clips = sum(len(stream["clips"]) for stream in streams)
-    why = ": what precedes the last recent question" if tasks and is_online else ""
-    print(f"{len(streams)} streams of {clips} clips to watch, {len(tasks)} questions to come{why}")
+# ---------------------------------------------------------------- adapters at work
+def find_adapters(S, environments):
+    """{environment: folder} of the adapters that 05 has made in this run."""
+    folders = {}
+    for environment in environments:
+        folder = ROOT / "runs" / S.RUN / "phase2" / S.ADAPTER / slug(environment) / "adapter"
+        if S.ADAPTER and any(folder.glob("*.safetensors")):
+            folders[environment] = folder
+    return folders
+
+
+def load_adapters(policy, folders):
+    for environment, folder in folders.items():
+        load_adapter(policy, writer_of(environment), folder)
+    policy.use("phase1")
+
+
+def writer_of(environment):
+    return f"phase2:{environment}"
+
+
+def adapted_notes(S, out, environments, folders, memories):
+    """{environment: its Notes}, where an adapter has written or is about to.
+
+    They hold the adapter's memory of a clip where there is one, else Phase One's (memories: {stream: rows}). In each
+    round `watch` adds the adapters' rows before Phase One's. So where Phase One has a clip and the adapter has not,
+    there was no adapter then, and after a SIGKILL an adapter may be a clip ahead.
+    """
+    adapted = {}
+    for environment in environments:
+        path = out / "adapted" / f"{slug(environment)}.jsonl"
+        written = {(row["stream"], row["clip"]): row for row in read_progress(path)}
+        if not written and environment not in folders:
+            continue
+        merged = {}
+        for stream, rows in memories.items():
+            merged[stream] = [written.get((stream, t), row) for t, row in enumerate(rows)]
+            while (stream, len(merged[stream])) in written:
+                merged[stream].append(written[stream, len(merged[stream])])
+        policy = ""
+        if environment in folders:
+            # Which adapter it was: 05 makes it anew when the recent questions change.
+            policy = f"{S.ADAPTER} {fingerprint(folders[environment])[:8]}"
+        adapted[environment] = Notes(writer_of(environment), merged, path, policy=policy)
+    return adapted
+
+
+# ---------------------------------------------------------------- what is new
+@dataclass
+class News:
+    """What there is to do, and what was done before."""
+    streams: list        # that have new clips
+    clips: int           # that nothing was written of yet
+    memories: dict       # {stream: rows} that were written before
+    questions: list      # tasks that were never asked
+    again: list          # recent questions, where the judge has failed on some
+    answered: int        # questions that were asked before
+    cache: Cache
+    adapters: dict       # {environment: folder} of those that write the new clips, too
+    adapted: dict        # {environment: Notes} where an adapter has written or is about to
+
+    @property
+    def beside(self):
+        """Notes of those who write beside Phase One."""
+        return [self.adapted[environment] for environment in self.adapters]
+
+    @property
+    def needs_judge(self):
+        cache = self.cache
+        return bool(self.questions or self.again or cache.missing or cache.unjudged)
+
+    @property
+    def is_empty(self):
+        return not self.clips and not self.needs_judge
+
+    def sizes(self):
+        environments = len({task["environment"] for task in self.questions})
+        written = sum(map(len, self.memories.values()))
+        return Sizes("what is new", len(self.streams), self.clips, len(self.cache.missing),
+                     environments, len(self.questions), notes=written // len(self.memories),
+                     adapters=len(self.adapters))
+
+    def say(self):
+        written = sum(map(len, self.memories.values()))
+        print(f"new: {self.clips} clips of {len(self.streams)} streams, "
+              f"{len(self.questions)} questions, {len(self.cache.missing)} contexts to cache; "
+              f"before: {written} memories, {self.answered} questions, "
+              f"{len(self.cache.old)} contexts")
+        if self.clips and self.adapters:
+            print(f"{1 + len(self.adapters)} memories of each new clip: by Phase One, and by the "
+                  f"adapters of {', '.join(self.adapters)}")
+
+
+def what_is_new(S, out, streams, to_ask, asked):
+    memories = {stream["stream"]: [] for stream in streams}
+    go_on(memories, out / "memories.jsonl")
+    clips = 0
+    growing = []
+    for stream in streams:
+        new_clips = len(stream["clips"]) - len(memories[stream["stream"]])
+        if new_clips > 0:
+            clips += new_clips
+            growing.append(stream)
+    questions = [task for task in to_ask if identity(task) not in asked]
+    # Where the judge failed on a recent question it is asked again, in the company of the others: then a few that
+    # it refuses are a few among many.
+    again = []
+    for tasks in latest_questions(asked.values(), S.RECENT, S.LATER).values():
+        again += [task for task in tasks if task["stream"] in memories]
+    if all(task["reply"] is not None for task in again):
+        again = []
+    # Without questions nothing is cached.
+    cached_streams = streams if to_ask or asked else []
+    cache = read_cache(S, out, cached_streams)
+    environments = sorted({task["environment"] for task in asked.values()})
+    # A benchmark leaves the adapters to 06.
+    adapters = {}
+    if not is_benchmark(streams):
+        adapters = once(lambda: find_adapters(S, environments))
+    adapted = adapted_notes(S, out, environments, adapters, memories)
+    return News(
+        growing, clips, memories, questions, again, len(asked), cache, adapters, adapted)
+
+
+def say_unseen(tasks, streams):
+    """Warns where questions come before anything can be known."""
     first_end = {stream["stream"]: stream["clips"][0]["end"] for stream in streams}
-    unseen = []
-    for asked in recent.values():
-        unseen += [task for task in asked if task["time"] < first_end.get(task["stream"], math.inf)]
+    unseen = [task for task in tasks if task["time"] < first_end.get(task["stream"], math.inf)]
     if unseen:
         example = f"{unseen[0]['task']} at {unseen[0]['time']:g} s"
-        print(f"*** {len(unseen)} recent questions are asked before any clip has ended, when "
-              f"nothing is known, e.g. {example} ***")
+        print(f"*** {len(unseen)} questions are asked before any clip has ended, when nothing is "
+              f"known, e.g. {example} ***")
 
 
+# ---------------------------------------------------------------- memories and replies, to be read
 def write_readable(folder, memories):
-    """A text for each stream, with the times of its clips."""
+    """A text for each stream, with the times of its clips; where adapters have written, with who wrote what."""
     written = 0
     for stream, rows in memories.items():
         entries = [stream + "\n"] if slug(stream) != stream else []
+        shows_writers = has_adapted(rows)
         for row in rows:
+            time = f"{clock(row['start'])}-{clock(row['end'])}"
+            who = f"  {row.get('policy', 'phase1')}" if shows_writers else ""
             nothing = "(the video is damaged here)" if row.get("grey") else "(nothing)"
-            memory = row["memory"] or nothing
-            entries.append(f"{clock(row['start'])}-{clock(row['end'])}\n{memory}\n")
+            entries.append(f"{time}{who}\n{row['memory'] or nothing}\n")
             written += bool(row["memory"])
         write_text(folder / f"{slug(stream)}.txt", "\n".join([*entries, ""]))
     clips = sum(len(rows) for rows in memories.values())
     print(f"memories of {written} of {clips} clips: {folder}")
 
 
-def answer_recent(S, judge, recent, memories):
-    """Adds to each task its "reply", whether it is "correct", and "retrieved" where a part was read."""
-    tasks = sum(recent.values(), [])
-    replies, retrieved = answer(S, judge, tasks, memories)
-    correct = right(judge, tasks, replies)
-    failed = correct.count(None)
-    if failed * 2 > len(tasks):
-        raise SystemExit(said_once(f"the judge failed on {failed} of {len(tasks)} recent "
+def has_adapted(rows):
+    """Whether an adapter wrote some of the rows."""
+    return any("policy" in row for row in rows)
+
+
+def answer_new(S, judge, news, asked, memories, path):
+    """Asks what has no reply yet, and adds the rows to `asked` and to the log at `path`, chunk by chunk.
+
+    A row is the task with its "reply" (None where the reader or the judge failed), whether it is "correct" (None
+    where no answer is known, too), and "retrieved" where a part of the memories was read.
+    """
+    to_do = []
+    for chunk in in_chunks(news.again, S.CHUNK) + in_chunks(news.questions, S.CHUNK):
+        if any(lacks_reply(task, asked) for task in chunk):
+            to_do += by_notes(chunk, news.adapted, memories)
+    for chunk, notes in progress(to_do, "answers", leave=False):
+        replies, retrieved = answer(S, judge, chunk, notes)
+        correct = right(judge, chunk, replies)
+        rows = []
+        for task, reply, is_right, is_part in zip(chunk, replies, correct, retrieved):
+            if not lacks_reply(task, asked):
+                continue
+            if is_right is None and has_answer(task):
+                reply = None
+            row = task | {"reply": reply, "correct": is_right}
+            rows.append(row | {"retrieved": True} if is_part else row)
+        append_jsonl(path, rows)
+        for row in rows:
+            asked[identity(row)] = row
+
+
+def by_notes(tasks, adapted, memories):
+    """[(tasks, the memories that they are answered from)]: an adapter's where their environment has one."""
+    groups = {}
+    for task in tasks:
+        name = task["environment"] if task["environment"] in adapted else ""
+        groups.setdefault(name, []).append(task)
+    answered_from = {"": memories}
+    for environment, notes in adapted.items():
+        answered_from[environment] = notes.memories
+    return [(group, answered_from[name]) for name, group in groups.items()]
+
+
+def lacks_reply(task, asked):
+    row = asked.get(identity(task))
+    return row is None or row["reply"] is None
+
+
+def stop_where_most_failed(recent):
+    rows = sum(recent.values(), [])
+    failed = [row["reply"] for row in rows].count(None)
+    if failed * 2 > len(rows):
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(rows)} recent "
                                    "questions; mend it and run the same command again"))
-    for i, task in enumerate(tasks):
-        task["reply"] = None if correct[i] is None else replies[i]
-        task["correct"] = correct[i]
-        if retrieved[i]:
-            task["retrieved"] = True
-    for environment, asked in recent.items():
-        first = asked[:S.RECENT]
-        first_right = sum(task["correct"] is True for task in first)
-        example = f"{asked[0]['question']!r} -> {asked[0]['reply']}"
-        print(f"  {environment:24} {first_right} of the first {len(first)} answered right, "
-              f"e.g. {example}")
+
+
+def say_replies(recent, tasks, n):
+    """Prints the replies to those of the tasks that are among the n recent questions of an environment."""
+    new = {identity(task) for task in tasks}
+    for environment, rows in recent.items():
+        rows = rows[:n]
+        if not any(identity(row) in new for row in rows):
+            continue
+        known = [row["correct"] for row in rows if row["correct"] is not None]
+        counted = "no answers known"
+        if known:
+            counted = f"{known.count(True)} of {len(known)} answered right"
+        print(f"{environment}, {len(rows)} recent questions: {counted}")
+        for row in rows:
+            if identity(row) in new:
+                print(f"    {row['question']}  ->  {in_words(row)}")
+
+
+def in_words(row):
+    """A reply to be read."""
+    words = row["reply"]
+    if words is None:
+        return "(the judge failed)"
+    if words == judges.INSUFFICIENT:
+        words = "the notes don't tell"
+    for option in row["options"]:
+        if option.startswith(f"{row['reply']}. "):
+            words = option
+    mark = {True: " (right)", False: " (wrong)", None: ""}[row["correct"]]
+    return words + mark
+
+
+def say_what_failed(recent, cached):
+    """Says on how much of what is published the judge has failed."""
+    unanswered = [row["reply"] for row in sum(recent.values(), [])].count(None)
+    unjudged = count_unjudged(cached)
+    if unanswered or unjudged:
+        print(f"*** the judge has failed on {unanswered} recent questions and {unjudged} samples, "
+              "which are left out from here on; this command asks for them again ***")
 
 
 if __name__ == "__main__":

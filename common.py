@@ -436,6 +436,16 @@ WRITERS = {"base": ["base"], "phase1": ["base", "phase1"], "phase2": ["base", "p
            "reward": ["base", "reward"]}
 
 
+def layers_of(writer):
+    """A writer and what it builds on, the base first. Several of a sort have names of their own behind a colon.
+
+    >>> layers_of("phase1"), layers_of("phase2:wear")
+    (['base', 'phase1'], ['base', 'phase1', 'phase2:wear'])
+    """
+    *below, _ = WRITERS[writer.partition(":")[0]]
+    return [*below, writer]
+
+
 @dataclass
 class EncodedPrompt:
     """A prompt of P tokens, V of which are vision."""
@@ -464,8 +474,9 @@ class ClipFeatures:
 class Policy:
     """Qwen3-VL and what can be switched on it.
 
-    `use(writer)` chooses who writes: "base"; "phase1", with what 02 trained; "phase2", with 05's adapter on top;
-    or "reward", 04's LoRA, which reads and doesn't write. lm: the decoder; hidden: d; end: id of the end token;
+    `use(writer)` chooses who writes: "base"; "phase1", with what 02 trained; "phase2", with 05's adapter on top
+    (several beside each other: "phase2:NAME"); or "reward", 04's LoRA, which reads and doesn't write.
+    lm: the decoder; hidden: d; end: id of the end token;
     banned: ids that are never sampled (<|video_pad|> would crash the next pass), masked in log-probs too;
     closing: ids that may end a JSON object, or the fence around it; blank: ids of white space; room: what fits in memory (support/plan.py).
     """
@@ -485,6 +496,7 @@ class Policy:
         self.trainable = []
         self.kind = {}                  # writer: "lora", "steer" or "all"
         self.lora = {}                  # writer: the name of its LoRA in PEFT
+        self.steer = {}                 # writer: (layer, vector (d,), what takes it off)
         self.whole = {}                 # writer: {name: weight} of a whole decoder
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         special = {i for i, token in tokenizer.added_tokens_decoder.items()
@@ -508,7 +520,7 @@ class Policy:
         if kind == "lora":
             params = self._add_lora(writer, folder, saved)
         elif kind == "steer":
-            params = self._add_steering_vector(folder, saved)
+            params = self._add_steering_vector(writer, folder, saved)
         else:
             params = self._add_decoder(writer, folder, saved)
         self.kind[writer] = kind
@@ -517,7 +529,7 @@ class Policy:
 
     def _add_lora(self, writer, folder, saved):
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
-        name = f"{writer}_{time.time_ns()}"                         # a name that was never used
+        name = f"{writer.partition(':')[0]}_{time.time_ns()}"       # a name that was never used
         try:
             self.model.add_adapter(lora_config(folder, self.S.LORA_RANK), name)
         except ValueError as error:
@@ -535,25 +547,26 @@ class Policy:
             set_peft_model_state_dict(self.model, state, name)
         return params
 
-    def _add_steering_vector(self, folder, saved):
+    def _add_steering_vector(self, writer, folder, saved):
         vector = torch.zeros(self.hidden)
         if not folder:
-            self.layer = self.S.LAYER
+            layer = self.S.LAYER
         else:
             saved = that_steer(saved)
-            self.layer = min(steered_layer(saved), self.layers - 1)
-            check_tensors(folder / FILES["steer"], saved, {steer_key(self.layer): vector})
-            vector = saved[steer_key(self.layer)]
-        if not 0 <= self.layer < self.layers:
+            layer = min(steered_layer(saved), self.layers - 1)
+            check_tensors(folder / FILES["steer"], saved, {steer_key(layer): vector})
+            vector = saved[steer_key(layer)]
+        if not 0 <= layer < self.layers:
             raise SystemExit(
-                f"LAYER={self.layer}: this model has the layers 0 to {self.layers - 1}; "
+                f"LAYER={layer}: this model has the layers 0 to {self.layers - 1}; "
                 f"near {round(self.layers * 22 / 48)} is the paper's depth (22 of 48)")
-        self.steer = torch.nn.Parameter(vector.to(self.device))
+        steer = torch.nn.Parameter(vector.to(self.device))
 
-        def add_vector(layer, arguments, output):
-            return output + self.steer.to(output.dtype) if self.who == "phase2" else None
-        self.hook = self.lm.layers[self.layer].register_forward_hook(add_vector)
-        return [self.steer]
+        def add_vector(module, arguments, output):
+            return output + steer.to(output.dtype) if self.who == writer else None
+        hook = self.lm.layers[layer].register_forward_hook(add_vector)
+        self.steer[writer] = layer, steer, hook
+        return [steer]
 
     def _add_decoder(self, writer, folder, saved):
         if self.model.dtype != torch.float32 or self.S.BITS == 4:
@@ -577,11 +590,11 @@ class Policy:
 
     def use(self, writer):
         """Switches the writer. Weights that were trained whole change places with those in the model."""
-        whole = [self.whole[name] for name in WRITERS[writer] if name in self.whole]
+        whole = [self.whole[name] for name in layers_of(writer) if name in self.whole]
         if whole:
             for name, p in self._decoder().items():
                 p.data = whole[-1][name]
-        loras = [self.lora[name] for name in WRITERS[writer] if name in self.lora]
+        loras = [self.lora[name] for name in layers_of(writer) if name in self.lora]
         if loras:
             self.model.enable_adapters()
             self.model.set_adapter(loras)
@@ -601,12 +614,13 @@ class Policy:
 
     def drop(self, writer):
         """Forgets what was added to `writer`, and switches on the one that it builds on."""
-        self.use(WRITERS[writer][-2])
+        self.use(layers_of(writer)[-2])
         kind = self.kind.pop(writer, None)
         if kind == "lora":
             self.model.delete_adapter(self.lora.pop(writer))
         elif kind == "steer":
-            self.hook.remove()
+            _, _, hook = self.steer.pop(writer)
+            hook.remove()
         elif kind == "all":
             self.whole.pop(writer)
 
@@ -890,51 +904,76 @@ def logprobs_of_groups(policy, groups):
     return logp
 
 
-def watch(policy, streams, questions=(), path=None, begun=None, desc="watch", planned=None):
+@dataclass
+class Notes:
+    """What a writer makes of the streams, clip by clip. `watch` adds to the memories and to the file."""
+    writer: str                         # see Policy
+    memories: dict                      # {stream: rows so far}
+    path: object = None                 # of a JSONL
+    questions: tuple = ()               # that the writer is told
+    policy: str = ""                    # who this is, for the rows
+
+
+def watch(policy, streams, questions=(), path=None, begun=None, desc="watch", planned=None,
+          beside=()):
     """The policy watches streams side by side, clip by clip, with its own memories as history
     -> {stream: [row per clip]}.
 
     Rows are {stream, clip, start, end, memory, text}; "grey" where the clip is damaged, which leaves the memory "",
     and "tries" where an answer was malformed (see `write_memories`). path: a JSONL that rows are appended to as they
     come; an interrupted watch goes on from it. begun: {stream: rows of its first clips} that another policy wrote;
-    this one goes on after them. planned: hours, which the first measured round corrects.
+    this one goes on after them. planned: hours, which the first measured round corrects. beside: Notes of other
+    writers, who write of the same clips just before, in one pass over the frames.
     """
-    memories = {stream["stream"]: [] for stream in streams}
+    own = Notes(policy.who, {stream["stream"]: [] for stream in streams}, path, questions)
     for name, rows in (begun or {}).items():
-        if name in memories:
-            memories[name] += rows
-    first = {name: len(rows) for name, rows in memories.items()}
-    go_on(memories, path)
+        if name in own.memories:
+            own.memories[name] += rows
+    go_on(own.memories, path)
     width = streams_at_once(policy)
-    rounds = watch_rounds(streams, memories, width)
+    rounds = watch_rounds(streams, own.memories, width)
     with_the_next = list(zip(rounds, [*rounds[1:], []]))
     bar = progress(with_the_next, desc, leave=False)
     what = f"a clip of {width} streams"
     # The first contexts have fewer clips than K.
     steps = first_measured(bar, len(rounds), planned, what, skip=policy.S.K - 1)
-    for places, next_places in steps:
-        share = my_share(places)
-        contexts = watch_contexts(share, memories, questions, policy.S.K)
-        coming = watch_contexts(my_share(next_places), memories, questions, policy.S.K)
-        policy.look_ahead(contexts + coming)
-        keys = []
-        for stream, t in share:
-            number = zlib.crc32(stream["stream"].encode())
-            keys.append((policy.S.SEED, 7, number, t))     # 7: noise of its own, not training's
-        written = write_memories(policy, contexts, keys)
-        rows = []
-        for (stream, t), (sample, tries) in zip(share, written):
-            rows.append(watch_row(stream, t, sample, tries))
-        rows = gather(rows)
-        for row in rows:
-            memories[row["stream"]].append(row)
-        if path and rows:
-            append_jsonl(path, rows)
     new = []
-    for name, rows in memories.items():
-        new += rows[first[name]:]
+    for places, next_places in steps:
+        for notes in [*beside, own]:
+            new += write_round(policy, notes, places, next_places)
     say_malformed(new)
-    return memories
+    return own.memories
+
+
+def write_round(policy, notes, places, next_places):
+    """The writer's memory of a clip of each stream, added to its notes -> the new rows.
+
+    places: (stream, number of a clip); what an interrupted watch has written of them is not written again.
+    """
+    memories = notes.memories
+    places = [(stream, t) for stream, t in places if len(memories[stream["stream"]]) == t]
+    share = my_share(places)
+    contexts = watch_contexts(share, memories, notes.questions, policy.S.K)
+    coming = watch_contexts(my_share(next_places), memories, notes.questions, policy.S.K)
+    policy.look_ahead(contexts + coming)
+    keys = []
+    for stream, t in share:
+        number = zlib.crc32(stream["stream"].encode())
+        keys.append((policy.S.SEED, 7, number, t))           # 7: noise of its own, not training's
+    with policy.using(notes.writer):
+        written = write_memories(policy, contexts, keys)
+    rows = []
+    for (stream, t), (sample, tries) in zip(share, written):
+        row = watch_row(stream, t, sample, tries)
+        if notes.policy:
+            row["policy"] = notes.policy
+        rows.append(row)
+    rows = gather(rows)
+    for row in rows:
+        memories[row["stream"]].append(row)
+    if notes.path and rows:
+        append_jsonl(notes.path, rows)
+    return rows
 
 
 def streams_at_once(policy):

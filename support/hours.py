@@ -131,13 +131,15 @@ class Sizes:
     environments: int = 0
     questions: int = 0
     clips_asked: int = 0         # of the streams that an environment asks about, on average
+    adapters: int = 0            # that write beside Phase One
+    notes: int = 0               # memories of a stream from before, on average
     comparisons: float = 28      # of two memories, for each context and environment: all pairs of 8
 
 
 # Training, deployment, and Video-MME's short and medium videos (on average 30 clips of 10 s; a kind of question asks
 # about 125 of the 600).
 PAPER = {"train": Sizes("the paper's sizes", streams=326, clips=8150),
-         "deploy": Sizes("the paper's sizes", 100, 2500, 2500, 12, 1800),
+         "deploy": Sizes("the paper's sizes", 100, 2500, 2500, 12, 120),
          "test": Sizes("the paper's sizes", 600, 18000, 2500, 12, 1800, 3750)}
 
 

@@ -267,9 +267,9 @@ def start(S, stage, *functions, alone=True):
 def has_results(out):
     """Whether anything in a stage's folder binds it to its settings.
 
-    What 01 has looked up in videos does not, nor does 03's list of what it is about to read.
+    What 01 has looked up in videos does not.
     """
-    harmless = ("settings.json", "made_of.json", "files.jsonl", "speech", "faces", LOCK)
+    harmless = ("settings.json", "files.jsonl", "speech", "faces", LOCK)
     for path in out.iterdir():
         is_empty = path.is_dir() and all(inner.name == LOCK for inner in path.iterdir())
         if path.name not in harmless and ".aside" not in path.name and not is_empty:
@@ -488,8 +488,10 @@ def write_jsonl(path, rows):
 def append_jsonl(path, rows):
     """For work in progress. A kill may tear the last line, so read it back with torn=True."""
     if is_first_rank():
-        with writing(path), open(path, "ab") as file:
-            file.write(as_bytes(as_lines(rows)))
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab") as file:
+                file.write(as_bytes(as_lines(rows)))
 
 
 def as_lines(rows):

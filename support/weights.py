@@ -455,7 +455,8 @@ def save_adapter(policy, writer, folder):
         for key, value in get_peft_model_state_dict(policy.model, adapter_name=name).items():
             state[f"base_model.model.{key}"] = value
     elif kind == "steer":
-        state = {steer_key(policy.layer): policy.steer}
+        layer, vector, _ = policy.steer[writer]
+        state = {steer_key(layer): vector}
     else:
         state = policy.whole[writer]
     write_tensors(folder / FILES[kind], state)

@@ -1,5 +1,6 @@
 """What people really feed it: text that is no text, adapters that do not fit, names that are no file names, damaged
 files of a run, a full disk, two processes in one folder."""
+import contextlib
 import importlib
 import os
 import pathlib
@@ -300,7 +301,8 @@ def test_a_watch_goes_on_by_stream_and_clip(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "rollout", rollout)
     monkeypatch.setattr(common, "is_grey", lambda clip: False)
     monkeypatch.setattr(common, "streams_at_once", lambda policy: 2)
-    policy = SimpleNamespace(S=SimpleNamespace(K=3, SEED=0), look_ahead=lambda contexts: None)
+    policy = SimpleNamespace(S=SimpleNamespace(K=3, SEED=0), look_ahead=lambda contexts: None, who="phase1",
+                             using=lambda writer: contextlib.nullcontext())
     whole = common.watch(policy, streams, path=tmp_path / "whole.jsonl")
     assert [row["memory"] for row in whole["b"]] == ["mb0", "mb1", "mb2", "mb3"]
     path = tmp_path / "memories.jsonl"
@@ -331,19 +333,23 @@ def test_the_cache_goes_on_by_stream_and_clip(tmp_path, monkeypatch):
         for group in groups:
             group.samples[0].quality = 0.5
     monkeypatch.setattr(collect.phase1, "quality", quality)
-    collect.fill_cache(S, tmp_path, None, None, streams, memories, {})
+
+    def fill():
+        collect.fill_cache(S, tmp_path, collect.read_cache(S, tmp_path, streams), None, None, streams, memories, {})
+    fill()
     whole = (tmp_path / "cache.jsonl").read_bytes()
     rows = runs.read_jsonl(tmp_path / "cache.jsonl")
     assert len(asked) == len(rows) == 9 and not (tmp_path / "cache.part").exists()
     # Two processes wrote at once: some contexts twice, some never.
-    (tmp_path / "cache.jsonl").unlink()
+    for name in ("cache.jsonl", "considered.json"):
+        (tmp_path / name).unlink()
     runs.write_jsonl(tmp_path / "cache.part", [rows[3], rows[0], rows[0], rows[3], rows[7]])
     asked.clear()
-    collect.fill_cache(S, tmp_path, None, None, streams, memories, {})
+    fill()
     assert (tmp_path / "cache.jsonl").read_bytes() == whole and len(asked) == 6
-    # Without recent.json 03 answers the questions anew, and samples nothing twice.
+    # The tenth clip, which was left out, has been considered once and for all.
     asked.clear()
-    collect.fill_cache(S, tmp_path, None, None, streams, memories, {})
+    fill()
     assert (tmp_path / "cache.jsonl").read_bytes() == whole and not asked
 
 

@@ -479,11 +479,42 @@ def test_of_an_adapters_vectors_the_zero_ones_are_left_out(policy, contexts, tmp
                for layer in range(policy.layers)}
     weights.write_tensors(tmp_path / "theirs" / "steer.safetensors", vectors)
     weights.load_adapter(policy, "phase2", tmp_path / "theirs")
-    assert policy.layer == 1 and torch.equal(reading(policy, context, ids), steered)
+    assert policy.steer["phase2"][0] == 1 and torch.equal(reading(policy, context, ids), steered)
     assert sum(len(layer._forward_hooks) for layer in policy.lm.layers) == 1
     weights.save_adapter(policy, "phase2", tmp_path / "ours")
     assert list(load_file(str(tmp_path / "ours" / "steer.safetensors"))) == [
         "model.language_model.layers.1.adapter.steer"]
+
+
+@pytest.mark.parametrize("kind", ["steer", "lora", "all"])
+def test_adapters_beside_each_other(policy, contexts, kind):
+    """Each writes as if it were alone, on top of Phase One; one goes, the other stays."""
+    context, ids = contexts[1], answers(policy, 11, (6, 9))
+    policy.S.LAYER = 1
+    draw = torch.Generator().manual_seed(0)
+
+    def add(writer, kind):
+        params = policy.add(writer, kind)
+        with torch.no_grad():
+            for p in params:
+                p.add_(0.05 * torch.randn(p.shape, generator=draw))
+        return reading(policy, context, ids)
+
+    def of(writer):
+        with policy.using(writer):
+            return reading(policy, context, ids)
+    base = reading(policy, context, ids)
+    phase1 = add("phase1", "lora")
+    first = add("phase2:first", kind)
+    second = add("phase2:the second.", kind)
+    assert all((one - other).abs().max() > 1e-3 for one, other in ((base, phase1), (phase1, first), (first, second)))
+    for _ in range(2):
+        assert torch.equal(of("phase2:first"), first) and torch.equal(of("phase2:the second."), second)
+        assert torch.equal(of("phase1"), phase1) and torch.equal(of("base"), base)
+    policy.drop("phase2:first")
+    assert policy.who == "phase1" and torch.equal(of("phase2:the second."), second)
+    policy.drop("phase2:the second.")
+    assert torch.equal(of("phase1"), phase1)
 
 
 def test_steering_is_an_addition_to_one_layers_output(policy, contexts):
