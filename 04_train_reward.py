@@ -4,6 +4,9 @@ The judge compares the cached memories of every context, once per environment. W
 the cycle rule gives one pair per context (for DPO in 05), and it trains R (for the on-policy path of 05): a
 LoRA on the frozen base and a scalar head, on text alone, with the preferences of all environments together.
 
+Run again after 03, it judges anew for the environments whose recent questions have changed, over the cache
+as it is then. The others keep their contexts, verdicts and pairs. R is trained anew where any has changed.
+
 Differs from the paper: R is ours; among equally long paths, pairs of equal quality come first; samples with
 the same text are not judged, as they tie by construction.
 
@@ -11,24 +14,27 @@ Run: python 04_train_reward.py [--NAME=value ...]
      (toy world: 37 s on two cores)
 In:  streams/streams.jsonl (01), tasks/recent.json, cache.jsonl (03), and what the judge needs
 Out: reward/verdicts/, preferences.jsonl, pairs.jsonl, pairs_trl.jsonl (the same pairs in TRL's preference
-     format), log.csv, checkpoint.pt, model/, report.json
+     format), contexts.jsonl (what they are about), log.csv, checkpoint.pt, model/, report.json
 """
 import random
 import sys
 import time
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 from common import (TASK_PROMPT, F, build_prompt, encoded_text, load_judge, load_policy, np,
                     per_model,
                     settings, stage, torch)
 from support import hours
-from support.checkpoint import Training
+from support.checkpoint import Training, begin_anew_unless, begun_with
 from support.hours import Sizes, first_measured, say_plan, sizes_of
 from support.judges import Preference
-from support.ranks import gather, gather_sum, my_share, progress, said_once
-from support.runs import (append_jsonl, load_streams, need, next_command, read_json, read_jsonl,
-                          read_progress, slug, start, write_json, write_jsonl)
+from support.ranks import (gather, gather_sum, is_first_rank, my_share, once, progress,
+                           said_once)
+from support.runs import (append_jsonl, fingerprint, load_streams, need, next_command, read_json,
+                          read_jsonl, read_progress, say_what_is_new, slug, start, write_json,
+                          write_jsonl)
 from support.text import as_text
 from support.weights import check_tensors, read_tensors, save_adapter, write_tensors
 
@@ -209,7 +215,8 @@ def compare(judge, cache, questions, path, chunk, planned=None, limit=None):
     """
     done = {}
     for row in read_progress(path):          # a later row takes the place of an earlier one
-        done[row["stream"], row["clip"]] = row["verdicts"]
+        if "verdicts" in row:                # all but the first, see `judged_rows`
+            done[row["stream"], row["clip"]] = row["verdicts"]
     firsts = range(0, len(cache), chunk)
     chunks = progress(firsts, f"judge {path.stem}", leave=False)
     for first in first_measured(chunks, len(firsts), planned, f"for {chunk} contexts"):
@@ -264,6 +271,99 @@ def in_both_orders(judge, questions, pairs):
     return list(map(agreed, verdicts, swapped))
 
 
+# ================================================================ which contexts, by which questions
+LATER = ".later"                 # part of the name of a file of verdicts on held-out contexts
+
+
+def verdict_file(folder, environment, suffix=""):
+    return folder / f"{slug(environment)}{suffix}.jsonl"
+
+
+def heading(path):
+    """The first row of a file of verdicts, {questions, contexts: [[stream, clip]]}; {} without one."""
+    rows = read_progress(path)
+    return rows[0] if rows and "questions" in rows[0] else {}
+
+
+def judged_rows(path, questions, rows, kept):
+    """The rows of the cache that the verdicts in `path` are about.
+
+    The same questions keep to the contexts that they began with, whatever has become of the cache. Other
+    questions begin the file anew, about `rows`. kept: {place: row} of all contexts that are known.
+    """
+    known = heading(path)
+    if known.get("questions") != questions:
+        known = {"questions": questions, "contexts": [place_of(row) for row in rows]}
+        write_jsonl(path, [known])
+    places = places_in(known) - kept.keys()
+    if places:
+        raise SystemExit(said_once(f"{path} is about {len(places)} contexts that neither 03's cache nor "
+                                   "contexts.jsonl beside it holds. Delete it, and they are judged anew"))
+    return [kept[tuple(place)] for place in known["contexts"]]
+
+
+def place_of(row):
+    """What names a context of the cache."""
+    return row["stream"], row["clip"]
+
+
+@dataclass
+class Case:
+    """What is judged: contexts and questions. It tells apart what is new, and what stays from an earlier time."""
+    folder: Path                 # of the verdicts
+    asked: dict                  # {environment: its recent questions}
+    later: dict                  # {environment: those that R is validated by}
+    cache: list                  # rows of 03's cache: what new questions are judged on
+    test_cache: list             # of these, those that R is validated on
+    new: list                    # environments that were never judged
+    changed: list                # environments with other questions than at the last time
+    same: list                   # environments with the same ones, which keep to their contexts
+    settled: list                # of these, those that R has begun to learn from: nothing is asked again
+    kept: dict                   # {(stream, clip): row} of the cache, and of what it has lost since
+    held_out: set                # (stream, clip) where R never trains
+
+
+def make_case(out, cache, asked, later, share):
+    """The Case of a folder. share: HELD_OUT."""
+    held_out = hold_out(cache, share)
+    test_cache = [row for row in cache if place_of(row) in held_out]
+    case = Case(out / "verdicts", asked, later, cache, test_cache, [], [], [], [], {}, held_out)
+    begun = begun_with(out)
+    places = set()                               # of all contexts with verdicts
+    for environment in asked:
+        first = heading(verdict_file(case.folder, environment))
+        second = heading(verdict_file(case.folder, environment, LATER))
+        tests = places_in(second)
+        places |= places_in(first) | tests
+        questions = [asked[environment], later[environment]]
+        if not first:
+            case.new.append(environment)
+        elif questions != [first["questions"], second.get("questions")]:
+            case.changed.append(environment)
+        else:
+            case.same.append(environment)
+            case.held_out |= tests
+            if begun.get("questions", {}).get(environment) == questions:
+                case.settled.append(environment)
+    case.kept = known_contexts(out / "contexts.jsonl", cache, places)
+    return case
+
+
+def places_in(heading):
+    return {(stream, clip) for stream, clip in heading.get("contexts", [])}
+
+
+def known_contexts(path, cache, places):
+    """{place: row} of 03's cache, and of the contexts at `places` that it has lost since `path` was written."""
+    rows = {}
+    for row in read_progress(path):
+        if place_of(row) in places:
+            rows[place_of(row)] = row
+    for row in cache:
+        rows[place_of(row)] = row
+    return rows
+
+
 # ================================================================ preferences and pairs
 @dataclass
 class JudgedContext:
@@ -308,20 +408,26 @@ class Yield:
             setattr(self, name, getattr(self, name) + count)
 
 
-def find_preferences(judge, cache, questions, folder, chunk, suffix="", planned=None, limit=None):
+def find_preferences(judge, cache, questions, folder, chunk, suffix="", planned=None, limit=None,
+                     kept=None, settled=()):
     """(judged contexts that have preferences, pairs, {environment: Yield}).
 
     cache: rows of cache.jsonl; questions: {environment: [text]}. Verdicts go into a file per environment of
-    `folder`. planned: hours for each environment.
+    `folder`. planned: hours for each environment. kept: as `known_contexts` says, None: the cache alone.
+    settled: environments of which nothing is asked.
     """
     folder.mkdir(exist_ok=True)
+    if kept is None:
+        kept = {place_of(row): row for row in cache}
     contexts = []
     pairs = []
     yields = {}
     for environment, asked in questions.items():
         rows = [row for row in cache if environment in row["environments"]]
-        file = folder / f"{slug(environment)}{suffix}.jsonl"
-        verdicts = compare(judge, rows, asked, file, chunk, planned, limit)
+        file = verdict_file(folder, environment, suffix)
+        rows = judged_rows(file, asked, rows, kept)
+        who_judges = None if environment in settled else judge
+        verdicts = compare(who_judges, rows, asked, file, chunk, planned, limit)
         yields[environment] = Yield()
         for row, verdicts_of_row in zip(rows, verdicts):
             context, pair, counts = learn_from(environment, row, verdicts_of_row)
@@ -655,43 +761,99 @@ def main(argv=None):
     asked, later = split_questions(recent, S.RECENT)
     streams = load_streams(S, "deploy")
     collect.check_recent(S, streams)
-    cache = [row for row in read_jsonl(need(S, "tasks/cache.jsonl")) if row["environments"]]
-    held_out = hold_out(cache, S.HELD_OUT)
-    test_cache = [row for row in cache if (row["stream"], row["clip"]) in held_out]
-    # A reward model that has begun to learn keeps to the verdicts that there were.
-    has_begun = (out / "checkpoint.pt").exists()
-    comparisons = 0
-    if not has_begun:
-        counted = count_comparisons(cache, S.COMPARISONS)
-        comparisons = counted / max(1, len(cache) * len(recent))
-    sizes = Sizes("03's cache", len({row["stream"] for row in cache}), len(cache), len(cache),
-                  len(recent), comparisons=comparisons)
-    planned = say_plan(S, work, sizes, LEVERS)
-    # ---------------- preferences and pairs
-    judge = None if has_begun else load_judge(S, lambda: policy, shows_frames=False)
-    policy = load_policy(S)
-    planned_hours = planned.hours_of("judge", shares=(1 + S.HELD_OUT) * len(recent))
-    contexts, pairs, yields = find_preferences(
-        judge, cache, asked, out / "verdicts", S.CHUNK, "", planned_hours, S.COMPARISONS)
-    tests, _, _ = find_preferences(
-        judge, test_cache, later, out / "verdicts", S.CHUNK, ".later", None, S.COMPARISONS)
-    yields["all"] = summed(yields)
-    print_yields(yields)
-    write_jsonl(out / "preferences.jsonl", preference_rows(contexts))
-    write_jsonl(out / "pairs.jsonl", [vars(pair) for pair in pairs])
-    write_jsonl(out / "pairs_trl.jsonl", trl_rows(streams, cache, pairs, policy.tokenizer, S.K))
-    # ---------------- reward model
-    learn = [context for context in contexts if (context.stream, context.clip) not in held_out]
-    if not learn or not tests:
-        say_why_no_reward_model(S, learn, tests, pairs, yields["all"])
+    cache = read_cache(S, streams, recent)
+    # ---------------- what is new
+    case = make_case(out, cache, asked, later, S.HELD_OUT)
+    if case.settled == list(recent) and is_finished(out, case):
+        print(f"finished before, with the same recent questions: {out}; "
+              f"next: {next_command(S, '05_phase2_train.py')}")
         return
-    model = train_reward_model(S, out, policy, learn, asked, planned.hours_of_steps())
-    report = validate(model, tests, later, resamples=S.BOOTSTRAP, seed=S.SEED)
+    if case.changed or case.same:
+        say_what_is_new({"new": case.new, "changed": case.changed, "as before": case.same})
+    if case.new or case.changed:
+        write_jsonl(out / "contexts.jsonl", list(case.kept.values()))
+    # ---------------- judge and plan
+    to_judge = len(recent) - len(case.settled)
+    comparisons = count_comparisons(cache, S.COMPARISONS) / max(1, len(cache) * len(recent))
+    sizes = Sizes("03's cache", len({row["stream"] for row in cache}), len(cache), len(cache),
+                  to_judge, comparisons=comparisons)
+    planned = say_plan(S, work, sizes, LEVERS)
+    judge = load_judge(S, lambda: policy, shows_frames=False) if to_judge else None
+    policy = load_policy(S)
+    # ---------------- preferences and pairs
+    planned_hours = planned.hours_of("judge", shares=max(1, (1 + S.HELD_OUT) * to_judge))
+    found = judge_case(case, judge, S.CHUNK, S.COMPARISONS, planned_hours)
+    print_yields(found.yields)
+    publish_pairs(S, out, streams, case, found, policy.tokenizer)
+    # ---------------- reward model
+    if not found.learn or not found.tests:
+        say_why_no_reward_model(S, found)
+        return
+    questions = {name: [asked[name], later[name]] for name in asked}
+    begin_anew_unless(out, {"lesson": found.lesson, "questions": questions})
+    model = train_reward_model(S, out, policy, found.learn, asked, planned.hours_of_steps())
+    report = validate(model, found.tests, later, resamples=S.BOOTSTRAP, seed=S.SEED)
     print_report(report)
-    report["yield"] = {environment: vars(counts) for environment, counts in yields.items()}
+    report["yield"] = {environment: vars(counts) for environment, counts in found.yields.items()}
+    report["lesson"] = found.lesson
+    report["asked"] = asked
     write_json(out / "report.json", report)
-    print(f"{len(pairs)} pairs and the reward model are in {out}; "
+    print(f"{len(found.pairs)} pairs and the reward model are in {out}; "
           f"next: {next_command(S, '05_phase2_train.py')}")
+
+
+@dataclass
+class Found:
+    """What the verdicts have come to."""
+    pairs: list
+    preferences: list            # rows of preferences.jsonl
+    yields: dict                 # {environment, and "all": Yield}
+    learn: list                  # JudgedContexts for R to learn from ...
+    tests: list                  # ... and to be validated on
+    lesson: str                  # hash of all that R depends on beside the constants
+
+
+def judge_case(case, judge, chunk, limit, planned=None):
+    """Has the case judged, as far as it isn't, except for what is settled -> Found."""
+    contexts, pairs, yields = find_preferences(
+        judge, case.cache, case.asked, case.folder, chunk,
+        planned=planned, limit=limit, kept=case.kept, settled=case.settled)
+    tests, _, _ = find_preferences(
+        judge, case.test_cache, case.later, case.folder, chunk, LATER,
+        limit=limit, kept=case.kept, settled=case.settled)
+    yields["all"] = summed(yields)
+    learn = [context for context in contexts if place_of(vars(context)) not in case.held_out]
+    learned_from = [list(map(vars, learn)), list(map(vars, tests))]
+    lesson = fingerprint(case.asked, case.later, learned_from)
+    return Found(pairs, preference_rows(contexts), yields, learn, tests, lesson)
+
+
+def is_finished(out, case):
+    """Whether the reward model is of these very verdicts."""
+    file = out / "report.json"
+    report = once(lambda: read_json(file) if file.exists() else {})
+    return bool(report) and report.get("lesson") == judge_case(case, None, chunk=1, limit=0).lesson
+
+
+def publish_pairs(S, out, streams, case, found, tokenizer):
+    """Writes what 05 by DPO reads, and at last by which questions it is."""
+    if is_first_rank():
+        (out / "pairs_of.json").unlink(missing_ok=True)
+    write_jsonl(out / "preferences.jsonl", found.preferences)
+    write_jsonl(out / "pairs.jsonl", [vars(pair) for pair in found.pairs])
+    cache = list(case.kept.values())
+    rows = trl_rows(streams, cache, found.pairs, tokenizer, S.K)
+    write_jsonl(out / "pairs_trl.jsonl", rows)
+    write_json(out / "pairs_of.json", case.asked)
+
+
+def read_cache(S, streams, environments):
+    """Rows of 03's cache. Each names the environments that may learn from it: all, where no stream is online."""
+    rows = read_jsonl(need(S, "tasks/cache.jsonl"))
+    if not collect.is_benchmark(streams):
+        for row in rows:                         # an environment may be newer than the cache
+            row["environments"] = list(environments)
+    return [row for row in rows if row["environments"]]
 
 
 def split_questions(recent, n):
@@ -768,13 +930,14 @@ def print_report(report):
             print(f"  {name:20} {value:.3f}")
 
 
-def say_why_no_reward_model(S, learn, tests, pairs, counts):
+def say_why_no_reward_model(S, found):
     """SystemExit where there is no pair either."""
-    why = (f"no reward model: preferences in {len(learn)} contexts to learn from, in {len(tests)} "
-           f"to test on; {counts.tied} of {counts.compared} comparisons were ties")
-    if not pairs:
+    counts = found.yields["all"]
+    why = (f"no reward model: preferences in {len(found.learn)} contexts to learn from, in "
+           f"{len(found.tests)} to test on; {counts.tied} of {counts.compared} comparisons were ties")
+    if not found.pairs:
         sys.exit(why)
-    print(f"*** {why}. 05 with dpo has {len(pairs)} pairs ***")
+    print(f"*** {why}. 05 with dpo has {len(found.pairs)} pairs ***")
     print(f"next: {next_command(S, '05_phase2_train.py')}")
 
 
@@ -796,6 +959,9 @@ def train_reward_model(S, out, policy, contexts, questions, planned=None):
     some = random.Random(S.SEED).choices(contexts, k=64)
     values = model.measure([context.reading(questions[context.environment]) for context in some])
     model.spread = mean_spread(some, values)
+    # Without a report 05 takes the model for none: it may be half the old one and half the new.
+    if is_first_rank():
+        (out / "report.json").unlink(missing_ok=True)
     model.save(out / "model")
     return model
 
