@@ -7,6 +7,8 @@ in a prompt of its own, so an edited prompt takes effect. The prompts, their ite
   rank      02  {context, memories}           -> ranks, 1 is the richest; ties, if any, share the mean rank
   answer    03  {entries, question, options}  -> a letter, or without options a text; or "insufficient".
                                                  entries: [start, end, memory] in s, all that is read
+  asked     03  {entries, question}           -> {answer: a text or "insufficient", entries: numbers from 1 of those that
+                                                 it rests on}; entries: [start, end, memory, stream]
   grade     03  {question, answer, reply}     -> bool: an open answer means the same as the right one
   prefer    04  {questions, first, second}    -> "first" | "second" | "tie", by what the questions are after
 
@@ -20,8 +22,8 @@ JUDGE = "tiny"           the toy world's exact one, which knows a clip's facts a
 
 A judge question of your own:
   1. In the stage: SHORT = Verdict("short", 'Is "{memory}" short? Answer with {{"verdict": true}} or ...').
-  2. Choose the class by the reply that you ask for: Verdict, Ranking, Preference or Answer. What many items have in
-     common comes first in the text, because "local" reads it once for all of them.
+  2. Choose the class by the reply that you ask for: Verdict, Ranking, Preference, Answer or SourcedAnswer. What
+     many items have in common comes first in the text, because "local" reads it once for all of them.
   3. Where you need it: verdicts = judge.ask(SHORT, [{"memory": sample.memory} for sample in samples]).
   4. The keys of an item are the {fields} of the text. With a "context" among them the judge sees the newest
      clip, and the text may also say {heard} and {previous}.
@@ -120,6 +122,11 @@ class JudgePrompt(Prompt):
         [2.0, 1.0, 3.0]
         >>> Preference("prefer", "...").parse('{"better": "both"}', {})
         """
+        found = self.json_object(reply)
+        return self.verdict(found[self.key], item) if self.key in found else None
+
+    def json_object(self, reply):
+        """The JSON object in a reply, {} where there is none."""
         text = reply.rpartition("</think>")[2]
         text = re.sub(r"<\|\w+\|>", "", text)    # control tokens, such as <|begin_of_box|> of GLM
         fenced = re.findall(r"```\w*(.*?)(?:```|$)", text, re.DOTALL)
@@ -128,10 +135,8 @@ class JudgePrompt(Prompt):
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
-            return None
-        if not isinstance(found, dict) or self.key not in found:
-            return None
-        return self.verdict(found[self.key], item)
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def verdict(self, value, item):
         """The verdict that the key's value stands for, or None."""
@@ -221,6 +226,34 @@ class Answer(JudgePrompt):
         if not item["options"]:
             return value.strip()
         return value if value in self.choices(item) else None
+
+
+class SourcedAnswer(JudgePrompt):
+    """Asks for {"answer": a text, "entries": the numbers of the item's entries that it rests on}, or for
+    {"answer": "insufficient"} -> {answer, entries}."""
+    key = "answer"
+
+    def fields(self, item):
+        numbered = [f"{number}. {printed(entry)}" for number, entry in enumerate(item["entries"], 1)]
+        return {"question": item["question"], "entries": "\n\n".join(numbered)}
+
+    def replies(self, item):
+        return None
+
+    def parse(self, reply, item):
+        found = self.json_object(reply)
+        text = found.get("answer")
+        entries = found.get("entries")
+        if not isinstance(text, str) or not text.strip():
+            return None
+        if text.strip() == INSUFFICIENT:
+            return {"answer": INSUFFICIENT, "entries": []}
+        if not isinstance(entries, list) or not entries:
+            return None                          # an answer that rests on nothing is none
+        numbers = range(1, len(item["entries"]) + 1)
+        if not all(type(entry) is int and entry in numbers for entry in entries):
+            return None
+        return {"answer": text.strip(), "entries": sorted(set(entries))}
 
 
 @dataclass

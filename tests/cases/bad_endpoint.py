@@ -71,6 +71,8 @@ def right_reply(text):
     notes = re.search(r"First note: (.*)\nSecond note: (.*)", text)
     if notes and len(notes[1]) != len(notes[2]):
         values["better"] = "first" if len(notes[1]) > len(notes[2]) else "second"
+    if '"entries":' in text:
+        return json.dumps({"answer": "A", "entries": [1]})
     key = re.findall(r'\{"(\w+)":', text)[-1]
     return json.dumps({key: values[key]})
 
