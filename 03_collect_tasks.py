@@ -658,6 +658,9 @@ def main(argv=None):
     policy = get_policy() if news.cache.missing else None
     cached = fill_cache(
         S, out, news.cache, policy, judge, streams, memories, limits, planned_hours)
+    if not is_online:                            # a question may have been asked by hand meanwhile
+        asked = read_asked(out / "asked.jsonl")
+        recent = latest_questions(asked.values(), S.RECENT, S.LATER)
     write_json(out / "recent.json", recent)
     say_what_failed(recent, cached)
     done = "finished before:" if news.is_empty else "memories, answers and the rollout cache are in"

@@ -272,6 +272,25 @@ def test_while_another_process_watches(run, capsys):
     assert file.read_bytes() == before and len(runs.read_jsonl(run / "tasks" / "asked.jsonl")) == 1
 
 
+def test_what_is_asked_while_the_cache_is_sampled_is_not_lost(run, capsys, monkeypatch):
+    (run / "streams" / "gone.mp4").touch()
+    (run / "phase1" / "adapter").mkdir(parents=True)
+    (run / "tasks" / "settings.json").unlink()
+    task = {"task": "1", "stream": "walk", "environment": "place", "time": 30.0, "options": ["A. garden", "B. office"],
+            "question": "Where were the people at 00:00:10?", "answer": "A"}
+    runs.write_jsonl(run / "streams" / "tasks.jsonl", [task])
+    monkeypatch.setattr(collect, "load_phase1", lambda S, adapter: None)
+
+    def fill_cache(*arguments):
+        ask(run, "Which object was shown at 00:00:20?", capsys)
+        return []
+    monkeypatch.setattr(collect, "fill_cache", fill_cache)
+    collect.main([f"--RUN={run}"])
+    recent = runs.read_json(run / "tasks" / "recent.json")
+    assert {name: [row["reply"] for row in rows] for name, rows in recent.items()} == {
+        "place": ["A"], "questions": ["red key"]}
+
+
 def test_before_anything_was_watched(run, tmp_path_factory, capsys):
     with pytest.raises(SystemExit, match="Make it first: python 03_collect_tasks.py"):
         ask(tmp_path_factory.mktemp("new"), "What?", capsys)
