@@ -374,7 +374,7 @@ def test_killed_stages_go_on_to_the_same_bytes(chain, tmp_path):
             shutil.copytree(chain / name, run / name)
     done = subprocess.run(
         [sys.executable, "-c", KILLS.format(root=str(runs.ROOT), tests=str(runs.ROOT / "tests")), one, two],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=900,
         env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     kills = [int(line.split()[-2]) for line in done.stdout.splitlines() if "was killed" in line]
