@@ -73,17 +73,18 @@ SHOW = 0                         # 1: print one group in full and stop
 
 # ================================================================ what the judges are asked
 # An item with a "context" also shows the judge the newest clip, and fills in {heard} and {previous}. CLEAN is about
-# the text alone, so it gets no context. Braces that are not fields are doubled, for str.format.
+# the text alone, so it gets no context. Braces that are not fields are doubled, for str.format. The memory comes last,
+# because what is before it is read once for all memories of a group.
 FAITHFUL = Verdict("faithful", """These frames are the newest clip of a video; heard in it: {heard}
-The memory before it: {previous}
-Its new memory: {memory}
 Is all that the new memory says supported by the frames or by what is heard, and does it connect to the \
-memory before? Answer with {{"verdict": true}} or {{"verdict": false}}.""")
-CLEAN = Verdict("clean", """The memory before: {previous}
-The new memory: {memory}
-Is the new memory free of all this: anything that the memory before already states; boxes or coordinates; \
-talk of "subtitles" or "this video"; a speaker's label within quotation marks? Answer with \
-{{"verdict": true}} or {{"verdict": false}}.""")
+memory before? Answer with {{"verdict": true}} or {{"verdict": false}}.
+The memory before it: {previous}
+Its new memory: {memory}""")
+CLEAN = Verdict("clean", """Is a new memory free of all this: anything that the memory before already states; boxes \
+or coordinates; talk of "subtitles" or "this video"; a speaker's label within quotation marks? Answer with \
+{{"verdict": true}} or {{"verdict": false}}.
+The memory before: {previous}
+The new memory: {memory}""")
 RICHEST = Ranking("rank", """These frames are the newest clip of a video; heard in it: {heard}
 The memory before it: {previous}
 Candidates for its new memory:
@@ -369,7 +370,7 @@ def work(plan, S, sizes):
     if S.RICHNESS:
         candidates = S.GROUP * S.MEMORY_TOKENS
         groups = S.STEPS * S.CONTEXTS
-        plan.judge("judge: rank", groups, S.CONTEXTS, candidates, S.GROUP, clips=1)
+        plan.judge("judge: rank", groups, S.CONTEXTS, S.MEMORY_TOKENS, candidates, clips=1)
 
 
 def plan_loop(plan, S, steps, off_policy_steps):
@@ -386,14 +387,14 @@ def plan_loop(plan, S, steps, off_policy_steps):
     if S.KL:
         plan.read("update: reference", groups, *row)
     plan.learn("update", groups, *row)
-    plan_quality(plan, S, answers, S.CONTEXTS * S.GROUP)
+    plan_quality(plan, S, answers, S.CONTEXTS * S.GROUP, S.GROUP)
 
 
-def plan_quality(plan, S, memories, at_once):
-    """What `quality` asks about so many memories, `at_once` in a call."""
-    both = 2 * S.MEMORY_TOKENS
-    plan.judge("judge: clean", memories, at_once, both, 2)
-    plan.judge("judge: faithful", memories, at_once, both, 2, clips=1)
+def plan_quality(plan, S, memories, at_once, together):
+    """What `quality` asks about so many memories, `at_once` in a call and `together` of each context."""
+    length = S.MEMORY_TOKENS
+    plan.judge("judge: clean", memories, at_once, length, length, together)
+    plan.judge("judge: faithful", memories, at_once, length, length, together, clips=1)
 
 
 def main(argv=None):

@@ -18,6 +18,7 @@ streams (see 01):
 
 Run: python 03_collect_tasks.py [--NAME=value ...]
      (toy world: 21 s on two cores)
+     python 03_collect_tasks.py --RUN=mine --ASK="Where did I put the keys?"    answers from the notes, in seconds
 In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02), and what the judge needs; later
      phase2/ADAPTER/*/adapter (05)
 Out: tasks/memories.jsonl (Phase One's), adapted/ENVIRONMENT.jsonl (an adapter's), memories/STREAM.txt (to be read);
@@ -26,6 +27,7 @@ Out: tasks/memories.jsonl (Phase One's), adapted/ENVIRONMENT.jsonl (an adapter's
 """
 import functools
 import math
+import sys
 import zlib
 from dataclasses import dataclass
 
@@ -33,12 +35,12 @@ from common import (Group, Notes, Sample, build_prompt, go_on, load_judge, load_
                     make_context, per_model, rollout, settings, stage, watch)
 from support import hours, judges
 from support.hours import Sizes, first_measured, say_plan, sizes_of
-from support.judges import Answer, Verdict
+from support.judges import Answer, SourcedAnswer, Verdict
 from support.ranks import gather, is_first_rank, my_share, once, progress, said_once
-from support.reader import Retriever
+from support.reader import Retriever, printed
 from support.runs import (ROOT, append_jsonl, clock, find, fingerprint, load_streams, need,
-                          next_command, read_json, read_jsonl, read_progress, say_what_differs,
-                          slug, start, write_json, write_jsonl, write_text)
+                          next_command, read_growing, read_json, read_jsonl, read_progress,
+                          say_what_differs, slug, start, write_json, write_jsonl, write_text)
 from support.weights import load_adapter, load_tokenizer
 
 phase1 = stage("02_phase1_train")
@@ -52,6 +54,11 @@ RECENT = 5                             # questions that define an environment (p
 LATER = 5                              # questions besides those, by which 04 validates R
 GROUP = 8                              # N, memories cached per context (paper), at temperature 1
 ADAPTER = "dpo-steer"                  # which of 05's adapters write, ALGORITHM-ADAPTER; "": none
+# ---------------------------------------------------------------- a question of one's own
+ASK = ""                               # is answered from the notes that there are; nothing is watched
+ASK_ONLY = 0                           # 1: it doesn't join the recent questions
+ENVIRONMENT = "questions"              # whose notes answer it, and whose recent questions it joins
+STREAM = ""                            # of one stream alone; "": of all
 # ----------------------------------------------------------------
 ANSWER = Answer("answer", """These notes are all that is known of a video:
 {entries}
@@ -66,6 +73,11 @@ OPEN = Answer("answer", """These notes are all that is known of a video:
 {question}
 Reason from the notes alone, then answer in a few words, {{"answer": "..."}}, or with \
 {{"answer": "insufficient"}} where they don't tell.""")
+ASKED = SourcedAnswer("asked", """These notes are all that is known of what was seen:
+{entries}
+
+{question}
+Reason from the notes alone. Answer in a few words and with the numbers of the notes that the answer rests on, {{"answer": "...", "entries": [1, 2]}}, or with {{"answer": "insufficient"}} where the notes don't tell.""")
 GRADE = Verdict("grade", """Question: {question}
 Right answer: {answer}
 Given answer: {reply}
@@ -82,10 +94,14 @@ def answer(S, judge, tasks, memories):
     It gets the memories of the stream up to the time of the question and nothing else: all of them, or where
     they exceed READER_TOKENS the most relevant ones. memories: {stream: [row per clip]}.
     """
-    return once(lambda: read_and_reply(S, judge, tasks, memories))
+    answered = gather(read_and_reply(S, judge, my_share(tasks), memories))
+    replies = [reply for reply, _ in answered]
+    retrieved = [is_part for _, is_part in answered]
+    return replies, retrieved
 
 
 def read_and_reply(S, judge, tasks, memories):
+    """(reply, whether its memories were retrieved) of each task."""
     tokenizer = load_tokenizer(S)
     retrievers = {}
     for stream in {task["stream"] for task in tasks}:
@@ -100,7 +116,7 @@ def read_and_reply(S, judge, tasks, memories):
         entries, is_part = retrieve(question, options, task["time"], S.READER_TOKENS)
         items.append({"question": question, "options": options, "entries": entries})
         retrieved.append(is_part)
-    return ask_reader(judge, items), retrieved
+    return list(zip(ask_reader(judge, items), retrieved))
 
 
 def ask_reader(judge, items):
@@ -124,7 +140,7 @@ def right(judge, tasks, replies):
         correct.append(reply == task["answer"])
         if not task["options"] and reply != judges.INSUFFICIENT:
             to_grade.append(i)
-    grades = once(lambda: grade(judge, tasks, replies, to_grade))
+    grades = grade(judge, tasks, replies, to_grade)
     for i, verdict in zip(to_grade, grades):
         correct[i] = verdict
     return correct
@@ -136,13 +152,11 @@ def has_answer(task):
 
 
 def grade(judge, tasks, replies, indices):
-    if not indices:
-        return []
     items = []
     for i in indices:
         item = {"question": tasks[i]["question"], "answer": tasks[i]["answer"], "reply": replies[i]}
         items.append(item)
-    return judge.ask(GRADE, items)
+    return judges.ask_in_shares(judge, GRADE, items) if items else []
 
 
 # ================================================================ who asked what, and when
@@ -154,6 +168,20 @@ def first_questions(tasks, n):
         if len(asked) < n:
             asked.append(task)
     return environments
+
+
+def latest_questions(asked, n, later):
+    """{environment: its latest n questions, then those before them, at most `later`}.
+
+    asked: in the order in which they were asked.
+    """
+    environments = {}
+    for task in asked:
+        environments.setdefault(task["environment"], []).append(task)
+    recent = {}
+    for environment, tasks in sorted(environments.items()):
+        recent[environment] = tasks[-n:] + tasks[-n - later:-n]
+    return recent
 
 
 def spread(tasks):
@@ -169,20 +197,6 @@ def spread(tasks):
         asked[key] = rounds[-1] + 1
     order = sorted(range(len(tasks)), key=lambda i: rounds[i])
     return [tasks[i] for i in order]
-
-
-def latest_questions(asked, n, later):
-    """{environment: its latest n questions, then those before them, at most `later`}.
-
-    asked: in the order in which they were asked.
-    """
-    environments = {}
-    for task in asked:
-        environments.setdefault(task["environment"], []).append(task)
-    recent = {}
-    for environment, tasks in sorted(environments.items()):
-        recent[environment] = tasks[-n:] + tasks[-n - later:-n]
-    return recent
 
 
 def identity(task):
@@ -451,6 +465,96 @@ def cached_context(stream, row, window):
     return make_context(stream, row["clip"], dict(enumerate(row["history"], first)), k=window)
 
 
+# ================================================================ asked by hand
+def ask_by_hand(S, argv):
+    """Answers ASK from the notes alone. It needs no video and takes no lock, so another process may be watching."""
+    folder = need(S, "tasks/memories.jsonl").parent
+    S = as_in_the_run(S, argv, folder)
+    question = " ".join(S.ASK.split())
+    if not question:
+        raise SystemExit("ASK is empty: put the question in quotes")
+    notes = notes_of(S, folder)
+    entries = [note for note in notes if note[2]]
+    if not entries:
+        raise SystemExit(f"{folder} holds no note yet: run python 03_collect_tasks.py --RUN={S.RUN} "
+                         "without ASK, which watches")
+    judge = load_judge(S, functools.cache(lambda: load_policy(S)), shows_frames=False)
+    retrieve = Retriever(entries, load_tokenizer(S))
+    entries, is_part = retrieve(question, [], math.inf, S.READER_TOKENS)
+    [found] = once(lambda: judge.ask(ASKED, [{"question": question, "entries": entries}]))
+    if found is None:
+        raise SystemExit(said_once("the judge gave no answer that can be read: ask again"))
+    say_answer(found, entries)
+    row = {"task": "", "stream": S.STREAM or "*", "environment": S.ENVIRONMENT,
+           "time": max(end for _, end, *_ in notes), "question": question, "options": [],
+           "answer": None, "reply": found["answer"], "correct": None}
+    join_recent(S, folder, row | {"retrieved": True} if is_part else row)
+
+
+def as_in_the_run(S, argv, folder):
+    """The constants with which the run was made, such as JUDGE, where argv doesn't say otherwise."""
+    saved = read_json(folder / "settings.json")
+    arguments = []
+    for name, value in saved.items():
+        if hasattr(S, name) and name not in ("SCRIPT", "COMMAND"):
+            arguments.append(f"--{name}={value}")
+    return settings(globals(), [*arguments, *argv])
+
+
+def notes_of(S, folder):
+    """[[start, end, memory, stream]] of STREAM, or of all, as ENVIRONMENT's adapter wrote it, or else Phase One."""
+    rows = {}
+    for name in ("memories.jsonl", f"adapted/{slug(S.ENVIRONMENT)}.jsonl"):
+        for row in read_growing(folder / name):
+            rows.setdefault(row["stream"], {})[row["clip"]] = row
+    if S.STREAM and S.STREAM not in rows:
+        names = ", ".join(list(rows)[:5])
+        raise SystemExit(f"STREAM={S.STREAM}: there are notes of {len(rows)} streams, "
+                         f"such as {names}")
+    notes = []
+    for stream, of_stream in rows.items():
+        if S.STREAM in ("", stream):
+            for _, row in sorted(of_stream.items()):
+                notes.append([row["start"], row["end"], row["memory"], stream])
+    return notes
+
+
+def say_answer(found, entries):
+    if found["answer"] == judges.INSUFFICIENT:
+        print("The notes don't tell.")
+        return
+    print(f"{found['answer']}\nThis rests on:")
+    for number in found["entries"]:
+        print("    " + printed(entries[number - 1]).replace("\n", "\n    "))
+
+
+def join_recent(S, folder, row):
+    """Adds a question that was asked by hand to the log, and to the recent questions of its environment."""
+    streams = find(S, "streams/streams.jsonl")
+    splits = [stream["split"] for stream in read_jsonl(streams)] if streams else []
+    if S.ASK_ONLY:
+        return
+    if folder.parent != ROOT / "runs" / S.RUN:
+        print(f"The notes are those of {folder.parent}, so the question joins no recent ones.")
+        return
+    if "online" in splits:
+        print("The streams are a benchmark's, whose first questions are the recent ones for ever, "
+              "so this one doesn't join them.")
+        return
+    file = folder / "recent.json"
+    recent = read_json(file) if file.exists() else {}
+    if recent and row["environment"] not in recent:
+        print(f"*** {row['environment']} is a new environment, beside {', '.join(recent)} ***")
+    asked = read_progress(folder / "asked.jsonl")
+    row["task"] = f"asked-{len(asked) + 1}"
+    append_jsonl(folder / "asked.jsonl", [row])
+    latest = latest_questions([*asked, row], S.RECENT, S.LATER)
+    write_json(file, recent | {row["environment"]: latest[row["environment"]]})
+    learners = "04 and 05" if (folder / "cache.jsonl").exists() else "03 (without ASK), 04 and 05"
+    print(f"The question is one of the recent ones of {row['environment']} now: {learners}, run "
+          "again, learn from it.")
+
+
 # ================================================================ the stage
 LEVERS = ("contexts", "THINK_TOKENS")    # what to lower where the plan exceeds a day
 
@@ -466,14 +570,14 @@ def work(plan, S, sizes):
     if sizes.contexts:
         plan.sample("cache", sizes.contexts, S.GROUP, S.CHUNK)
         plan.see("cache", sizes.contexts * S.K)
-        phase1.plan_quality(plan, S, sizes.contexts * S.GROUP, S.CHUNK * S.GROUP)
+        phase1.plan_quality(plan, S, sizes.contexts * S.GROUP, S.CHUNK * S.GROUP, S.GROUP)
 
 
 def plan_answers(plan, S, sizes, questions, at_once):
     """The reader's answers, `at_once` in a call: it reads all memories of a stream, as far as they fit."""
     memories = sizes.notes + sizes.clips // max(1, sizes.streams)
     notes = min(memories * (S.MEMORY_TOKENS + hours.STAMP), S.READER_TOKENS)
-    plan.judge("answers", questions, at_once, notes + hours.QUESTION, hours.LETTERS)
+    plan.judge("answers", questions, at_once, notes, hours.QUESTION)
 
 
 def planned_sizes(S):
@@ -495,6 +599,9 @@ def main(argv=None):
     if S.ADAPTER and not S.ADAPTER.startswith(("dpo-", "grpo-")):
         raise SystemExit(f"ADAPTER={S.ADAPTER}: here it names what 05 has made by ALGORITHM and "
                          'ADAPTER, like dpo-steer; "": no adapter writes')
+    if S.ASK:
+        ask_by_hand(S, sys.argv[1:] if argv is None else argv)
+        return
     out = start(S, "tasks", answer, right, phase1.quality, build_prompt)
     streams = load_streams(S, "deploy")
     names = {stream["stream"] for stream in streams}
@@ -551,6 +658,9 @@ def main(argv=None):
     policy = get_policy() if news.cache.missing else None
     cached = fill_cache(
         S, out, news.cache, policy, judge, streams, memories, limits, planned_hours)
+    if not is_online:                            # a question may have been asked by hand meanwhile
+        asked = read_asked(out / "asked.jsonl")
+        recent = latest_questions(asked.values(), S.RECENT, S.LATER)
     write_json(out / "recent.json", recent)
     say_what_failed(recent, cached)
     done = "finished before:" if news.is_empty else "memories, answers and the rollout cache are in"

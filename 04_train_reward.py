@@ -4,6 +4,9 @@ The judge compares the cached memories of every context, once per environment. W
 the cycle rule gives one pair per context (for DPO in 05), and it trains R (for the on-policy path of 05): a
 LoRA on the frozen base and a scalar head, on text alone, with the preferences of all environments together.
 
+Run again after 03, it judges anew for the environments whose recent questions have changed, over the cache
+as it is then. The others keep their contexts, verdicts and pairs. R is trained anew where any has changed.
+
 Differs from the paper: R is ours; among equally long paths, pairs of equal quality come first; samples with
 the same text are not judged, as they tie by construction.
 
@@ -11,24 +14,27 @@ Run: python 04_train_reward.py [--NAME=value ...]
      (toy world: 37 s on two cores)
 In:  streams/streams.jsonl (01), tasks/recent.json, cache.jsonl (03), and what the judge needs
 Out: reward/verdicts/, preferences.jsonl, pairs.jsonl, pairs_trl.jsonl (the same pairs in TRL's preference
-     format), log.csv, checkpoint.pt, model/, report.json
+     format), contexts.jsonl (what they are about), log.csv, checkpoint.pt, model/, report.json
 """
 import random
 import sys
 import time
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 from common import (TASK_PROMPT, F, build_prompt, encoded_text, load_judge, load_policy, np,
                     per_model,
                     settings, stage, torch)
 from support import hours
-from support.checkpoint import Training
+from support.checkpoint import Training, begin_anew_unless, begun_with
 from support.hours import Sizes, first_measured, say_plan, sizes_of
 from support.judges import Preference
-from support.ranks import gather_sum, my_share, once, progress, said_once
-from support.runs import (append_jsonl, load_streams, need, next_command, read_json, read_jsonl,
-                          read_progress, slug, start, write_json, write_jsonl)
+from support.ranks import (gather, gather_sum, is_first_rank, my_share, once, progress,
+                           said_once)
+from support.runs import (append_jsonl, fingerprint, load_streams, need, next_command, read_json,
+                          read_jsonl, read_progress, say_what_is_new, slug, start, write_json,
+                          write_jsonl)
 from support.text import as_text
 from support.weights import check_tensors, read_tensors, save_adapter, write_tensors
 
@@ -44,16 +50,20 @@ SAVE_EVERY = 50                  # steps between checkpoints
 # ---------------------------------------------------------------- the method
 RECENT = 5                       # questions that define an environment (paper: 5 to 10)
 HISTORY = 1                      # earlier memories that R reads (held out: 0.93 with 4, 0.99 with 
+COMPARISONS = 28                 # of two memories of a context at most, per environment; 28: all pairs
+                                 # of 8, as the authors; fewer: see `around`
 HELD_OUT = 0.25                  # share of the cached streams where R never trains
 CHUNK = 64                       # contexts per call of the judge: what is lost with a call
 BOOTSTRAP = 1000                 # resamples of the held-out streams for a 95 % interval
 GRAD_CLIP = 1.0                  # norm of the gradient at most
 # ----------------------------------------------------------------
+# All comparisons of an environment begin alike: the local judge reads that once for many of them.
 PREFER = Preference("prefer", """These questions were asked lately, and similar ones will come:
 {questions}
-Find out what they are after. Which of two notes, {first!r} (first) or {second!r} (second), helps more to
-answer such questions? Answer with {{"better": "first"}}, {{"better": "second"}} or \
-{{"better": "tie"}}.""")
+Find out what they are after. Which of two notes helps more to answer such questions? Answer with \
+{{"better": "first"}}, {{"better": "second"}} or {{"better": "tie"}}.
+First note: {first!r}
+Second note: {second!r}""")
 
 
 # ================================================================ a graph of preferences for each context
@@ -146,35 +156,57 @@ def choose_pair(edges, quality, length):
 def agreed(verdict, swapped):
     """What the judge says of two memories in both orders together (paper, section 3).
 
-    swapped: its verdict with the second memory shown first. "first" and "second" count only where both
-    verdicts mean the same memory. 06 takes all that is neither of these nor "failed" for a tie.
+    swapped: its verdict with the second memory shown first; None after a tie, where it is not asked. "first" and
+    "second" count only where both verdicts mean the same memory. 06 takes all that is neither of these nor "failed"
+    for a tie.
 
     >>> agreed("first", "second"), agreed("second", "first")
     ('first', 'second')
-    >>> agreed("first", "first"), agreed("first", "tie"), agreed(None, "first")
-    ('contradicted', 'tied', 'failed')
+    >>> agreed("first", "first"), agreed("first", "tie"), agreed("tie", None), agreed("first", None)
+    ('contradicted', 'tied', 'tied', 'failed')
     """
-    if verdict is None or swapped is None:
-        return "failed"
     if "tie" in (verdict, swapped):
         return "tied"
+    if verdict is None or swapped is None:
+        return "failed"
     return "contradicted" if verdict == swapped else verdict
 
 
-def comparable(samples):
-    """Pairs (i, j) worth a verdict: both are well formed and of known quality, and their texts differ."""
+def comparable(samples, limit=None):
+    """Pairs (i, j) worth a verdict: both are well formed and of known quality, and their texts differ.
+
+    limit: pairs of different texts at most, None for all. Samples with the same text share its verdicts.
+    """
     formed = []
     for i, sample in enumerate(samples):
         if sample["format"] == 0 and sample["memory"] and sample["quality"] is not None:
             formed.append(i)
+    texts = list(dict.fromkeys(samples[i]["memory"] for i in formed))
+    compared = [{texts[a], texts[b]} for a, b in around(len(texts))[:limit]]
     pairs = []
     for i, j in combinations(formed, 2):
-        if samples[i]["memory"] != samples[j]["memory"]:
+        if {samples[i]["memory"], samples[j]["memory"]} in compared:
             pairs.append((i, j))
     return pairs
 
 
-def compare(judge, cache, questions, path, chunk, planned=None):
+def around(n):
+    """All pairs of n things that stand in a circle: first the neighbours, then those with one between them, and so on.
+
+    So the first n of them join all things, and each thing is compared as often as any other.
+
+    >>> around(4)
+    [(0, 1), (1, 2), (2, 3), (3, 0), (0, 2), (1, 3)]
+    """
+    pairs = []
+    for distance in range(1, n // 2 + 1):
+        # Half way round, each pair comes from both sides.
+        starts = distance if 2 * distance == n else n
+        pairs += [(i, (i + distance) % n) for i in range(starts)]
+    return pairs
+
+
+def compare(judge, cache, questions, path, chunk, planned=None, limit=None):
     """Per row of the cache its verdicts: [[i, j, what `agreed` says]].
 
     What the file `path` holds is not asked again, unless a verdict failed: then its chunk is, and a judge that
@@ -183,49 +215,153 @@ def compare(judge, cache, questions, path, chunk, planned=None):
     """
     done = {}
     for row in read_progress(path):          # a later row takes the place of an earlier one
-        done[row["stream"], row["clip"]] = row["verdicts"]
+        if "verdicts" in row:                # all but the first, see `judged_rows`
+            done[row["stream"], row["clip"]] = row["verdicts"]
     firsts = range(0, len(cache), chunk)
     chunks = progress(firsts, f"judge {path.stem}", leave=False)
     for first in first_measured(chunks, len(firsts), planned, f"for {chunk} contexts"):
         rows = cache[first:first + chunk]
-        if judge and not all(is_judged(row, done) for row in rows):
-            judged = compare_chunk(judge, rows, questions)
+        if judge and not all(is_judged(row, done, limit) for row in rows):
+            judged = compare_chunk(judge, rows, questions, limit)
             append_jsonl(path, judged)
             for row in judged:
                 done[row["stream"], row["clip"]] = row["verdicts"]
     return [done[row["stream"], row["clip"]] for row in cache]
 
 
-def is_judged(row, done):
-    """Whether there is a verdict for each pair of memories in a row of the cache."""
+def is_judged(row, done, limit=None):
+    """Whether there is a verdict for each pair that is to be compared in a row of the cache."""
     verdicts = done.get((row["stream"], row["clip"]), [])
     judged = [(i, j) for i, j, said in verdicts if said != "failed"]
-    return (row["stream"], row["clip"]) in done and judged == comparable(row["samples"])
+    return (row["stream"], row["clip"]) in done and judged == comparable(row["samples"], limit)
 
 
-def compare_chunk(judge, rows, questions):
-    """Rows {stream, clip, verdicts}."""
-    pairs = [comparable(row["samples"]) for row in rows]
-    items = []
-    for row, pairs_of_row in zip(rows, pairs):
-        for i, j in pairs_of_row:
-            items.append(comparison(questions, row["samples"], i, j))
-            items.append(comparison(questions, row["samples"], j, i))
-    answers = once(lambda: judge.ask(PREFER, items))
-    failed = answers.count(None)
-    if failed * 2 > len(answers):
-        raise SystemExit(said_once(f"the judge failed on {failed} of {len(answers)} comparisons; "
-                                   "mend it and run the same command again: it goes on from there"))
-    said = map(agreed, answers[::2], answers[1::2])
+def compare_chunk(judge, rows, questions, limit=None):
+    """Rows {stream, clip, verdicts}. Each rank has its share of the contexts judged."""
+    share = my_share(rows)
+    pairs = [comparable(row["samples"], limit) for row in share]
+    memories = []
+    for row, pairs_of_row in zip(share, pairs):
+        texts = [sample["memory"] for sample in row["samples"]]
+        memories += [(texts[i], texts[j]) for i, j in pairs_of_row]
+    said = iter(in_both_orders(judge, questions, memories))
     judged = []
-    for row, pairs_of_row in zip(rows, pairs):
+    for row, pairs_of_row in zip(share, pairs):
         verdicts = [[i, j, next(said)] for i, j in pairs_of_row]
         judged.append({"stream": row["stream"], "clip": row["clip"], "verdicts": verdicts})
+    judged = gather(judged)
+    words = [word for row in judged for _, _, word in row["verdicts"]]
+    failed = words.count("failed")
+    if failed * 2 > len(words):
+        raise SystemExit(said_once(f"the judge failed on {failed} of {len(words)} comparisons; "
+                                   "mend it and run the same command again: it goes on from there"))
     return judged
 
 
-def comparison(questions, samples, i, j):
-    return {"questions": questions, "first": samples[i]["memory"], "second": samples[j]["memory"]}
+def in_both_orders(judge, questions, pairs):
+    """What `agreed` says of each pair of memories. The second order is asked only where the first was no tie."""
+    def ask(pairs):
+        items = [{"questions": questions, "first": one, "second": two} for one, two in pairs]
+        return judge.ask(PREFER, items)
+    verdicts = ask(pairs)
+    decided = [i for i, verdict in enumerate(verdicts) if verdict not in ("tie", None)]
+    swapped = [None] * len(pairs)
+    for i, verdict in zip(decided, ask([pairs[i][::-1] for i in decided])):
+        swapped[i] = verdict
+    return list(map(agreed, verdicts, swapped))
+
+
+# ================================================================ which contexts, by which questions
+LATER = ".later"                 # part of the name of a file of verdicts on held-out contexts
+
+
+def verdict_file(folder, environment, suffix=""):
+    return folder / f"{slug(environment)}{suffix}.jsonl"
+
+
+def heading(path):
+    """The first row of a file of verdicts, {questions, contexts: [[stream, clip]]}; {} without one."""
+    rows = read_progress(path)
+    return rows[0] if rows and "questions" in rows[0] else {}
+
+
+def judged_rows(path, questions, rows, kept):
+    """The rows of the cache that the verdicts in `path` are about.
+
+    The same questions keep to the contexts that they began with, whatever has become of the cache. Other
+    questions begin the file anew, about `rows`. kept: {place: row} of all contexts that are known.
+    """
+    known = heading(path)
+    if known.get("questions") != questions:
+        known = {"questions": questions, "contexts": [place_of(row) for row in rows]}
+        write_jsonl(path, [known])
+    places = places_in(known) - kept.keys()
+    if places:
+        raise SystemExit(said_once(f"{path} is about {len(places)} contexts that neither 03's cache nor "
+                                   "contexts.jsonl beside it holds. Delete it, and they are judged anew"))
+    return [kept[tuple(place)] for place in known["contexts"]]
+
+
+def place_of(row):
+    """What names a context of the cache."""
+    return row["stream"], row["clip"]
+
+
+@dataclass
+class Case:
+    """What is judged: contexts and questions. It tells apart what is new, and what stays from an earlier time."""
+    folder: Path                 # of the verdicts
+    asked: dict                  # {environment: its recent questions}
+    later: dict                  # {environment: those that R is validated by}
+    cache: list                  # rows of 03's cache: what new questions are judged on
+    test_cache: list             # of these, those that R is validated on
+    new: list                    # environments that were never judged
+    changed: list                # environments with other questions than at the last time
+    same: list                   # environments with the same ones, which keep to their contexts
+    settled: list                # of these, those that R has begun to learn from: nothing is asked again
+    kept: dict                   # {(stream, clip): row} of the cache, and of what it has lost since
+    held_out: set                # (stream, clip) where R never trains
+
+
+def make_case(out, cache, asked, later, share):
+    """The Case of a folder. share: HELD_OUT."""
+    held_out = hold_out(cache, share)
+    test_cache = [row for row in cache if place_of(row) in held_out]
+    case = Case(out / "verdicts", asked, later, cache, test_cache, [], [], [], [], {}, held_out)
+    begun = begun_with(out)
+    places = set()                               # of all contexts with verdicts
+    for environment in asked:
+        first = heading(verdict_file(case.folder, environment))
+        second = heading(verdict_file(case.folder, environment, LATER))
+        tests = places_in(second)
+        places |= places_in(first) | tests
+        questions = [asked[environment], later[environment]]
+        if not first:
+            case.new.append(environment)
+        elif questions != [first["questions"], second.get("questions")]:
+            case.changed.append(environment)
+        else:
+            case.same.append(environment)
+            case.held_out |= tests
+            if begun.get("questions", {}).get(environment) == questions:
+                case.settled.append(environment)
+    case.kept = known_contexts(out / "contexts.jsonl", cache, places)
+    return case
+
+
+def places_in(heading):
+    return {(stream, clip) for stream, clip in heading.get("contexts", [])}
+
+
+def known_contexts(path, cache, places):
+    """{place: row} of 03's cache, and of the contexts at `places` that it has lost since `path` was written."""
+    rows = {}
+    for row in read_progress(path):
+        if place_of(row) in places:
+            rows[place_of(row)] = row
+    for row in cache:
+        rows[place_of(row)] = row
+    return rows
 
 
 # ================================================================ preferences and pairs
@@ -259,7 +395,7 @@ class Pair:
 class Yield:
     """How many preferences and pairs come of how many comparisons."""
     contexts: int = 0
-    compared: int = 0            # pairs of memories, each judged in both orders
+    compared: int = 0            # pairs of memories
     failed: int = 0              # of these, in one order at least without a verdict
     tied: int = 0                # in one order at least
     contradicted: int = 0        # the two orders name different memories
@@ -272,20 +408,26 @@ class Yield:
             setattr(self, name, getattr(self, name) + count)
 
 
-def find_preferences(judge, cache, questions, folder, chunk, suffix="", planned=None):
+def find_preferences(judge, cache, questions, folder, chunk, suffix="", planned=None, limit=None,
+                     kept=None, settled=()):
     """(judged contexts that have preferences, pairs, {environment: Yield}).
 
     cache: rows of cache.jsonl; questions: {environment: [text]}. Verdicts go into a file per environment of
-    `folder`. planned: hours for each environment.
+    `folder`. planned: hours for each environment. kept: as `known_contexts` says, None: the cache alone.
+    settled: environments of which nothing is asked.
     """
     folder.mkdir(exist_ok=True)
+    if kept is None:
+        kept = {place_of(row): row for row in cache}
     contexts = []
     pairs = []
     yields = {}
     for environment, asked in questions.items():
         rows = [row for row in cache if environment in row["environments"]]
-        file = folder / f"{slug(environment)}{suffix}.jsonl"
-        verdicts = compare(judge, rows, asked, file, chunk, planned)
+        file = verdict_file(folder, environment, suffix)
+        rows = judged_rows(file, asked, rows, kept)
+        who_judges = None if environment in settled else judge
+        verdicts = compare(who_judges, rows, asked, file, chunk, planned, limit)
         yields[environment] = Yield()
         for row, verdicts_of_row in zip(rows, verdicts):
             context, pair, counts = learn_from(environment, row, verdicts_of_row)
@@ -584,20 +726,26 @@ def mean_spread(contexts, values):
 
 
 # ================================================================ the stage
-LEVERS = ("contexts", "environments", "THINK_TOKENS")    # lowered where the plan exceeds a day
+LEVERS = ("contexts", "environments", "COMPARISONS")     # lowered where the plan exceeds a day
 
 
 def work(plan, S, sizes):
     """What this stage does, for the plan (support/hours.py)."""
     asked = S.RECENT * hours.QUESTION
-    # The held-out contexts are judged once more, by later questions. Each pair is shown in both orders.
+    # The held-out contexts are judged once more, by later questions.
     contexts = round(sizes.contexts * (1 + S.HELD_OUT))
-    comparisons = round(contexts * sizes.environments * sizes.comparisons)
-    in_a_call = round(S.CHUNK * sizes.comparisons)
-    plan.judge("judge: prefer", 2 * comparisons, 2 * in_a_call, asked + 2 * S.MEMORY_TOKENS, 3)
+    pairs = min(sizes.comparisons, S.COMPARISONS)
+    plan_comparisons(plan, S, round(contexts * sizes.environments * pairs), round(S.CHUNK * pairs))
     plan.steps_begin()
     shared = hours.INSTRUCTION + asked + S.HISTORY * S.MEMORY_TOKENS
     plan.learn("reward model", S.STEPS * S.CONTEXTS, shared, collect.GROUP, S.MEMORY_TOKENS)
+
+
+def plan_comparisons(plan, S, pairs, at_once):
+    """What `in_both_orders` asks about so many pairs, `at_once` in a call, in which all share the questions."""
+    calls = round(pairs * (1 + hours.DECIDED))
+    plan.judge("judge: prefer", calls, at_once, S.RECENT * hours.QUESTION, 2 * S.MEMORY_TOKENS,
+               together=at_once, reasons=False)
 
 
 def main(argv=None):
@@ -613,39 +761,99 @@ def main(argv=None):
     asked, later = split_questions(recent, S.RECENT)
     streams = load_streams(S, "deploy")
     collect.check_recent(S, streams)
-    cache = [row for row in read_jsonl(need(S, "tasks/cache.jsonl")) if row["environments"]]
-    held_out = hold_out(cache, S.HELD_OUT)
-    test_cache = [row for row in cache if (row["stream"], row["clip"]) in held_out]
-    # A reward model that has begun to learn keeps to the verdicts that there were.
-    has_begun = (out / "checkpoint.pt").exists()
-    comparisons = 0 if has_begun else count_comparisons(cache) / max(1, len(cache) * len(recent))
-    sizes = Sizes("03's cache", len({row["stream"] for row in cache}), len(cache), len(cache),
-                  len(recent), comparisons=comparisons)
-    planned = say_plan(S, work, sizes, LEVERS)
-    # ---------------- preferences and pairs
-    judge = None if has_begun else load_judge(S, lambda: policy, shows_frames=False)
-    policy = load_policy(S)
-    planned_hours = planned.hours_of("judge", shares=(1 + S.HELD_OUT) * len(recent))
-    contexts, pairs, yields = find_preferences(
-        judge, cache, asked, out / "verdicts", S.CHUNK, planned=planned_hours)
-    tests, _, _ = find_preferences(judge, test_cache, later, out / "verdicts", S.CHUNK, ".later")
-    yields["all"] = summed(yields)
-    print_yields(yields)
-    write_jsonl(out / "preferences.jsonl", preference_rows(contexts))
-    write_jsonl(out / "pairs.jsonl", [vars(pair) for pair in pairs])
-    write_jsonl(out / "pairs_trl.jsonl", trl_rows(streams, cache, pairs, policy.tokenizer, S.K))
-    # ---------------- reward model
-    learn = [context for context in contexts if (context.stream, context.clip) not in held_out]
-    if not learn or not tests:
-        say_why_no_reward_model(S, learn, tests, pairs, yields["all"])
+    cache = read_cache(S, streams, recent)
+    # ---------------- what is new
+    case = make_case(out, cache, asked, later, S.HELD_OUT)
+    if case.settled == list(recent) and is_finished(out, case):
+        print(f"finished before, with the same recent questions: {out}; "
+              f"next: {next_command(S, '05_phase2_train.py')}")
         return
-    model = train_reward_model(S, out, policy, learn, asked, planned.hours_of_steps())
-    report = validate(model, tests, later, resamples=S.BOOTSTRAP, seed=S.SEED)
+    if case.changed or case.same:
+        say_what_is_new({"new": case.new, "changed": case.changed, "as before": case.same})
+    if case.new or case.changed:
+        write_jsonl(out / "contexts.jsonl", list(case.kept.values()))
+    # ---------------- judge and plan
+    to_judge = len(recent) - len(case.settled)
+    comparisons = count_comparisons(cache, S.COMPARISONS) / max(1, len(cache) * len(recent))
+    sizes = Sizes("03's cache", len({row["stream"] for row in cache}), len(cache), len(cache),
+                  to_judge, comparisons=comparisons)
+    planned = say_plan(S, work, sizes, LEVERS)
+    judge = load_judge(S, lambda: policy, shows_frames=False) if to_judge else None
+    policy = load_policy(S)
+    # ---------------- preferences and pairs
+    planned_hours = planned.hours_of("judge", shares=max(1, (1 + S.HELD_OUT) * to_judge))
+    found = judge_case(case, judge, S.CHUNK, S.COMPARISONS, planned_hours)
+    print_yields(found.yields)
+    publish_pairs(S, out, streams, case, found, policy.tokenizer)
+    # ---------------- reward model
+    if not found.learn or not found.tests:
+        say_why_no_reward_model(S, found)
+        return
+    questions = {name: [asked[name], later[name]] for name in asked}
+    begin_anew_unless(out, {"lesson": found.lesson, "questions": questions})
+    model = train_reward_model(S, out, policy, found.learn, asked, planned.hours_of_steps())
+    report = validate(model, found.tests, later, resamples=S.BOOTSTRAP, seed=S.SEED)
     print_report(report)
-    report["yield"] = {environment: vars(counts) for environment, counts in yields.items()}
+    report["yield"] = {environment: vars(counts) for environment, counts in found.yields.items()}
+    report["lesson"] = found.lesson
+    report["asked"] = asked
     write_json(out / "report.json", report)
-    print(f"{len(pairs)} pairs and the reward model are in {out}; "
+    print(f"{len(found.pairs)} pairs and the reward model are in {out}; "
           f"next: {next_command(S, '05_phase2_train.py')}")
+
+
+@dataclass
+class Found:
+    """What the verdicts have come to."""
+    pairs: list
+    preferences: list            # rows of preferences.jsonl
+    yields: dict                 # {environment, and "all": Yield}
+    learn: list                  # JudgedContexts for R to learn from ...
+    tests: list                  # ... and to be validated on
+    lesson: str                  # hash of all that R depends on beside the constants
+
+
+def judge_case(case, judge, chunk, limit, planned=None):
+    """Has the case judged, as far as it isn't, except for what is settled -> Found."""
+    contexts, pairs, yields = find_preferences(
+        judge, case.cache, case.asked, case.folder, chunk,
+        planned=planned, limit=limit, kept=case.kept, settled=case.settled)
+    tests, _, _ = find_preferences(
+        judge, case.test_cache, case.later, case.folder, chunk, LATER,
+        limit=limit, kept=case.kept, settled=case.settled)
+    yields["all"] = summed(yields)
+    learn = [context for context in contexts if place_of(vars(context)) not in case.held_out]
+    learned_from = [list(map(vars, learn)), list(map(vars, tests))]
+    lesson = fingerprint(case.asked, case.later, learned_from)
+    return Found(pairs, preference_rows(contexts), yields, learn, tests, lesson)
+
+
+def is_finished(out, case):
+    """Whether the reward model is of these very verdicts."""
+    file = out / "report.json"
+    report = once(lambda: read_json(file) if file.exists() else {})
+    return bool(report) and report.get("lesson") == judge_case(case, None, chunk=1, limit=0).lesson
+
+
+def publish_pairs(S, out, streams, case, found, tokenizer):
+    """Writes what 05 by DPO reads, and at last by which questions it is."""
+    if is_first_rank():
+        (out / "pairs_of.json").unlink(missing_ok=True)
+    write_jsonl(out / "preferences.jsonl", found.preferences)
+    write_jsonl(out / "pairs.jsonl", [vars(pair) for pair in found.pairs])
+    cache = list(case.kept.values())
+    rows = trl_rows(streams, cache, found.pairs, tokenizer, S.K)
+    write_jsonl(out / "pairs_trl.jsonl", rows)
+    write_json(out / "pairs_of.json", case.asked)
+
+
+def read_cache(S, streams, environments):
+    """Rows of 03's cache. Each names the environments that may learn from it: all, where no stream is online."""
+    rows = read_jsonl(need(S, "tasks/cache.jsonl"))
+    if not collect.is_benchmark(streams):
+        for row in rows:                         # an environment may be newer than the cache
+            row["environments"] = list(environments)
+    return [row for row in rows if row["environments"]]
 
 
 def split_questions(recent, n):
@@ -680,10 +888,10 @@ def last_share(items, share):
     return items[-max(1, round(share * len(items))):]
 
 
-def count_comparisons(cache):
+def count_comparisons(cache, limit=None):
     count = 0
     for row in cache:
-        count += len(comparable(row["samples"])) * len(row["environments"])
+        count += len(comparable(row["samples"], limit)) * len(row["environments"])
     return count
 
 
@@ -722,13 +930,14 @@ def print_report(report):
             print(f"  {name:20} {value:.3f}")
 
 
-def say_why_no_reward_model(S, learn, tests, pairs, counts):
+def say_why_no_reward_model(S, found):
     """SystemExit where there is no pair either."""
-    why = (f"no reward model: preferences in {len(learn)} contexts to learn from, in {len(tests)} "
-           f"to test on; {counts.tied} of {counts.compared} comparisons were ties")
-    if not pairs:
+    counts = found.yields["all"]
+    why = (f"no reward model: preferences in {len(found.learn)} contexts to learn from, in "
+           f"{len(found.tests)} to test on; {counts.tied} of {counts.compared} comparisons were ties")
+    if not found.pairs:
         sys.exit(why)
-    print(f"*** {why}. 05 with dpo has {len(pairs)} pairs ***")
+    print(f"*** {why}. 05 with dpo has {len(found.pairs)} pairs ***")
     print(f"next: {next_command(S, '05_phase2_train.py')}")
 
 
@@ -750,6 +959,9 @@ def train_reward_model(S, out, policy, contexts, questions, planned=None):
     some = random.Random(S.SEED).choices(contexts, k=64)
     values = model.measure([context.reading(questions[context.environment]) for context in some])
     model.spread = mean_spread(some, values)
+    # Without a report 05 takes the model for none: it may be half the old one and half the new.
+    if is_first_rank():
+        (out / "report.json").unlink(missing_ok=True)
     model.save(out / "model")
     return model
 

@@ -7,12 +7,16 @@ is sampled; or "grpo" (ours), on-policy through the very loop of 02, where the r
 the richness term: r = r_fmt + r_len + r_qual + RELEVANCE * (R - mean R of the group). Its gate looks at the first
 three alone, since R has no natural zero.
 
+Run again after 04, it trains anew for the environments whose recent questions have changed. An adapter serves until
+the next one of its environment is written.
+
 Differs from the paper: the on-policy path.
 
 Run: python 05_phase2_train.py [--NAME=value ...]     (--SHOW=1 prints the first pair or group in full and stops)
      (toy world: 72 s by DPO, 65 s on-policy, on two cores)
-In:  streams/ (01), phase1/adapter (02), tasks/recent.json, cache.jsonl (03), reward/pairs.jsonl, model (04)
-Out: phase2/ALGORITHM-ADAPTER[-NAME]/ENVIRONMENT/adapter, log.csv, checkpoint.pt
+In:  streams/ (01), phase1/adapter (02), tasks/recent.json, cache.jsonl (03), reward/pairs.jsonl, contexts.jsonl,
+     model (04)
+Out: phase2/ALGORITHM-ADAPTER[-NAME]/ENVIRONMENT/adapter, log.csv, checkpoint.pt, questions.json
 """
 import functools
 import random
@@ -25,12 +29,12 @@ from common import (Context, F, build_prompt, group_advantages, grpo, kl_to, loa
                     logprobs_of_row, packed_rows, parse_response, per_model, policy_loss, settings,
                     stage, torch)
 from support import hours
-from support.checkpoint import Training
+from support.checkpoint import Training, begin_anew_unless
 from support.hours import Sizes, say_plan, sizes_of
 from support.plan import prompt_tokens
-from support.ranks import gather, my_share, once
-from support.runs import (hold, load_streams, need, next_command, read_json, read_jsonl,
-                          say_what_differs, slug, start)
+from support.ranks import gather, my_share, once, said_once
+from support.runs import (fingerprint, hold, load_streams, need, next_command, read_json, read_jsonl,
+                          say_what_differs, say_what_is_new, slug, start, write_json)
 from support.weights import load_adapter, save_adapter
 
 phase1 = stage("02_phase1_train")
@@ -90,6 +94,12 @@ class TokenPair:
     @property
     def ids(self):
         return [self.winner, self.loser]
+
+    @property
+    def content(self):
+        """What is learned from it, wherever the files of the run are."""
+        context = self.context
+        return [context.stream, context.clip, context.history, self.winner, self.loser]
 
 
 def dpo_loss(winner, loser, ref_winner, ref_loser, beta):
@@ -165,11 +175,13 @@ def norm_of(params):
 
 
 def cached_pairs(S, environment, streams):
-    """04's pairs of one environment, on the contexts of the cache."""
-    rows = {(row["stream"], row["clip"]): row for row in read_jsonl(need(S, "tasks/cache.jsonl"))}
+    """04's pairs of one environment, on the contexts that it has kept of the cache."""
+    file = need(S, "reward/pairs.jsonl")
+    kept = read_jsonl(file.with_name("contexts.jsonl"))
+    rows = {(row["stream"], row["clip"]): row for row in kept}
     streams = {stream["stream"]: stream for stream in streams}
     pairs = []
-    for chosen in read_jsonl(need(S, "reward/pairs.jsonl")):
+    for chosen in read_jsonl(file):
         if chosen["environment"] != environment:
             continue
         row = rows[chosen["stream"], chosen["clip"]]
@@ -216,7 +228,7 @@ def rewards(groups, judge, reward_model, questions, *, relevance_weight, **const
 def seen_streams(S, streams, environment):
     """The streams up to their last cached context from which the environment may learn."""
     last = {}
-    for row in read_jsonl(need(S, "tasks/cache.jsonl")):
+    for row in reward_stage.read_cache(S, streams, [environment]):
         if environment in row["environments"]:
             last[row["stream"]] = max(row["clip"], last.get(row["stream"], 0))
     return [stream | {"clips": stream["clips"][:last[stream["stream"]] + 1]}
@@ -251,16 +263,18 @@ def main(argv=None):
     if S.ENVIRONMENT and S.ENVIRONMENT not in recent:
         raise SystemExit(f"ENVIRONMENT={S.ENVIRONMENT}: recent.json holds {', '.join(recent)}")
     environments = [S.ENVIRONMENT] if S.ENVIRONMENT else list(recent)
+    questions = {}
+    for environment in environments:
+        questions[environment] = [task["question"] for task in recent[environment][:S.RECENT]]
     if not S.SHOW:
-        # A neighbour may finish one while the ranks look, so rank 0 looks for all.
-        finished = once(lambda: [name for name in environments if has_adapter(out / slug(name))])
-        environments = [name for name in environments if name not in finished]
+        environments = not_finished(out, questions)
     if not environments:
         print(f"finished before: {out}; next: {next_command(S, '06_eval.py')}")
         return
     # ---------------- model, judge, reward model
     phase1_adapter = need(S, "phase1/adapter")
-    need(S, "reward/pairs.jsonl" if S.ALGORITHM == "dpo" else "reward/model")
+    judged = need(S, "reward/pairs.jsonl" if S.ALGORITHM == "dpo" else "reward/model").parent
+    check_judged(S, judged, environments, recent)
     say_what_differs(phase1_adapter.parent, "02_phase1_train.py", build_prompt, phase1.rewards)
     is_judged = S.ALGORITHM == "dpo"                          # its pairs are, by 04
     judge = None if is_judged else load_judge(S, lambda: policy)
@@ -285,21 +299,22 @@ def main(argv=None):
         policy.drop("phase2")
         params = policy.add("phase2", S.ADAPTER)
         start_training = functools.partial(
-            Training, folder, params, steps=steps[S.ALGORITHM], lr=rates[S.ADAPTER],
+            begin_or_go_on, folder, questions[environment], params, steps=steps[S.ALGORITHM], lr=rates[S.ADAPTER],
             save_every=S.SAVE_EVERY, grad_clip=S.GRAD_CLIP,
             planned=planned.hours_of_steps(len(environments)),
             description=f"{S.ALGORITHM} {folder.name}")
         if S.ALGORITHM == "dpo":
             trained = learn_from_pairs(policy, S, environment, streams, start_training)
         else:
-            questions = [task["question"] for task in recent[environment][:S.RECENT]]
             trained = learn_on_policy(
-                policy, S, environment, questions, streams, judge, reward_model, start_training)
+                policy, S, environment, questions[environment], streams, judge, reward_model,
+                start_training)
         if S.SHOW:
             return
         if trained:
             scale(params, S)
             save_adapter(policy, "phase2", folder / "adapter")
+            write_json(folder / ADAPTED_TO, questions[environment])
     made = sum(has_adapter(out / slug(name)) for name in recent)
     print(f"{made} of {len(recent)} adapters are in {out}; next: {next_command(S, '06_eval.py')}")
 
@@ -314,6 +329,63 @@ def functions_that_matter(S):
 
 def has_adapter(folder):
     return any((folder / "adapter").glob("*.safetensors"))
+
+
+# Written after an adapter's tensors: the questions that it was trained for.
+ADAPTED_TO = "adapter/questions.json"
+
+
+def not_finished(out, questions):
+    """The environments of {environment: its recent questions} that lack an adapter for these. Says which are new."""
+    # A neighbour may finish one while the ranks look, so rank 0 looks for all.
+    made, same = once(lambda: adapters_made(out, questions))
+    to_do = [name for name in questions if name not in same]
+    if made and to_do:
+        new = [name for name in to_do if name not in made]
+        changed = [name for name in to_do if name in made]
+        say_what_is_new({"new": new, "changed": changed, "as before": same})
+    return to_do
+
+
+def adapters_made(out, questions):
+    """(environments with an adapter, those with one for these questions)"""
+    made = [name for name in questions if has_adapter(out / slug(name))]
+    same = []
+    for name in made:
+        if read_if_there(out / slug(name) / ADAPTED_TO) == questions[name]:
+            same.append(name)
+    return made, same
+
+
+def check_judged(S, folder, environments, recent):
+    """SystemExit where 04 has judged by other questions than these environments' recent ones. folder: of 04."""
+    if S.ALGORITHM == "dpo":
+        judged = read_if_there(folder / "pairs_of.json")
+    else:
+        judged = read_if_there(folder / "report.json").get("asked", {})
+    count = read_if_there(folder / "settings.json").get("RECENT")
+    behind = []
+    for environment in environments:
+        asked = [task["question"] for task in recent[environment][:count]]
+        if judged.get(environment) != asked:
+            behind.append(environment)
+    if behind:
+        raise SystemExit(said_once(
+            f"04 has not finished with the recent questions of {', '.join(behind)}. Run it first: "
+            f"{next_command(S, '04_train_reward.py')}"))
+
+
+def read_if_there(file):
+    return read_json(file) if file.exists() else {}
+
+
+def begin_or_go_on(folder, questions, params, lesson, **options):
+    """The Training in a folder. What was begun there for other questions, or on something else, is forgotten.
+
+    lesson: what is learned from.
+    """
+    begin_anew_unless(folder, {"questions": questions, "lesson": fingerprint(*lesson)})
+    return Training(folder, params, **options)
 
 
 # What to lower where the plan exceeds a day.
@@ -345,12 +417,12 @@ def learn_from_pairs(policy, S, environment, streams, start_training):
     pairs = cached_pairs(S, environment, streams)
     if not pairs:
         print(f"  {environment:24} no pair: its recent questions prefer none of the cached "
-              "memories; no adapter")
+              "memories; no new adapter")
         return False
     if S.SHOW:
         show_pair(policy, pairs[0], environment, S.BETA)
         return False
-    run = start_training()
+    run = start_training(lesson=[pair.content for pair in pairs])
     train_dpo(policy, run, pairs, seed=S.SEED, batch_size=S.PAIRS, beta=S.BETA)
     last = {name: float(value) for name, value in run.rows[-1].items()}
     print(f"  {environment:24} {len(pairs)} pairs  loss {last['loss']:.3f}  "
@@ -361,8 +433,9 @@ def learn_from_pairs(policy, S, environment, streams, start_training):
 def learn_on_policy(policy, S, environment, questions, streams, judge, reward_model,
                     start_training):
     """The loop of 02 for one environment -> whether anything was trained."""
+    seen = seen_streams(S, streams, environment)
     batch = phase1.RollingBatch(
-        seen_streams(S, streams, environment), {}, seed=S.SEED, size=S.CONTEXTS, window=S.K,
+        seen, {}, seed=S.SEED, size=S.CONTEXTS, window=S.K,
         off_policy_steps=0, n_min=S.N_MIN, n_max=S.N_MAX, resample=S.RESAMPLE)
     reward = functools.partial(
         rewards, judge=judge, reward_model=reward_model, questions=questions,
@@ -371,7 +444,8 @@ def learn_on_policy(policy, S, environment, questions, streams, judge, reward_mo
     if S.SHOW:
         phase1.show_group(policy, phase1.first_group(policy, S, batch, reward))
         return False
-    run = start_training(batch=batch)
+    clips = {stream["stream"]: len(stream["clips"]) for stream in seen}
+    run = start_training(batch=batch, lesson=[clips, need(S, "reward/model")])
     grpo(policy, run, batch, reward, phase1.log_row, reference="phase1", **phase1.loop_constants(S))
     return True
 

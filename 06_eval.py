@@ -19,6 +19,8 @@ Differences from the paper:
   recent questions as the paper does.
 - A reply that the judge failed to give is dropped and counted, never a miss.
 
+A question whose answer isn't known is not asked here, since nothing could be counted.
+
 Run:  python 06_eval.py    (What a policy has finished is stored: interrupt it, or train another
       adapter, and go on. Toy world: 144 s on two cores.)
 In:   streams/*.jsonl, phase1/adapter, tasks/recent.json and cache.jsonl, phase2/*/*/adapter
@@ -33,8 +35,9 @@ from types import SimpleNamespace
 
 from common import (build_prompt, load_judge, load_policy, make_context, per_model, rollout,
                     settings, stage, watch)
-from support import figures, hours, report
+from support import figures, report
 from support.hours import say_plan, sizes_of
+from support.judges import ask_in_shares
 from support.ranks import gather, is_first_rank, my_share, once, progress, said_once
 from support.runs import (NOT_COMPARED, ROOT, as_written, fingerprint, load_streams, need,
                           next_command, read_json, read_jsonl, say_what_differs, slug, start,
@@ -147,7 +150,7 @@ class Exam:
     policy: "LazyPolicy"
     streams: list           # rows of streams.jsonl, test and online, that a task is about
     tasks: list             # rows of tasks.jsonl about them, of the environments below
-    recent: dict            # environment -> its first RECENT tasks, with Phase One's replies (03)
+    recent: dict            # environment -> its RECENT tasks, with Phase One's replies (03)
     questions: dict         # environment -> their texts
     key: str                # hash of all that the results depend on
 
@@ -162,25 +165,44 @@ class Exam:
 def load_exam(S, out, phase1_adapter):
     streams = load_streams(S, "test")
     collect.check_recent(S, streams)
-    recent = {}
+    recent = read_json(need(S, "tasks/recent.json"))
+    names = {stream["stream"] for stream in streams}
+    tasks = []
+    for task in read_jsonl(need(S, "streams/tasks.jsonl")):
+        if task["environment"] in recent and task["stream"] in names:
+            tasks.append(task)
+    recent, tasks = with_answers(recent, tasks)
+    recent = {environment: asked[:S.RECENT] for environment, asked in recent.items()}
     questions = {}
-    for environment, tasks in read_json(need(S, "tasks/recent.json")).items():
-        recent[environment] = tasks[:S.RECENT]
-        questions[environment] = [task["question"] for task in recent[environment]]
-    tasks = read_jsonl(need(S, "streams/tasks.jsonl"))
-    tasks = [task for task in tasks if task["environment"] in recent]
+    for environment, asked in recent.items():
+        questions[environment] = [task["question"] for task in asked]
     streams = streams_of(tasks, streams)
     if S.STREAMS:
         streams = streams[:S.STREAMS]
-    if not streams:
-        raise SystemExit(f"no test or online stream has a question of {', '.join(recent)} "
-                         "(01 makes them)")
     names = {stream["stream"] for stream in streams}
     tasks = [task for task in tasks if task["stream"] in names]
     constants = {name: value for name, value in vars(S).items() if name not in NOT_COMPARED}
     early = sorted(figures.early_tasks(recent))
     key = fingerprint(constants, phase1_adapter, as_written(S, streams), questions, early)
     return Exam(S, out, LazyPolicy(S, phase1_adapter), streams, tasks, recent, questions, key)
+
+
+def with_answers(recent, tasks):
+    """(recent, tasks) without questions whose answer isn't known, and without environments that are left with none.
+
+    A recent question needs no answer. Says what is left out. SystemExit where that is everything.
+    """
+    answered = [task for task in tasks if collect.has_answer(task)]
+    environments = {task["environment"] for task in answered}
+    without = [environment for environment in recent if environment not in environments]
+    if not answered:
+        raise SystemExit(f"no test or online stream has a question of {', '.join(without)} with an answer "
+                         f"({len(tasks)} without): 06 counts right answers. 01 takes them up")
+    if len(answered) < len(tasks):
+        print(f"{len(tasks) - len(answered)} of {len(tasks)} questions have no answer and are not asked")
+    if without:
+        print(f"*** left out, as no question has an answer: {', '.join(without)} ***")
+    return {name: asked for name, asked in recent.items() if name not in without}, answered
 
 
 def streams_of(tasks, streams):
@@ -525,8 +547,8 @@ def judge_quality(judge, rows, contexts):
     for row, context in well_formed:
         truths.append({"context": context, "memory": row["memory"]})
         repetitions.append({"previous": phase1.previous_memory(context), "memory": row["memory"]})
-    faithful = once(lambda: judge.ask(phase1.FAITHFUL, truths))
-    clean = once(lambda: judge.ask(phase1.CLEAN, repetitions))
+    faithful = ask_in_shares(judge, phase1.FAITHFUL, truths)
+    clean = ask_in_shares(judge, phase1.CLEAN, repetitions)
     for (row, _), is_faithful, is_clean in zip(well_formed, faithful, clean):
         row["faithful"] = is_faithful
         row["clean"] = is_clean
@@ -549,19 +571,11 @@ def judge_relevance(judge, rows, reference, environment, questions):
 def compare(judge, questions, pairs):
     """For each pair "win", "tie" or "loss" of its first memory; None where the judge failed.
 
-    The judge sees a pair in both orders. What it says counts where both agree (see 04), and else it
-    is a tie.
+    What the judge says counts where both orders of a pair agree (see 04), and else it is a tie.
     """
-    items = []
-    for memory, other in pairs:
-        items.append({"questions": questions, "first": memory, "second": other})
-        items.append({"questions": questions, "first": other, "second": memory})
-    replies = once(lambda: judge.ask(reward_stage.PREFER, items))
+    said = gather(reward_stage.in_both_orders(judge, questions, my_share(pairs)))
     words = {"first": "win", "second": "loss", "failed": None}
-    verdicts = []
-    for reply, swapped in zip(replies[::2], replies[1::2]):
-        verdicts.append(words.get(reward_stage.agreed(reply, swapped), "tie"))
-    return verdicts
+    return [words.get(word, "tie") for word in said]
 
 
 # ================================================================ the stage
@@ -595,15 +609,14 @@ def work(plan, S, sizes, methods=0):
     plan.see("validate", memories * S.K)
     # Judged are as many memories as deployed, and in the same contexts.
     judged = 2 * (2 + methods) * S.VALIDATE
-    phase1.plan_quality(plan, S, judged, S.VALIDATE)
+    phase1.plan_quality(plan, S, judged, S.VALIDATE, 1)
     compared = (3 * sizes.environments + 2 * methods) * S.VALIDATE
-    notes = S.RECENT * hours.QUESTION + 2 * S.MEMORY_TOKENS
-    plan.judge("judge: prefer", 2 * compared, 2 * S.VALIDATE, notes, 3)
+    reward_stage.plan_comparisons(plan, S, compared, S.VALIDATE)
 
 
 # Those whose edit asks for a new run: they hold the prompts of policy, judge and reader.
 FUNCTIONS_THAT_MATTER = (build_prompt, phase1.quality, collect.answer, collect.right,
-                         reward_stage.compare_chunk)
+                         reward_stage.in_both_orders)
 
 
 def main(argv=None):
@@ -690,12 +703,15 @@ def say_cost(exam, examinees):
 def figures_of(exam, examinees, answers, other_answers, deployed, checked):
     """What results.json holds."""
     S = exam.S
+    recent = {}
+    for environment, asked in exam.recent.items():
+        recent[environment] = [task for task in asked if collect.has_answer(task)]
     judged = [*deployed.values(), *checked.values()]
     bootstrap = figures.draw_units(
-        exam.streams, exam.recent, [*answers.values(), *judged], S.BOOTSTRAP, S.SEED)
+        exam.streams, recent, [*answers.values(), *judged], S.BOOTSTRAP, S.SEED)
     readers = {}
     for reader_name, replies in other_answers.items():
-        summary = figures.summarise(examinees, replies, exam.recent, bootstrap)
+        summary = figures.summarise(examinees, replies, recent, bootstrap)
         readers[reader_name] = summary["rows"]
     return {
         "run": S.RUN,
@@ -703,7 +719,7 @@ def figures_of(exam, examinees, answers, other_answers, deployed, checked):
         "streams": len(exam.streams),
         "unit": bootstrap.unit,
         "readers": readers,
-        **figures.summarise(examinees, answers, exam.recent, bootstrap),
+        **figures.summarise(examinees, answers, recent, bootstrap),
         "deployed": figures.summarise_validation(
             examinees, deployed, exam.environments, S.MEMORY_TOKENS, bootstrap),
         "validation": figures.summarise_validation(

@@ -61,6 +61,8 @@ FEATURE_CLIPS = per_model(4000, 200)    # clips whose vision features are kept: 
 ROLLOUT_SEQUENCES = per_model(384, 0)   # answers written side by side; 0: as many as memory holds
 ROW_TOKENS = per_model(2500, 0)         # of small groups that share a packed row; 0: a row for each
 CPU_THREADS = 2                         # more hurt a small model; fixed, so that results repeat
+JUDGE_TOKENS = per_model(16, 128)       # of reasoning before a verdict of JUDGE="local" (authors: about
+                                        # 128), but for "prefer"; 0: none
 READER_TOKENS = per_model(2000, 32000)  # of memories that the reader sees: the most relevant
 LORA_RANK = 16                          # on the language model's attention; alpha = 2 * rank
 PLAN = 0                                # 1: 02 to 06 print what they will take, and stop
@@ -779,14 +781,15 @@ def load_policy(S):
 
 
 # ================================================================ rollout, log-probs, watch
-def rollout(policy, contexts, n, keys, temperature=1.0, top_p=1.0, top_k=0):
+def rollout(policy, contexts, n, keys, temperature=1.0, top_p=1.0, top_k=0, limit=None):
     """n samples of each context, by the writer that is switched on -> a list of n Samples per context.
 
     keys: a tuple of ints >= 0 per context; sample j draws its noise from (*key, j) alone. An answer stops at the end
-    token, at any other that is not white space behind its object (or the fence around that), or at MAX_NEW_TOKENS.
+    token, at any other that is not white space behind its object (or the fence around that), or at `limit` tokens,
+    which is MAX_NEW_TOKENS where it is None.
     """
     how = HowToSample(temperature, top_p, top_k)
-    limit = policy.S.MAX_NEW_TOKENS
+    limit = limit or policy.S.MAX_NEW_TOKENS
 
     def is_complete(ids):
         return parse_response(policy.tokenizer.decode(ids))[0] is not None
@@ -1086,9 +1089,6 @@ class LocalModel:
 
     def rollout(self, questions, n, keys, **how):
         return rollout(self.policy, questions, n, keys, **how)
-
-    def logprobs(self, question, answers):
-        return logprobs(self.policy, question, answers)
 
 
 def load_judge(S, get_policy, shows_frames=True):

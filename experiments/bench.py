@@ -10,6 +10,8 @@ packing    log-probs of 8 answers and their gradient in a LoRA: one packed row a
 attention  log-probs and gradient of 8 answers, together as long as their prompt of 1024 to 8192 tokens, from the
            parts of a packed row against one mask for all of it; and the attention of a decode step (8 answers, 32 query heads on 4 key
            heads of 128, 8192 cached tokens) against keys repeated in a cache that is concatenated.
+judge      verdicts on the 8 memories of a context, read in one packed row, against a row for each question with its
+           allowed replies; of the toy world's clips, and beside a prompt of JUDGE_LENGTH text tokens.
 experts    the 4-bit experts' forward pass, of 8 tokens (decoding a group) and of 512: unpacking the experts that
            were hit, against unpacking all, against the same weights unpacked beforehand.
 trl        a whole optimisation step on text prompts (8 samples of NEW_TOKENS for each of 4 prompts, one update)
@@ -17,7 +19,7 @@ trl        a whole optimisation step on text prompts (8 samples of NEW_TOKENS fo
 
 The full-size model is measured by full_size.py.
 
-Run: python experiments/bench.py [rollout packing attention experts trl] [--json=FILE] [--threads=N] [--repeats=N]
+Run: python experiments/bench.py [rollout packing attention judge experts trl] [--json=FILE] [--threads=N] [--repeats=N]
      (about 8 minutes with --threads=1 on an AMD EPYC; Linux, as peak memory is read from /proc)
 In:  tiny/base
 Out: FILE, if one is named; results/bench.json is such a file
@@ -47,9 +49,10 @@ NEW_TOKENS = 40                                # in each answer: about what the 
 PROMPT_LENGTHS = (256, 1024, 2048, 4096, 8192)
 MASKED_LENGTHS = (1024, 4096, 8192)            # of prompts, for attention with and without a mask
 CACHED = 8192                                  # tokens that a decode step sees
+JUDGE_LENGTH = 3000                            # tokens before a memory that is judged
 TRL_PROMPTS = 4                                # contexts of a step ...
 TRL_PROMPT_LENGTH = 500                        # ... and their tokens, before they are tokenised anew
-PARTS = ("rollout", "packing", "attention", "experts", "trl")
+PARTS = ("rollout", "packing", "attention", "judge", "experts", "trl")
 # ----------------------------------------------------------------
 
 
@@ -450,6 +453,45 @@ def ways_to_decode():
     return {"rows": rows, "repeated": repeated}
 
 
+# ================================================================ the judge
+def bench_judge(policy, contexts, result, repeats):
+    from common import stage
+    from support.judges import Question
+    phase1 = stage("02_phase1_train")
+    memories = []
+    for seed in range(GROUP):
+        ids = text_prompt(policy, NEW_TOKENS, 1 + seed).ids
+        memories.append(policy.tokenizer.decode(ids))
+    of_clip = [Question(phase1.FAITHFUL, {"context": contexts[0], "memory": memory})
+               for memory in memories]
+    # Random tokens are not those into which their text is cut, so there are more of these.
+    text = policy.tokenizer.decode(text_prompt(policy, JUDGE_LENGTH).ids)
+    long = policy.tokenizer.decode(policy.tokenizer(text)["input_ids"][:JUDGE_LENGTH])
+    of_text = [Question(phase1.CLEAN, {"previous": long, "memory": memory}) for memory in memories]
+    compare_verdicts(policy, "judge, toy world", of_clip, result, repeats)
+    compare_verdicts(policy, f"judge, prompt of {JUDGE_LENGTH}", of_text, result, repeats)
+
+
+def compare_verdicts(policy, name, questions, result, repeats):
+    import torch
+    from common import logprobs
+    from support.local_judge import scores
+
+    def packed():
+        with torch.no_grad():
+            scores(policy, questions)
+
+    def one_by_one():
+        with torch.no_grad():
+            for question in questions:
+                ids = policy.tokenizer(question.replies(), add_special_tokens=False)["input_ids"]
+                logprobs(policy, question, ids)
+    row = measure(result, name, {"packed": packed, "one by one": one_by_one}, repeats)
+    row["verdicts_per_s"] = round(len(questions) / row["packed_s"], 1)
+    print(f"{'':34}{row['verdicts_per_s']} verdicts/s, questions of "
+          f"{policy.prompt_length(questions[0])} tokens", flush=True)
+
+
 # ================================================================ experts
 class Experts:
     """A layer of E experts, packed: what `packed_experts` calls its module; and the same weights unpacked."""
@@ -665,6 +707,10 @@ def page(result):
                      f"attention, prompt of {length}", "one mask"))
     rows.append((f"attention of a decode step, {CACHED} cached tokens, against repeated keys",
                  f"attention of a decode step, {CACHED} cached", "repeated"))
+    rows.append(("verdicts on 8 memories of a clip, against a row for each question",
+                 "judge, toy world", "one by one"))
+    rows.append((f"the same beside {JUDGE_LENGTH} tokens of text", f"judge, prompt of {JUDGE_LENGTH}",
+                 "one by one"))
     for label, name, other in rows + EXPERTS_ROWS:
         if name not in result:                                  # an older file
             continue
@@ -716,6 +762,8 @@ def main():
             bench_packing(policy, contexts, result, repeats, options.threads)
         if "attention" in options.parts:
             bench_attention(policy, result, repeats)
+        if "judge" in options.parts:
+            bench_judge(policy, contexts, result, repeats)
         if "experts" in options.parts:
             bench_experts(result, repeats)
         if "trl" in options.parts:

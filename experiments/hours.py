@@ -30,19 +30,19 @@ FITS = {141: [],
              "--FEATURE_CLIPS=20", "--THINK_TOKENS=200", "--MAX_NEW_TOKENS=600"]}
 # The recipe: arguments of all stages, of each stage, and what 01 makes by --LIMIT, --DURATION and --TYPES.
 SHORT = ["--THINK_TOKENS=400", "--MAX_NEW_TOKENS=1000"]
-RECIPE = {"02": ["--STEPS=30", "--OFF_POLICY_STEPS=18", "--CONTEXTS=16"],
-          "03": ["--CACHE_CONTEXTS=100"],
-          "04": ["--STEPS=100"],
+RECIPE = {"02": ["--STEPS=40", "--OFF_POLICY_STEPS=24", "--CONTEXTS=16"],
+          "03": ["--CACHE_CONTEXTS=400"],
+          "04": ["--STEPS=200"],
           "05": ["--DPO_STEPS=20", "--PAIRS=32"],
           "06": ["--METHODS=base+prompt,dpo-steer", "--VALIDATE=40"]}
 ASKED = "Object Recognition,Action Recognition,Counting Problem"
-MADE = {"train": Sizes("40 videos of 25 clips", 40, 1000),
-        "deploy": Sizes("60 short videos", 60, 480, 100, 3, 30),
-        "test": Sizes("60 short videos", 60, 480, 100, 3, 60, 144)}
+MADE = {"train": Sizes("60 videos of 25 clips", 60, 1500),
+        "deploy": Sizes("80 short videos", 80, 640, 400, 3, 80),
+        "test": Sizes("80 short videos", 80, 640, 400, 3, 80, 192)}
 COMMANDS = f"""M="{' '.join(MODEL + SHORT)}"
-python 01_make_streams.py --RUN=p1day --SOURCE=videos --DATA=~/Videos --SPLIT=train --LIMIT=40
+python 01_make_streams.py --RUN=p1day --SOURCE=videos --DATA=~/Videos --SPLIT=train --LIMIT=60
 python 02_phase1_train.py --RUN=p1day $M {' '.join(RECIPE['02'])}
-python 01_make_streams.py --RUN=mmeday --SOURCE=videomme --DATA=~/Video-MME --DURATION=short --LIMIT=60 \\
+python 01_make_streams.py --RUN=mmeday --SOURCE=videomme --DATA=~/Video-MME --DURATION=short --LIMIT=80 \\
   --TYPES="{ASKED}"
 python 03_collect_tasks.py --RUN=mmeday --FROM=p1day $M {' '.join(RECIPE['03'])}
 python 04_train_reward.py --RUN=mmeday --FROM=p1day $M {' '.join(RECIPE['04'])}

@@ -8,8 +8,32 @@ import signal
 import time
 
 from support.hours import first_measured
-from support.ranks import WORLD, add_gradients, gather, is_first_rank, progress, said_once, torch
-from support.runs import write_text, written_aside
+from support.ranks import (WORLD, add_gradients, gather, is_first_rank, once, progress, said_once,
+                           torch)
+from support.runs import read_json, write_json, write_text, written_aside
+
+LESSON = "questions.json"    # what a training in a folder has begun with
+
+
+def begun_with(out):
+    """The lesson, as below, that the training in a folder has begun with; {} where none has."""
+    file = out / LESSON
+    return once(lambda: read_json(file) if file.exists() else {})
+
+
+def begin_anew_unless(out, lesson):
+    """Forgets the checkpoint and the log in a folder, unless they are of this lesson.
+
+    lesson: a JSON dict of what the training depends on beside the constants of its script.
+    """
+    if begun_with(out) == lesson:
+        return
+    if is_first_rank():
+        for name in ("checkpoint.pt", "log.csv"):
+            (out / name).unlink(missing_ok=True)
+    write_json(out / LESSON, lesson)
+    gather([])                                   # the others look for a checkpoint after it has gone
+
 
 # s after a signal in which another one is the same: torchrun passes on what a terminal has sent to all ranks.
 PASSED_ON = 2.0 if WORLD > 1 else 0.0

@@ -109,35 +109,30 @@ class Endpoint:
 
     # ---------------------------------------------------------------- questions and replies
     def __call__(self, questions, attempt):
-        """Their replies, None where there is none. Equal questions are asked once."""
-        numbers = {}                             # {what is asked: the numbers of its questions}
-        for number, question in enumerate(questions):
-            asked = json.dumps([question.text, question.clips], default=str)
-            numbers.setdefault(asked, []).append(number)
+        """Their replies, None where there is none."""
         replies = [None] * len(questions)
 
-        def ask(first):
+        def ask(number):
             try:
-                return first, self.ask(questions[first], attempt)
+                return number, self.ask(questions[number], attempt)
             except SystemExit as stop:           # a lost video: in a thread it would end the thread alone
-                return first, stop
+                return number, stop
 
-        waiting = {group[0]: group for group in numbers.values()}
+        waiting = set(range(len(questions)))
         with ThreadPool(AT_ONCE) as pool:
             outcomes = pool.imap_unordered(ask, list(waiting))
             while waiting:
                 try:
-                    first, outcome = outcomes.next(SILENCE)
+                    number, outcome = outcomes.next(SILENCE)
                 except multiprocessing.TimeoutError:
                     break
                 if isinstance(outcome, SystemExit):
                     raise outcome
-                reply = self.take(questions[first], outcome)
-                for number in waiting.pop(first):
-                    replies[number] = reply
+                waiting.remove(number)
+                replies[number] = self.take(questions[number], outcome)
         silent = Outcome(problem=f"no request ended within {SILENCE} s", is_gone=True)
-        for first in waiting:
-            self.take(questions[first], silent)
+        for number in waiting:
+            self.take(questions[number], silent)
         return replies
 
     def ask(self, question, attempt):

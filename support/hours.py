@@ -7,7 +7,7 @@ and T_pairs = P P / 2 + n A P + n A A / 2 pairs of a token and one that it sees.
     with its gradient       learned token x T + learned pair x T_pairs              (learn)
     a token of S answers    the larger of launches and step + seen x S x (P + n A / 2), as all of a prompt's
                             answers lie in one row and are half written on average (sample)
-    an answer of a judge    a row of its own, its reasoning sampled before it       (judge)
+    a judge's verdicts      packed rows, with the reasoning that was sampled before (judge)
     a clip                  vision x tokens, and the card waits where the CPU, which reads ahead, needs longer for its
                             frames than the card for all of the part beside it      (see)
 
@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+from support.local_judge import ROW
 from support.plan import check_plan, clip_tokens, is_30b, plan, prompt_tokens, sketch
 from support.ranks import WORLD, torch
 from support.runs import find, read_jsonl
@@ -28,8 +29,9 @@ DAY = 24                 # hours
 LONGEST = 1.5            # a guess, see above
 QUESTION = 40            # tokens of a question with its options
 INSTRUCTION = 120        # tokens of a judge's question without what is judged
-REPLY = 8                # tokens of a judge's reply ...
-LETTERS = 5              # ... and how many there are to a question with options
+REPLY = 6                # tokens of a judge's replies up to where they part
+DECIDED = 0.5            # share of comparisons that are no tie in the first order: a guess (Phase One's
+                         # memories against its own are no tie in 27 %, says the paper)
 STAMP = 15               # tokens of a memory's times, as the reader sees them
 PAIRED = 0.29            # share of contexts that give a pair (paper: 29.17 %)
 
@@ -87,6 +89,15 @@ class Speed:
         attention = self.of["pair"] * pairs
         logp = self.of["logp"] * answers * tokens
         return self.of["pass"] + self.of["token"] * row + attention + logp
+
+    def verdicts(self, questions, calls, shared, column, together):
+        """So many questions in so many calls, `together` of which share a prompt; each adds a column."""
+        # A longer row is split, and each part has the prompt anew.
+        together = max(1, min(together, (ROW - shared) // column))
+        row, pairs = size_of_row(shared, together, column)
+        groups = questions / together
+        rows = max(calls, groups * row / ROW)
+        return rows * self.of["pass"] + groups * (self.of["token"] * row + self.of["pair"] * pairs)
 
     def learn(self, prompt, answers, tokens):
         row, pairs = size_of_row(prompt, answers, tokens)
@@ -171,32 +182,35 @@ class Estimate:
         self.answer = S.THINK_TOKENS + S.MEMORY_TOKENS
 
     # ---- a line each
-    def sample(self, name, contexts, samples, at_once, prompt=None, tokens=None, clips=None):
+    def sample(self, name, contexts, samples, at_once, prompt=None, tokens=None, clips=None,
+               limit=None):
         """Answers to contexts, of which `at_once` are handed over at a time. Without prompt and clips: full ones."""
+        limit = self.S.MAX_NEW_TOKENS if limit is None else limit
         prompt = prompt_tokens(self.S) if prompt is None else prompt
         tokens = self.answer if tokens is None else tokens
         clips = self.S.K if clips is None else clips
         at_once = max(1, min(at_once, contexts))
         self.tokens += contexts * samples * tokens
         each = f" x {samples} answers" if samples > 1 else " answers"
-        work = f"{contexts:,}{each} of {tokens:,} tokens (at most {self.S.MAX_NEW_TOKENS:,})"
+        work = f"{contexts:,}{each} of {tokens:,} tokens (at most {limit:,})"
         if not self.speed:
             self.add(name, work, None)
             return
-        together, width = self.together(prompt, samples, at_once, clips)
+        together, width = self.together(prompt, samples, at_once, clips, limit)
         calls = contexts / at_once
         turns = samples / width                  # more than one, where a group is written in parts
         batches = calls * math.ceil(at_once / together) * turns
         step = self.speed.step(prompt, width, tokens, contexts * turns / batches)
-        last = min(LONGEST * tokens, max(tokens, self.S.MAX_NEW_TOKENS))
+        last = min(LONGEST * tokens, max(tokens, limit))
         # When most have ended the card waits for launches.
         of_batch = tokens * step + (last - tokens) * self.speed.of["launches"]
         seconds = contexts * self.speed.read(prompt) + batches * of_batch
         self.add(name, f"{work}, {together} x {width} side by side", seconds)
 
-    def together(self, prompt, samples, at_once, clips):
+    def together(self, prompt, samples, at_once, clips, limit=None):
         """(contexts, answers to each) that are written side by side."""
-        contexts, width = self.room.side_by_side(prompt, samples, self.S.MAX_NEW_TOKENS)
+        limit = limit or self.S.MAX_NEW_TOKENS
+        contexts, width = self.room.side_by_side(prompt, samples, limit)
         features = self.S.FEATURE_CLIPS // max(1, clips)
         return max(1, min(contexts, at_once, features)), width
 
@@ -210,20 +224,29 @@ class Estimate:
         work = f"{rows:,} rows of {prompt:,} + {answers} x {tokens:,} tokens"
         self.add(name, work, rows * rate(prompt, answers, tokens) if rate else None)
 
-    def judge(self, name, calls, at_once, prompt, replies, clips=0):
-        """Questions to the judge: it reasons, then one of so many replies is chosen, in a pass for each question."""
-        prompt += INSTRUCTION + clips * clip_tokens(self.S)
+    def judge(self, name, calls, at_once, shared, own, together=1, reasons=True, clips=0):
+        """Questions to the judge, `at_once` in a call. It reasons about each, and then its verdicts are read.
+
+        shared: tokens of what `together` questions have in common, beside the clips and the instruction; own: of
+        what each adds.
+        """
+        shared += INSTRUCTION + clips * clip_tokens(self.S)
         self.calls += calls
         judge = self.S.JUDGE
         if judge.startswith("openai") or not self.speed:
             whose = f"at {judge}" if judge.startswith("openai") else "judge calls"
-            self.add(name, f"{calls:,} {whose}, about {calls * prompt:,} tokens to read", None)
+            self.add(name, f"{calls:,} {whose}, about {calls * (shared + own):,} tokens to read", None)
             return
-        reasoning = min(self.S.THINK_TOKENS, self.S.MAX_NEW_TOKENS)
-        self.sample(name, calls, 1, at_once, prompt, reasoning, clips)
-        part = self.parts[-1]
-        part.work = part.work.replace("answers", "judge calls", 1)
-        part.seconds += calls * self.speed.read(prompt + reasoning, replies, REPLY)
+        reasoning = self.S.JUDGE_TOKENS if reasons else 0
+        if reasoning:
+            self.sample(name, calls, 1, at_once, shared + own, reasoning, clips, reasoning)
+            part = self.parts[-1]
+            part.work = part.work.replace("answers", "judge calls", 1)
+        else:
+            self.add(name, f"{calls:,} judge calls without reasoning", 0)
+        column = own + reasoning + REPLY
+        self.parts[-1].seconds += self.speed.verdicts(
+            calls, calls / max(1, at_once), shared, column, together)
 
     def see(self, part, clips):
         """The clips of a part that has been listed: the vision tower, and what is waited for frames."""

@@ -7,19 +7,23 @@ in a prompt of its own, so an edited prompt takes effect. The prompts, their ite
   rank      02  {context, memories}           -> ranks, 1 is the richest; ties, if any, share the mean rank
   answer    03  {entries, question, options}  -> a letter, or without options a text; or "insufficient".
                                                  entries: [start, end, memory] in s, all that is read
+  asked     03  {entries, question}           -> {answer: a text or "insufficient", entries: numbers from 1 of those that
+                                                 it rests on}; entries: [start, end, memory, stream]
   grade     03  {question, answer, reply}     -> bool: an open answer means the same as the right one
   prefer    04  {questions, first, second}    -> "first" | "second" | "tie", by what the questions are after
 
 JUDGE = "tiny"           the toy world's exact one, which knows a clip's facts as a video judge sees them
         "local"          the model itself with its adapters switched off: no second copy, nothing to pay. It
-                         reasons greedily, then the likeliest of the allowed replies is its verdict
+                         reasons for JUDGE_TOKENS (never before "prefer", which is asked most often), then the
+                         likeliest of the allowed replies is its verdict (support/local_judge.py)
         "openai:MODEL"   an OpenAI-compatible endpoint (vLLM, Gemini, GPT) by the optional package `openai`;
                          address and key from OPENAI_BASE_URL and OPENAI_API_KEY alone, never printed or saved
                          (support/endpoint.py)
 
 A judge question of your own:
   1. In the stage: SHORT = Verdict("short", 'Is "{memory}" short? Answer with {{"verdict": true}} or ...').
-  2. Choose the class by the reply that you ask for: Verdict, Ranking, Preference or Answer.
+  2. Choose the class by the reply that you ask for: Verdict, Ranking, Preference, Answer or SourcedAnswer. What
+     many items have in common comes first in the text, because "local" reads it once for all of them.
   3. Where you need it: verdicts = judge.ask(SHORT, [{"memory": sample.memory} for sample in samples]).
   4. The keys of an item are the {fields} of the text. With a "context" among them the judge sees the newest
      clip, and the text may also say {heard} and {previous}.
@@ -31,7 +35,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from support.endpoint import Endpoint
-from support.ranks import torch
+from support.local_judge import Local
+from support.ranks import gather, my_share
 from support.reader import printed
 from support.runs import ROOT, Prompt, need, read_jsonl
 from support.text import as_text
@@ -74,6 +79,7 @@ def load_toy_judge(S):
 class JudgePrompt(Prompt):
     """The text of a judge question with {fields}, and its name. A subclass says which replies count."""
     key = ""                                     # the one key of the reply's JSON object
+    reasons = True                               # whether "local" reasons before it replies
 
     def __new__(cls, name, text):
         prompt = super().__new__(cls, text)
@@ -116,6 +122,11 @@ class JudgePrompt(Prompt):
         [2.0, 1.0, 3.0]
         >>> Preference("prefer", "...").parse('{"better": "both"}', {})
         """
+        found = self.json_object(reply)
+        return self.verdict(found[self.key], item) if self.key in found else None
+
+    def json_object(self, reply):
+        """The JSON object in a reply, {} where there is none."""
         text = reply.rpartition("</think>")[2]
         text = re.sub(r"<\|\w+\|>", "", text)    # control tokens, such as <|begin_of_box|> of GLM
         fenced = re.findall(r"```\w*(.*?)(?:```|$)", text, re.DOTALL)
@@ -124,10 +135,8 @@ class JudgePrompt(Prompt):
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
-            return None
-        if not isinstance(found, dict) or self.key not in found:
-            return None
-        return self.verdict(found[self.key], item)
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def verdict(self, value, item):
         """The verdict that the key's value stands for, or None."""
@@ -161,7 +170,7 @@ class Ranking(JudgePrompt):
 
     def replies(self, item):
         """Beginnings of replies: the likelier one begins with a memory's number, the better it ranks."""
-        return [f'{{"best_first": [{i + 1}' for i in range(len(item["memories"]))]
+        return [f'{{"best_first": [{i + 1},' for i in range(len(item["memories"]))]
 
     def likeliest(self, replies, values):
         order = sorted(range(len(replies)), key=lambda i: -values[i])
@@ -177,6 +186,7 @@ class Ranking(JudgePrompt):
 class Preference(JudgePrompt):
     """Asks for {"better": "first"}, "second" or "tie"."""
     key = "better"
+    reasons = False
     choices = ("first", "second", "tie")
 
     def fields(self, item):
@@ -218,6 +228,34 @@ class Answer(JudgePrompt):
         return value if value in self.choices(item) else None
 
 
+class SourcedAnswer(JudgePrompt):
+    """Asks for {"answer": a text, "entries": the numbers of the item's entries that it rests on}, or for
+    {"answer": "insufficient"} -> {answer, entries}."""
+    key = "answer"
+
+    def fields(self, item):
+        numbered = [f"{number}. {printed(entry)}" for number, entry in enumerate(item["entries"], 1)]
+        return {"question": item["question"], "entries": "\n\n".join(numbered)}
+
+    def replies(self, item):
+        return None
+
+    def parse(self, reply, item):
+        found = self.json_object(reply)
+        text = found.get("answer")
+        entries = found.get("entries")
+        if not isinstance(text, str) or not text.strip():
+            return None
+        if text.strip() == INSUFFICIENT:
+            return {"answer": INSUFFICIENT, "entries": []}
+        if not isinstance(entries, list) or not entries:
+            return None                          # an answer that rests on nothing is none
+        numbers = range(1, len(item["entries"]) + 1)
+        if not all(type(entry) is int and entry in numbers for entry in entries):
+            return None
+        return {"answer": text.strip(), "entries": sorted(set(entries))}
+
+
 @dataclass
 class Question:
     """One item under a prompt. To the model it is a context like those of common, of one clip or none."""
@@ -232,6 +270,11 @@ class Question:
     @property
     def clips(self):
         return self.item["context"].clips[-1:] if "context" in self.item else []
+
+    @property
+    def asked(self):
+        """All that a judge is shown: equal where questions are."""
+        return json.dumps([self.text, self.clips], default=str)
 
     def replies(self):
         return self.judge_prompt.replies(self.item)
@@ -260,21 +303,26 @@ class TextJudge:
         self.failed = Counter()                  # of these, without a verdict
 
     def ask(self, prompt, items):
-        """A verdict for each item, None where it failed. SystemExit where all MANY of a kind did."""
+        """A verdict for each item, None where it failed. Equal questions are asked once.
+
+        SystemExit where all MANY of a kind failed.
+        """
         questions = [Question(prompt, item) for item in items]
-        verdicts = [None] * len(items)
+        different = {question.asked: question for question in questions}
+        verdicts = dict.fromkeys(different)
         for attempt in range(TRIES):
-            missing = [i for i, verdict in enumerate(verdicts) if verdict is None]
+            missing = [asked for asked, verdict in verdicts.items() if verdict is None]
             if not missing:
                 break
-            replies = self.send([questions[i] for i in missing], attempt)
-            for i, reply in zip(missing, replies):
+            replies = self.send([different[asked] for asked in missing], attempt)
+            for asked, reply in zip(missing, replies):
                 if reply is not None:
-                    verdicts[i] = questions[i].parse(reply)
+                    verdicts[asked] = different[asked].parse(reply)
+        found = [verdicts[question.asked] for question in questions]
         self.asked[prompt.name] += len(items)
-        self.failed[prompt.name] += verdicts.count(None)
+        self.failed[prompt.name] += found.count(None)
         self.stop_where_all_failed(prompt.name)
-        return verdicts
+        return found
 
     def stop_where_all_failed(self, name):
         """Where most have failed, the stages stop by rules of their own. A clip that is refused ends no run."""
@@ -284,29 +332,6 @@ class TextJudge:
                              "same command again: what was answered is kept")
 
 
-# ---------------------------------------------------------------- the model itself
-class Local:
-    """Replies of the policy's base. model: common.LocalModel, so that this file need not know common."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __call__(self, questions, attempt):
-        top_k = 1 if attempt == 0 else 0         # greedily first, then by chance
-        keys = [(0, 11, attempt)] * len(questions)
-        policy = self.model.policy
-        with policy.using("base"), torch.no_grad():
-            groups = self.model.rollout(questions, 1, keys, top_k=top_k)
-            return [self.choose(question, group[0].text) for question, group in zip(questions, groups)]
-
-    def choose(self, question, text):
-        """The likeliest reply after the reasoning in `text`; without a choice, the text."""
-        replies = question.replies()
-        if replies is None:
-            return text
-        tokenizer = self.model.policy.tokenizer
-        ids = [tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
-        reasoning = as_text(text.partition("</think>")[0], tokenizer) + "\n</think>\n\n"
-        reasoned = Question(question.judge_prompt, question.item, reasoning)
-        values = [logp.sum().item() for logp in self.model.logprobs(reasoned, ids)]
-        return question.judge_prompt.likeliest(replies, values)
+def ask_in_shares(judge, prompt, items):
+    """As judge.ask, where all ranks hold the same items: each asks for its share, and all get all verdicts."""
+    return gather(judge.ask(prompt, my_share(items)))

@@ -81,6 +81,10 @@ class Room:
         contexts = left / max(1, self.of_context(prompt, samples, limit))
         return min(contexts, self.most / samples) if self.most else contexts
 
+    def row_tokens(self):
+        """Tokens of the longest row that a pass without gradient can read."""
+        return math.floor(self.left() / max(1, self.prefill_token))
+
     def side_by_side(self, prompt, samples, limit):
         """(contexts, answers to each of them) to be written at a time: all answers, unless one context is too much.
 

@@ -1,6 +1,7 @@
 """Memories that outgrow the reader: which entries of a stream's memory the one who answers gets to see.
 
-An entry is [start, end, memory], in seconds of the stream. Where all entries fit the reader's budget of
+An entry is [start, end, memory], in seconds of the stream, with the stream's name after these where entries of
+several are read. Where all entries fit the reader's budget of
 tokens, all are read. Of more, those are read that the question is about.
 """
 import re
@@ -33,11 +34,12 @@ def words(text):
 def printed(entry):
     """An entry as the reader sees it.
 
-    >>> printed([60.0, 70.0, "A cup."])
-    '00:01:00-00:01:10\\nA cup.'
+    >>> printed([60.0, 70.0, "A cup."]), printed([60.0, 70.0, "A cup.", "kitchen"])
+    ('00:01:00-00:01:10\\nA cup.', 'kitchen, 00:01:00-00:01:10\\nA cup.')
     """
-    start, end, memory = entry
-    return f"{clock(start)}-{clock(end)}\n{memory}"
+    start, end, memory, *stream = entry
+    place = "".join(f"{name}, " for name in stream)
+    return f"{place}{clock(start)}-{clock(end)}\n{memory}"
 
 
 def times_in(text):
@@ -58,7 +60,8 @@ def starts_at(seconds):
 
 
 class Retriever:
-    """What the reader sees of one stream: all memories where they fit, else those most relevant to the question.
+    """What the reader sees of one stream, or of several: all memories where they fit, else those most relevant to the
+    question.
 
     Relevance is the BM25 score of an entry as it is printed, times included, and SHARE of its neighbours'
     scores. The index is made once a stream, so a word's rarity and the mean length also count what was
@@ -66,7 +69,7 @@ class Retriever:
     """
 
     def __init__(self, entries, tokenizer):
-        """entries: in the order of time."""
+        """entries: in the order of time, of several streams one after the other."""
         self.entries = entries
         self.index = None                        # made when memories first exceed the budget
         ids = []
@@ -74,11 +77,11 @@ class Retriever:
             texts = [printed(entry) + "\n\n" for entry in entries]
             ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         tokens = []
-        for (_, _, memory), tokens_of_entry in zip(entries, ids):
-            tokens.append(len(tokens_of_entry) if memory else 0)    # a lost memory is never printed
+        for entry, tokens_of_entry in zip(entries, ids):
+            tokens.append(len(tokens_of_entry) if entry[2] else 0)  # a lost memory is never printed
         self.tokens = np.array(tokens, int)                                           # (n,)
-        self.starts = np.array([start for start, _, _ in entries], float)             # (n,) s
-        self.ends = np.array([end for _, end, _ in entries], float)                   # (n,) s
+        self.starts = np.array([entry[0] for entry in entries], float)                # (n,) s
+        self.ends = np.array([entry[1] for entry in entries], float)                  # (n,) s
 
     def __call__(self, question, options, time, budget):
         """(entries in the order of time, whether they were retrieved).

@@ -34,6 +34,7 @@ per_model = namedtuple("per_model", "tiny full")
 
 # What may change within a run. All other constants are compared with settings.json.
 NOT_COMPARED = ("RUN", "SCRIPT", "COMMAND", "SHOW", "PLAN", "CARD", "ENVIRONMENT", "READERS",
+                "ASK", "ASK_ONLY", "STREAM",
                 "PRINT_EVERY", "SAVE_EVERY", "WORKERS", "CPU_THREADS")
 
 # What a number may be. All are finite, at most LARGEST, and not negative unless their default is. Beyond that:
@@ -44,7 +45,8 @@ AT_LEAST_1 = (                                   # nothing can be cut into or dr
     "PRINT_EVERY", "GROUP", "CONTEXTS", "MINI_BATCH", "ROWS", "CHUNK", "CACHE_STREAMS",
     "CACHE_CONTEXTS", "WARMUP", "RECENT", "PAIRS", "DPO_STEPS", "GRPO_STEPS", "VALIDATE", "BOOTSTRAP")
 AT_MOST_1 = (                                    # shares, and what is 0 or 1
-    "GATE", "DOUBLE_QUANT", "TRANSFER", "FACES", "SHOW", "RESAMPLE", "HELD_OUT", "CLIP_LOW")
+    "GATE", "DOUBLE_QUANT", "TRANSFER", "FACES", "SHOW", "RESAMPLE", "HELD_OUT", "CLIP_LOW",
+    "ASK_ONLY")
 ONE_OF = {"BITS": (4, 16), "VISION_BITS": (4, 16)}
 
 
@@ -309,6 +311,11 @@ def say_what_differs(folder, script, *functions):
               f"name in the place of {module!r} where the scripts after it import that ***")
 
 
+def say_what_is_new(parts):
+    """Says which environments are worked on: {what they are, such as "changed": their names}."""
+    print("; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names))
+
+
 def find(S, name):
     """Path of runs/RUN/name, or of runs/FROM/name, or None where neither exists."""
     for path in places(S, name):
@@ -542,6 +549,14 @@ def parse_jsonl(text, path):
         except ValueError as error:
             raise DamagedFile(f"{path}, line {number}: {error}") from None
     return rows
+
+
+def read_growing(path):
+    """The whole rows of a file that another process may be appending to; none without a file. It stays untouched."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    return parse_jsonl(data[:data.rfind(b"\n") + 1].decode(), path)
 
 
 def read_progress(path):

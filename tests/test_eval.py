@@ -178,7 +178,7 @@ def test_a_memory_is_compared_only_with_a_memory():
     class First:
         def ask(self, prompt, items):
             asked.extend(items)
-            return ["first", "second"] * (len(items) // 2)
+            return ["first" if item["first"] == "one" else "second" for item in items]
     rows = [{"stream": "s", "clip": i, "memory": m, "verdicts": {}} for i, m in enumerate(["one", "", "three"])]
     reference = [{"stream": "s", "clip": i, "memory": m} for i, m in enumerate(["1", "2", "", "of another"])]
     stage.judge_relevance(First(), rows, reference, "e", ["q"])
@@ -388,6 +388,39 @@ def test_the_stage_end_to_end(run, capsys):
     stage.main(arguments)
     assert [f.parts[-3:-1] for f in run.policy.loaded[1:]] == [("grpo-steer", "wear")]
     assert "Phase Two, grpo-steer (1 of 3)" in (out / "results.md").read_text()
+
+
+def test_questions_without_an_answer_are_not_asked_and_said(run, capsys):
+    def forget(task):
+        is_unknown = task["environment"] == "wear" or task["task"].endswith("place-1")
+        return task | {"answer": None} if is_unknown else task
+    file = run.folder / "streams" / "tasks.jsonl"
+    runs.write_jsonl(file, list(map(forget, runs.read_jsonl(file))))
+    file = run.folder / "tasks" / "recent.json"
+    recent = {}
+    for environment, tasks in runs.read_json(file).items():
+        recent[environment] = list(map(forget, tasks))
+        for task in recent[environment]:
+            if task["answer"] is None:
+                task |= {"correct": None, "reply": "B"}
+    runs.write_json(file, recent)
+    stage.main([f"--RUN={run.folder}", "--BOOTSTRAP=50", "--METHODS=dpo-steer"])
+    said, results = capsys.readouterr().out, json.loads((run.folder / "eval" / "results.json").read_text())
+    assert "18 of 36 questions have no answer and are not asked" in said
+    assert "*** left out, as no question has an answer: wear ***" in said
+    rows = {(r["method"], r["environment"], r["scope"]): r["questions"] for r in results["rows"]}
+    assert rows["phase1", "place", "after"] == 6 and rows["phase1", "action", "after"] == 12
+    known = sum(task["answer"] is not None for task in recent["place"][:5])
+    assert 0 < known < 5 and rows["phase1", "place", "all"] == 6 + known
+    assert not any(environment == "wear" for _, environment, _ in rows) and results["dropped"]["replies"] == 0
+    # A policy is told all recent questions: they need no answer.
+    S = common.settings(vars(stage), [f"--RUN={run.folder}"])
+    exam = stage.load_exam(S, run.folder / "eval", run.folder / "phase1" / "adapter")
+    assert exam.questions["place"] == [task["question"] for task in recent["place"][:5]]
+    tasks = runs.read_jsonl(run.folder / "streams" / "tasks.jsonl")
+    runs.write_jsonl(run.folder / "streams" / "tasks.jsonl", [task | {"answer": None} for task in tasks])
+    with pytest.raises(SystemExit, match=r"no test or online stream has a question .* with an answer \(36 without\)"):
+        stage.load_exam(S, run.folder / "eval", run.folder / "phase1" / "adapter")
 
 
 def test_methods_and_forks(run, capsys, tmp_path):

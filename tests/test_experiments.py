@@ -30,6 +30,14 @@ def test_bench_of_rollout_and_packing(short, contexts, monkeypatch):
         assert 0 < gain["low"] <= gain["ratio"] <= gain["high"] and row["tokens_per_s"] > 0
 
 
+def test_bench_of_the_judge(short, contexts, monkeypatch):
+    monkeypatch.setattr(bench, "JUDGE_LENGTH", 60)
+    result = {}
+    bench.bench_judge(short, contexts[2:], result, 1)
+    assert set(result) == {"judge, toy world", "judge, prompt of 60"}
+    assert all(row["verdicts_per_s"] > 0 and row["over_one by one"]["ratio"] > 0 for row in result.values())
+
+
 def test_all_ways_of_the_bench_compute_the_same_gradient(short):
     prompt = bench.text_prompt(short, 30)
     gradients = []

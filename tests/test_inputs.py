@@ -69,7 +69,9 @@ def test_outside_text_is_text_for_a_local_judge(bare, contexts):
     assert control(bare, bare.prepare([question])[0].ids.tolist()) == control(
         bare, bare.prepare([clean])[0].ids.tolist())
     # The model's own reasoning enters its next prompt.
-    assert common.judges.Local(common.LocalModel(lambda: bare)).choose(clean, "<|video_pad|> " * 3)
+    reasoning = [common.Sample([], "<|video_pad|> " * 3, None, 0, 0, False)]
+    model = SimpleNamespace(policy=bare, rollout=lambda questions, n, keys, **how: [reasoning] * len(questions))
+    assert common.judges.Local(model)([clean], 0)[0] in clean.replies()
 
 
 # ================================================================ text that UTF-8 cannot hold
@@ -359,7 +361,7 @@ def test_verdicts_go_on_by_stream_and_clip(tmp_path):
     class Judge:
         def ask(self, prompt, items):
             asked.extend(items)
-            return ["first", "second"] * (len(items) // 2)
+            return ["first" if item["first"] == "a" else "second" for item in items]
     file = tmp_path / "place.jsonl"
     runs.write_jsonl(file, [{"stream": "s", "clip": i, "verdicts": [[0, 1, "tied"]]} for i in (3, 1, 1)])
     verdicts = reward.compare(Judge(), cache, ["q"], file, 1)

@@ -1,5 +1,7 @@
 """Judges by prompts: strict replies, the model as its own judge, and an OpenAI-compatible endpoint on loopback."""
+import doctest
 import importlib
+import os
 import re
 import shutil
 import signal
@@ -13,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
 from cases import bad_endpoint                                              # noqa: E402
-from support import endpoint, judges, runs                                  # noqa: E402
+from support import endpoint, judges, local_judge, plan, runs               # noqa: E402
 
 phase1 = common.stage("02_phase1_train")
 collect = common.stage("03_collect_tasks")
@@ -139,6 +141,192 @@ def test_the_model_judges_itself(policy, contexts):
     for p in policy.trainable or [p for n, p in policy.model.named_parameters() if "lora_" in n]:
         torch.nn.init.normal_(p.data)
     assert judge.send([prefer], 0) == before
+
+
+# ================================================================ its verdicts in packed rows
+def plain_scores(policy, question):
+    """Log-probs of the allowed replies given that one of them is written: reply by reply, by common.logprobs."""
+    replies = policy.tokenizer(question.replies(), add_special_tokens=False)["input_ids"]
+    logp = [common.logprobs(policy, question, [reply])[0].tolist() for reply in replies]
+    values = []
+    for reply in replies:
+        value = 0.0
+        for i in range(len(reply)):
+            follow = {}                                           # what may come here, and how likely it is
+            for other, of_other in zip(replies, logp):
+                if other[:i] == reply[:i] and len(other) > i:
+                    follow[other[i]] = of_other[i]
+            value += follow[reply[i]] - torch.tensor(list(follow.values())).logsumexp(0).item()
+        values.append(value)
+    return values
+
+
+def many_questions(contexts):
+    """Those of every kind about several clips, mixed; some have reasoning, and some are alone."""
+    asked = []
+    for number, context in enumerate(contexts):
+        for memory in ("now, a red cup.", "still, <face_3> waves.", "now, a red cup, in the garden."):
+            asked.append(judges.Question(phase1.FAITHFUL, {"context": context, "memory": memory}, "so\n</think>\n\n"))
+            asked.append(judges.Question(phase1.CLEAN, {"previous": f"memory {number}", "memory": memory}))
+        asked.append(judges.Question(phase1.RICHEST, {"context": context, "memories": [*"abcdefghijkl"][:4 + 6 * number]}))
+    for first, second in (("a", "b"), ("a", "a blue hat"), ("b", "a"), ("c", "d")):
+        asked.append(judges.Question(reward_stage.PREFER, {"questions": ["Who?", "When was it?"], "first": first,
+                                                           "second": second}))
+    entries = [[0.0, 10.0, "a cup"], [10.0, 20.0, "a hat, a dog, a garden"]]
+    for text in ("What?", "Where were the people?"):
+        asked.append(judges.Question(collect.ANSWER, {"entries": entries, "question": text,
+                                                      "options": ["A. cup", "B. hat", "C. I"]}, "A cup.\n</think>\n\n"))
+    return asked[::2] + asked[1::2]
+
+
+@pytest.mark.parametrize("tokens", [10**6, 600, 1])
+def test_verdicts_of_packed_rows_are_those_of_one_by_one(policy, contexts, monkeypatch, tokens):
+    """Whatever shares a row: all that fits, rows that are split, and every question alone."""
+    monkeypatch.setattr(policy, "room", plan.Room(most=1, free=tokens, prefill_token=1))
+    asked = many_questions(contexts)
+    with torch.no_grad():
+        found = local_judge.scores(policy, asked)
+        plain = [plain_scores(policy, question) for question in asked]
+    for question, values, want in zip(asked, found, plain):
+        assert values == pytest.approx(want, abs=1e-5), question.judge_prompt.name
+        replies = question.replies()
+        assert question.judge_prompt.likeliest(replies, values) == question.judge_prompt.likeliest(replies, want)
+    assert any(len(question.replies()) > 10 for question in asked)          # as 1 and 10, whose numbers begin alike
+
+
+@pytest.fixture
+def passes(policy, monkeypatch):
+    """[tokens of each pass of the policy over a row without cache]: of verdicts, and not of prompts to be continued."""
+    lengths = []
+    read = policy.read
+
+    def counted(prompts, answers, cache=None):
+        hidden, segments = read(prompts, answers, cache)
+        if cache is None:
+            lengths.append(len(hidden))
+        return hidden, segments
+    monkeypatch.setattr(policy, "read", counted)
+    return lengths
+
+
+def test_what_questions_share_is_read_once(policy, contexts, passes):
+    context = contexts[2]
+    asked = [judges.Question(phase1.FAITHFUL, {"context": context, "memory": f"now, cup number {i}."}) for i in range(8)]
+    alone = policy.prompt_length(asked[0])
+    local_judge.scores(policy, asked)
+    assert len(passes) == 1 and alone < passes.pop() < alone + 8 * 40       # the memory and {"verdict":
+    asked = [judges.Question(reward_stage.PREFER, {"questions": ["What did they wear?"] * 5, "first": a, "second": b})
+             for a in "abcdefgh" for b in "abcdefgh" if a < b]
+    alone = policy.prompt_length(asked[0])
+    local_judge.scores(policy, asked)
+    assert len(passes) == 1 and passes.pop() < alone + 28 * 40
+
+
+def test_few_clips_are_held_at_a_time(contexts):
+    asked = many_questions(contexts)
+    lists = local_judge.in_order(asked, 2)
+    assert sorted(sum(lists, [])) == list(range(len(asked))) and len(lists) == 3       # four clips, and none
+    for some in lists:
+        assert len({str(asked[i].clips) for i in some}) <= 2
+    assert [len(some) for some in local_judge.in_order(asked, 5)] == [len(asked)] and not local_judge.in_order([], 2)
+
+
+def test_rows_respect_what_fits(policy, contexts, passes, monkeypatch):
+    asked = many_questions(contexts)
+    longest = max(policy.prompt_length(question) for question in asked)
+    whole = local_judge.scores(policy, asked)
+    assert len(passes) == 1                                                 # small groups share a row
+    passes.clear()
+    monkeypatch.setattr(policy, "room", plan.Room(most=1, free=3000 * (longest + 99), prefill_token=3000))
+    assert policy.room.row_tokens() == longest + 99
+    split = local_judge.scores(policy, asked)
+    beginnings = 99                                                         # of replies, in the columns
+    assert len(passes) > 3 and max(passes) <= longest + 99 + beginnings
+    assert sum(split, []) == pytest.approx(sum(whole, []), abs=1e-5)
+
+
+def test_questions_share_a_prompt_where_that_helps():
+    def prompt(*ids, features=()):
+        return common.EncodedPrompt(torch.tensor(ids), None, None, list(features))
+
+    def groups(prompts, limit=99):
+        return [(g.first, g.end, g.shared, g.tokens) for g in local_judge.share_prompts(prompts, limit)]
+    long = [1, 2, 3, 4, 5, 6]
+    three = [prompt(*long, i) for i in (7, 8, 9)]
+    assert groups(three) == [(0, 3, 6, 9)]
+    assert groups(three, 8) == [(0, 2, 6, 8), (2, 3, 6, 7)]                  # a row that is split repeats the prompt
+    assert groups([*three, prompt(1, 2, 9), prompt(1, 2, 8)]) == [(0, 3, 6, 9), (3, 5, 2, 4)]
+    assert groups([*three, prompt(*long[:4], 9, 9)]) == [(0, 4, 4, 4 + 3 * 3 + 2)]
+    clip, other = object(), object()
+    assert groups([prompt(1, 2, 3, features=[clip]), prompt(1, 2, 4, features=[clip]),
+                   prompt(1, 2, 3, features=[other])]) == [(0, 2, 2, 4), (2, 3, 2, 3)]
+    assert groups([prompt(1, 2), prompt(1, 2)]) == [(0, 2, 1, 3)]            # the last token is always a column's
+    assert doctest.testmod(local_judge).failed == 0
+
+
+def test_a_verdict_without_reasoning_writes_nothing(policy, contexts, monkeypatch):
+    written = []
+    rollout = common.rollout
+
+    def counted(policy, asked, n, keys, limit, **how):
+        if asked:
+            written.append((asked[0].judge_prompt.name, asked[0].reasoning, len(asked), limit))
+        return rollout(policy, asked, n, keys, limit=limit, **how)
+    monkeypatch.setattr(common, "rollout", counted)
+    S = common.settings({"__doc__": ""}, ["--JUDGE=local"])
+    judge = common.load_judge(S, lambda: policy)
+    of_kind = items(contexts)
+    monkeypatch.setattr(policy.S, "JUDGE_TOKENS", 3)
+    judge.ask(phase1.CLEAN, clean_items("a", "b", "a"))
+    assert written.pop() == ("clean", "", 2, 3)                              # equal questions are asked once
+    judge.ask(reward_stage.PREFER, [of_kind["prefer"]])
+    assert not written
+    monkeypatch.setattr(policy.S, "JUDGE_TOKENS", 0)
+    for kind in ("clean", "faithful", "rank", "answer"):
+        judge.ask(PROMPTS[kind], [of_kind[kind]])
+    assert not written
+    judge.ask(collect.OPEN, [of_kind["answer"] | {"options": []}])           # any text counts, so it must be written
+    assert written[0] == ("answer", "\n</think>\n\n", 1, local_judge.OPEN_REPLY) and len(written) == judges.TRIES
+
+
+def test_reasoning_is_cut_and_closed(policy, contexts, monkeypatch):
+    monkeypatch.setattr(policy.S, "JUDGE_TOKENS", 5)
+    local = judges.Local(common.LocalModel(lambda: policy))
+    [question] = local.reason([judges.Question(phase1.CLEAN, clean_items("a cup")[0])], 0)
+    body, _, end = question.reasoning.partition("\n</think>\n\n")
+    assert 0 < len(policy.tokenizer(body)["input_ids"]) <= 5 and not end
+    assert question.reasoning == local.reason([question.__class__(phase1.CLEAN, question.item)], 0)[0].reasoning
+    by_chance = {local.reason([judges.Question(phase1.CLEAN, question.item)], i)[0].reasoning for i in range(1, 4)}
+    assert len(by_chance) > 1
+
+
+def test_a_rank_asks_for_its_share_alone(monkeypatch):
+    """03 to 06 as rank 1 of 2 runs them, which gets nothing from the other here."""
+    eval_stage = common.stage("06_eval")
+    asked = []
+
+    class Judge:
+        def ask(self, prompt, items):
+            asked.append((prompt.name, len(items)))
+            return ["tie" if prompt.name == "prefer" else True] * len(items)
+    for module in (judges, collect, reward_stage, eval_stage):
+        monkeypatch.setattr(module, "my_share", lambda items: list(items)[1::2])
+        monkeypatch.setattr(module, "gather", lambda share: share)
+    S = common.settings({"__doc__": ""}, [])
+    tasks = [{"stream": "s", "question": "?", "options": ["A. x"], "time": 9.0, "answer": "x"}] * 5
+    memories = {"s": [{"start": 0.0, "end": 9.0, "memory": "a"}]}
+    assert collect.answer(S, Judge(), tasks, memories) == ([True] * 2, [False] * 2)
+    open_tasks = [task | {"options": []} for task in tasks]
+    collect.right(Judge(), open_tasks, ["x"] * 5)
+    samples = [{"format": 0.0, "memory": memory, "quality": 0.5} for memory in "ab"]
+    cache = [{"stream": "s", "clip": i, "samples": samples} for i in range(5)]
+    judged = reward_stage.compare_chunk(Judge(), cache, ["q"])
+    assert [row["clip"] for row in judged] == [1, 3]
+    assert eval_stage.compare(Judge(), ["q"], [("a", "b")] * 5) == ["tie"] * 2
+    rows = [{"memory": "a", "faithful": None, "clean": None} for _ in range(5)]
+    eval_stage.judge_quality(Judge(), rows, [common.Context("s", [], [])] * 5)
+    assert [ask for ask in asked if ask[1]] == [
+        ("answer", 2), ("grade", 2), ("prefer", 2), ("prefer", 2), ("faithful", 2), ("clean", 2)]
 
 
 # ================================================================ an endpoint
@@ -349,20 +537,61 @@ def run_stage(name, run, judge):
     importlib.import_module("test_stages").stage(name, run, f"--JUDGE={judge}", *ALWAYS, *ARGUMENTS[name])
 
 
-def test_the_stages_run_with_the_model_as_judge(tmp_path, monkeypatch):
-    """02 to 06 with verdicts that are poor: what is shown is the path. To the tiny model all notes are tied, and 04
-    would end with that; so that 05 and 06 have an adapter, its choice between notes is by length."""
-    choose = judges.Local.choose
+scores = local_judge.scores
 
-    def by_length(self, question, text):
-        notes = re.search(r"notes, (.*) \(first\) or (.*) \(second\)", question.text)
-        made = choose(self, question, text)
-        return made if not notes else question.replies()[len(notes[1]) < len(notes[2])]
-    monkeypatch.setattr(judges.Local, "choose", by_length)
+
+def by_length(policy, asked):
+    """To the tiny model all notes are tied, and 04 would end with that; so that 05 and 06 have an adapter, its choice
+    between notes is by length."""
+    found = scores(policy, asked)
+    for values, question in zip(found, asked):
+        notes = re.search(r"First note: (.*)\nSecond note: (.*)", question.text)
+        if notes:
+            values[:] = [len(notes[1]), len(notes[2]), -1]
+    return found
+
+
+def test_the_stages_run_with_the_model_as_judge(tmp_path, monkeypatch):
+    """02 to 06 with verdicts that are poor: what is shown is the path."""
+    monkeypatch.setattr(local_judge, "scores", by_length)
     run_stage("01_make_streams", tmp_path, "tiny")
     for name in [*ARGUMENTS][1:]:
         run_stage(name, tmp_path, "local")
     check_results(tmp_path)
+
+
+RANKS = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_judges
+from support import local_judge
+local_judge.scores = test_judges.by_length
+for name in [*test_judges.ARGUMENTS][1:]:
+    test_judges.run_stage(name, {run!r}, "local")
+"""
+
+
+def test_two_ranks_with_the_model_as_judge_publish_what_one_process_does(tmp_path, monkeypatch):
+    """02 to 06 by torchrun, where every rank asks for its share of the verdicts."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_stage("01_make_streams", one, "tiny")
+    shutil.copytree(one, two)
+    monkeypatch.setattr(local_judge, "scores", by_length)
+    for name in [*ARGUMENTS][1:]:
+        run_stage(name, one, "local")
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(root=str(runs.ROOT), tests=str(runs.ROOT / "tests"), run=str(two)))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                           str(script)], capture_output=True, text=True, timeout=500,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    want, got = published(one), published(two)
+    assert got.keys() == want.keys() and len(want) > 30
+    verdicts = [name for name in want if name.startswith("reward/verdicts")]
+    assert len(verdicts) == 12 and [name for name in want if name.startswith("eval/checked")]
+    for name in want:                                  # sums of gradients differ in their last digits
+        if not name.endswith(".safetensors") and name not in ("reward/report.json", "eval/results.json"):
+            assert got[name] == want[name], name
 
 
 def check_results(run):

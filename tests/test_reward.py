@@ -155,20 +155,46 @@ def settings(run, *more):
     return common.settings(vars(stage), [f"--RUN={run}", *ARGS, *more])
 
 
-def test_malformed_and_equal_texts_are_never_compared_and_both_orders_are_asked(run, tmp_path):
+def test_malformed_and_equal_texts_are_never_compared_and_the_second_order_only_where_the_first_is_no_tie(
+        run, tmp_path):
     cache, judge = runs.read_jsonl(run / "tasks/cache.jsonl"), Judge()
     contexts, pairs, yields = stage.find_preferences(judge, cache, PLACE, tmp_path / "v", chunk=3)
+    assert all(a and b and a != b for a, b in judge.asked)
+    tied = {(a, b) for a, b in judge.asked
+            if world.Judge().prefer(PLACE["place"], a, b) == "tie"}
     asked = set(judge.asked)
-    assert all(a and b and a != b for a, b in asked) and asked == {(b, a) for a, b in asked}
-    assert judge.asked[::2] == [(b, a) for a, b in judge.asked[1::2]]
+    assert len(tied) > 9 and len(asked - tied) > 9
+    assert all((b, a) in asked for a, b in asked - tied)
     wellformed = {(c["stream"], c["clip"]): [i for i, s in enumerate(c["samples"]) if s["format"] == 0]
                   for c in cache}
     for c in contexts:
         assert {i for p in c.preferences for i in p} <= set(wellformed[c.stream, c.clip])
-    assert pairs and yields["place"].compared * 2 == len(judge.asked)
+    assert pairs and len(judge.asked) == 2 * yields["place"].compared - yields["place"].tied
     again = Judge()
     assert stage.find_preferences(again, cache, PLACE, tmp_path / "v", chunk=64) == (contexts, pairs, yields)
     assert not again.asked                                              # a finished file is not asked again
+
+
+def test_a_limit_on_comparisons_takes_the_same_pairs_again_and_joins_all_memories(run, tmp_path):
+    for n in range(2, 12):
+        everything = stage.around(n)
+        assert {frozenset(pair) for pair in everything} == {frozenset(pair) for pair in itertools.combinations(range(n), 2)}
+        assert len(everything) == n * (n - 1) // 2
+        joined = {0}
+        for _ in range(n):
+            for a, b in everything[:n - 1]:
+                joined |= {a, b} if joined & {a, b} else set()
+        assert joined == set(range(n))
+    samples = make_samples(random.Random(3), world.make_stream(0)[0])     # five texts, one of them twice
+    assert stage.comparable(samples, 5) == [(0, 1), (0, 4), (1, 2), (1, 5), (2, 3), (3, 4), (4, 5)]
+    assert stage.comparable(samples, 10) == stage.comparable(samples)
+    cache, judge = runs.read_jsonl(run / "tasks/cache.jsonl"), Judge()
+    found = stage.find_preferences(judge, cache, PLACE, tmp_path, chunk=3, limit=5)
+    first_orders = {tuple(sorted(pair)) for pair in judge.asked}
+    assert 0 < len(first_orders) <= 5 * len(cache) and found[2]["place"].compared == stage.count_comparisons(
+        [row | {"environments": ["place"]} for row in cache], 5)
+    again = Judge()
+    assert stage.find_preferences(again, cache, PLACE, tmp_path, chunk=64, limit=5) == found and not again.asked
 
 
 def test_the_yield_adds_up(run, tmp_path):
@@ -213,7 +239,8 @@ def test_both_orders_must_agree():
     said = {(a, b): stage.agreed(a, b) for a in words for b in words}
     assert [pair for pair, word in said.items() if word in ("first", "second")] == [("first", "second"),
                                                                                     ("second", "first")]
-    assert {pair for pair, word in said.items() if word == "failed"} == {pair for pair in said if None in pair}
+    assert {pair for pair, word in said.items() if word == "failed"} == {
+        pair for pair in said if None in pair and "tie" not in pair}
     assert said["first", "first"] == said["second", "second"] == "contradicted" and said["tie", "tie"] == "tied"
 
 

@@ -316,6 +316,7 @@ def before_phase2(policy, streams, toy, tmp_path):
     runs.write_jsonl(tmp_path / "tasks" / "cache.jsonl", [
         {"stream": stream["stream"], "clip": 5, "history": [], "environments": ["place"], "samples": []}])
     (tmp_path / "reward" / "model").mkdir(parents=True)
+    runs.write_json(tmp_path / "reward" / "report.json", {"asked": {"place": ["where?"]}})
     return tmp_path
 
 

@@ -812,6 +812,41 @@ class Judge:
                 return option[0]
         return "insufficient"
 
+    def asked(self, entries, question):
+        """{answer, entries: the numbers, from 1, of those that it rests on}; "insufficient" where no stream tells.
+
+        entries: [start, end, memory, stream]. What streams tell differently is told of each. SystemExit for a
+        question that is not of this world.
+        """
+        kind, fields = read_question(question)
+        if not kind:
+            raise SystemExit("the toy world's reader understands the questions of the toy world alone, such as "
+                             f"'Where were the people at 00:01:00?' (QUESTIONS in tiny/world.py); not {question!r}")
+        numbers = {}                                 # {stream: numbers of its entries}
+        for number, entry in enumerate(entries, 1):
+            numbers.setdefault(entry[3], []).append(number)
+        told = {}                                    # {what is told: by which streams}
+        rests_on = []
+        for stream, of_stream in numbers.items():
+            notes = Notes([entries[number - 1][:3] for number in of_stream])
+            found = solve(kind, fields, notes)
+            if found:
+                told.setdefault(found, []).append(stream)
+                rests_on += [of_stream[i] for i in asked_about(kind, fields, notes)]
+        if len(told) > 1:
+            told = {"; ".join(f"{found} ({', '.join(streams)})" for found, streams in told.items()): []}
+        return {"answer": next(iter(told), "insufficient"), "entries": rests_on}
+
+
+def asked_about(kind, fields, notes):
+    """The indices of the entries that `solve` has looked at, where it has found an answer."""
+    first = notes.index(fields["t"])
+    if kind.endswith("_next"):
+        return [first, first + 1]
+    if kind.endswith("_many"):
+        return [notes.index(t) for t in range(fields["t"], fields["u"], CLIP_SECONDS)]
+    return [first]
+
 
 UNWANTED = re.compile(
     r"\[\s*\d+(\s*,\s*\d+)+"                                         # coordinates

@@ -68,9 +68,11 @@ def right_reply(text):
     """What a judge of few doubts says: all is true, the longer note is better, and A is the answer."""
     candidates = len(re.findall(r"^\d+\. ", text, re.M))
     values = {"verdict": True, "best_first": list(range(1, candidates + 1)), "better": "tie", "answer": "A"}
-    notes = re.search(r"notes, (.*) \(first\) or (.*) \(second\)", text)
+    notes = re.search(r"First note: (.*)\nSecond note: (.*)", text)
     if notes and len(notes[1]) != len(notes[2]):
         values["better"] = "first" if len(notes[1]) > len(notes[2]) else "second"
+    if '"entries":' in text:
+        return json.dumps({"answer": "A", "entries": [1]})
     key = re.findall(r'\{"(\w+)":', text)[-1]
     return json.dumps({key: values[key]})
 
