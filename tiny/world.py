@@ -27,6 +27,7 @@ SIDE = 3 * CELL           # px; a frame is 3 x 3 cells
 FPS = 2                   # stored frames per second
 CLIP_SECONDS = 10         # so 20 stored frames per clip
 CLIPS = 12                # clips per stream
+DAY = 86400               # s
 CAST = 4                  # people per stream, two of them in each clip
 PLACE_STAYS = 0.5         # chance that the next clip is at the same place
 PERSON_STAYS = 0.6        # chance that a person is there in the next clip too
@@ -495,13 +496,17 @@ Entry = namedtuple("Entry", "start end facts")
 
 
 class Notes:
-    """What can be known from memories alone. entries: [[start, end, memory]] in seconds."""
+    """What can be known from memories alone. entries: [[start, end, memory]] in seconds.
+
+    Questions tell the time of day. So a stream that a camera's clock dates has to be of one day.
+    """
 
     def __init__(self, entries):
         self.entries = []
         for start, end, memory in entries:
             _, stated = parse(memory or "")
-            self.entries.append(Entry(start, end, stated))
+            midnight = start - start % DAY
+            self.entries.append(Entry(start - midnight, end - midnight, stated))
         self.entries.sort()
 
     def index(self, seconds):
