@@ -617,7 +617,7 @@ def published(run):
     files = {}
     for path in sorted(run.rglob("*")):
         if path.is_file() and path.suffix in (".json", ".jsonl", ".safetensors", ".md"):
-            if "judge" not in path.parts and path.name not in ("settings.json", "made_of.json"):
+            if "judge" not in path.parts and path.name != "settings.json":
                 data = re.sub(rb'^{"fingerprint".*', b"", path.read_bytes())
                 files[str(path.relative_to(run))] = data.replace(str(run).encode(), b"RUN")
     return files
