@@ -732,7 +732,7 @@ class News:
     clips: int           # that nothing was written of yet
     memories: dict       # {stream: rows} that were written before
     questions: list      # tasks that were never asked
-    again: list          # recent questions, where the judge has failed on some
+    again: list          # questions that the judge has failed on, with the recent ones beside them
     answered: int        # questions that were asked before
     cache: Cache
     adapters: dict       # {environment: folder} of those that write the new clips, too
@@ -781,11 +781,14 @@ def what_is_new(S, out, streams, to_ask, asked):
             clips += new_clips
             growing.append(stream)
     questions = [task for task in to_ask if identity(task) not in asked]
-    # Where the judge failed on a recent question it is asked again, in the company of the others: then a few that
-    # it refuses are a few among many.
+    # Where the judge failed on a question it is asked again, in the company of the recent ones: then a few that it
+    # refuses are a few among many.
+    recent = latest_questions(asked.values(), S.RECENT, S.LATER)
+    company = {identity(task) for task in sum(recent.values(), [])}
     again = []
-    for tasks in latest_questions(asked.values(), S.RECENT, S.LATER).values():
-        again += [task for task in tasks if task["stream"] in memories]
+    for name, task in asked.items():
+        if task["stream"] in memories and (task["reply"] is None or name in company):
+            again.append(task)
     if all(task["reply"] is not None for task in again):
         again = []
     # Without questions nothing is cached.
@@ -858,6 +861,11 @@ def answer_new(S, judge, news, asked, memories, path):
         append_jsonl(path, rows)
         for row in rows:
             asked[identity(row)] = row
+    # What failed at first stands there twice.
+    log = read_progress(path)
+    once_each = {identity(row): row for row in log}
+    if len(once_each) < len(log):
+        write_jsonl(path, list(once_each.values()))
 
 
 def by_notes(tasks, adapted, memories):
