@@ -423,6 +423,14 @@ def test_questions_without_an_answer_are_not_asked_and_said(run, capsys):
         stage.load_exam(S, run.folder / "eval", run.folder / "phase1" / "adapter")
 
 
+def test_a_method_without_a_judged_memory(run):
+    for environment in ("place", "wear"):
+        (run.folder / "phase2/dpo-steer" / environment / "adapter" / "steer.safetensors").unlink()
+    stage.main([f"--RUN={run.folder}", "--BOOTSTRAP=50", "--METHODS=dpo-steer", "--VALIDATE=1"])
+    table = (run.folder / "eval" / "results.md").read_text().split("## ")[1]
+    assert "| – | – |" in next(line for line in table.splitlines() if "dpo-steer" in line)
+
+
 def test_methods_and_forks(run, capsys, tmp_path):
     stage.main([f"--RUN={run.folder}", "--BOOTSTRAP=50", "--METHODS=base+prompt,dpo-steer,dpo-stear-x"])
     rows = json.loads((run.folder / "eval" / "results.json").read_text())["rows"]
