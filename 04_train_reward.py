@@ -770,8 +770,6 @@ def main(argv=None):
         return
     if case.changed or case.same:
         say_what_is_new({"new": case.new, "changed": case.changed, "as before": case.same})
-    if case.new or case.changed:
-        write_jsonl(out / "contexts.jsonl", list(case.kept.values()))
     # ---------------- judge and plan
     to_judge = len(recent) - len(case.settled)
     comparisons = count_comparisons(cache, S.COMPARISONS) / max(1, len(cache) * len(recent))
@@ -781,6 +779,8 @@ def main(argv=None):
     judge = load_judge(S, lambda: policy, shows_frames=False) if to_judge else None
     policy = load_policy(S)
     # ---------------- preferences and pairs
+    if case.new or case.changed:
+        write_jsonl(out / "contexts.jsonl", list(case.kept.values()))
     planned_hours = planned.hours_of("judge", shares=max(1, (1 + S.HELD_OUT) * to_judge))
     found = judge_case(case, judge, S.CHUNK, S.COMPARISONS, planned_hours)
     print_yields(found.yields)
