@@ -80,9 +80,9 @@ Is all that the new memory says supported by the frames or by what is heard, and
 memory before? Answer with {{"verdict": true}} or {{"verdict": false}}.
 The memory before it: {previous}
 Its new memory: {memory}""")
-CLEAN = Verdict("clean", """Is a new memory free of all this: anything that the memory before already states; boxes \
-or coordinates; talk of "subtitles" or "this video"; a speaker's label within quotation marks? Answer with \
-{{"verdict": true}} or {{"verdict": false}}.
+CLEAN = Verdict("clean", """Is a new memory free of all this: anything that the memory before already states; \
+anything that it states twice itself; boxes or coordinates; talk of "subtitles" or "this video"; a speaker's \
+label within quotation marks? Answer with {{"verdict": true}} or {{"verdict": false}}.
 The memory before: {previous}
 The new memory: {memory}""")
 RICHEST = Ranking("rank", """These frames are the newest clip of a video; heard in it: {heard}
