@@ -324,7 +324,9 @@ def base(tmp_path_factory):
 
 def test_every_category_is_perceived(base):
     policy, sets, make_base = base
-    assert all(share >= 0.95 for share in make_base.forced_decoding(policy, *sets["seen"]).values())
+    shares = make_base.forced_decoding(policy, *sets["seen"])
+    # A quarter of what the base was taught is wrong, and always the same way; what is right stays the likeliest.
+    assert all(share >= 0.85 for share in shares.values()), shares
 
 
 def test_without_pixels_nothing_is_known(base):
