@@ -64,7 +64,10 @@ GATE = 1                         # NSR gate: a sample below its group's mean is 
                                  # its reward is negative; else it adds no policy loss, but stays in mean,
                                  # spread, divisor and KL. 0: no gate
 FORMAT = -1.5                    # r_fmt of a malformed response, and its whole reward
-RICHNESS = 0.05                  # weight of r_rich; 0 is the paper's ablation: memories shrink
+RICHNESS = per_model(0.9, 0.05)  # w, weight of r_rich (paper: 0.05); 0 is the paper's ablation: memories
+                                 # shrink. Of n facts, each right with chance q, quality wants all: three
+                                 # beat one where q^3 (1 + w) > q, so w > 1/q^2 - 1. The toy base has
+                                 # q = 0.73: w > 0.88. At the real model's q of about 0.98 it is 0.04
 TRAIN = "lora"                   # "lora": on the decoder's attention; "all": the whole decoder, in
                                  # fp32, so on a CPU alone (then with --LR=1e-6, the paper's)
 GRAD_CLIP = 1.0                  # norm of the gradient at most
@@ -80,9 +83,9 @@ Is all that the new memory says supported by the frames or by what is heard, and
 memory before? Answer with {{"verdict": true}} or {{"verdict": false}}.
 The memory before it: {previous}
 Its new memory: {memory}""")
-CLEAN = Verdict("clean", """Is a new memory free of all this: anything that the memory before already states; boxes \
-or coordinates; talk of "subtitles" or "this video"; a speaker's label within quotation marks? Answer with \
-{{"verdict": true}} or {{"verdict": false}}.
+CLEAN = Verdict("clean", """Is a new memory free of all this: anything that the memory before already states; \
+anything that it states twice itself; boxes or coordinates; talk of "subtitles" or "this video"; a speaker's \
+label within quotation marks? Answer with {{"verdict": true}} or {{"verdict": false}}.
 The memory before: {previous}
 The new memory: {memory}""")
 RICHEST = Ranking("rank", """These frames are the newest clip of a video; heard in it: {heard}

@@ -63,7 +63,6 @@ stage 02_phase1_train.py "$@"
 stage 03_collect_tasks.py "$@"
 stage 04_train_reward.py "$@"
 stage 05_phase2_train.py "$@"
-stage 05_phase2_train.py --ALGORITHM=grpo "$@"
 stage 06_eval.py "$@"
 
 # ---------------------------------------------------------------- what next

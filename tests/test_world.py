@@ -143,6 +143,14 @@ def test_clean_is_about_the_preceding_text_alone():
     assert not clean("", "now, <face_3> says '<face_3>: tea noon'.")
 
 
+def test_nothing_is_said_twice_within_a_memory():
+    clean = world.Judge().clean
+    assert not clean("", "now, a red lamp, exactly two balls, a red lamp.")
+    assert not clean("now, in the office.", "still, in the garage, in the garage.")
+    assert not clean("", "now, it is late, a red cup, it is late.")                 # of the language or not
+    assert clean("", "now, <face_3> wears red, <face_4> wears red, a red lamp, a red cup.")
+
+
 def test_rank_counts_true_new_distinct_facts():
     truth = stream(4)
     told = world.clip_facts(truth[5])
@@ -216,6 +224,24 @@ def test_every_task_is_answered_from_everything_and_from_nothing_else():
     assert 0.15 < several < 0.35 and all(0.2 < letters.count(x) / len(letters) < 0.3 for x in "ABCD")
 
 
+def test_the_options_hold_what_the_right_one_is_taken_for():
+    following = {"garden": "office", "pink": "red", "cooking": "waving", "blue tree": "yellow tree",
+                 "six": "one", "zoo exit": "tea exit"}
+    for category, (value, neighbour) in zip(world.CATEGORIES, following.items()):
+        assert world.neighbour(category, value) == neighbour
+    rng, seen = random.Random(11), set()
+    for i in range(60):
+        for task in world.make_tasks("s", stream(i), rng):
+            kind, _ = world.read_question(task["question"])
+            options = [option[3:] for option in task["options"]]
+            right = options["ABCD".index(task["answer"])]
+            assert len(set(options)) == 4
+            if not kind.endswith("_many"):
+                assert world.neighbour(task["environment"], right) in options
+                seen.add(kind)
+    assert len(seen) == len(world.QUESTIONS) - 2
+
+
 def test_answers_against_a_plain_reading_of_the_truth():
     """The truth looked up by hand, not by the world's own solver."""
     rng = random.Random(7)
@@ -266,7 +292,7 @@ def test_reader_refuses_what_it_cannot_know():
 
 # ---- videos and the base ---------------------------------------------------------------------------------
 
-def test_videos_survive_encoding(tmp_path):
+def test_videos_are_what_was_drawn(tmp_path):
     pytest.importorskip("av")
     np = pytest.importorskip("numpy")
     from support.video import probe_video, read_frames
@@ -276,7 +302,7 @@ def test_videos_survive_encoding(tmp_path):
     back = read_frames(tmp_path / "a.mp4", np.arange(len(frames)) / world.FPS)
     assert probe_video(tmp_path / "a.mp4")["frames"] == len(frames)
     assert back.shape == frames.shape == (CLIPS * 20, 96, 96, 3)
-    assert np.abs(back.astype(int) - frames).mean() < 6
+    assert (back == frames).all()
     assert (world.draw_frames(truth[0]) == world.draw_frames(truth[0])).all()
     assert (world.draw_frames(truth[0])[0] != world.draw_frames(truth[0])[2]).any()        # the people move
 
@@ -298,7 +324,9 @@ def base(tmp_path_factory):
 
 def test_every_category_is_perceived(base):
     policy, sets, make_base = base
-    assert all(share >= 0.95 for share in make_base.forced_decoding(policy, *sets["seen"]).values())
+    shares = make_base.forced_decoding(policy, *sets["seen"])
+    # A quarter of what the base was taught is wrong, and always the same way; what is right stays the likeliest.
+    assert all(share >= 0.85 for share in shares.values()), shares
 
 
 def test_without_pixels_nothing_is_known(base):

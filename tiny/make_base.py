@@ -2,12 +2,15 @@
 
 Four steps: (1) a small byte-level BPE tokenizer; (2) the vision tower, on throw-away probes of what each cell
 shows; (3) the language model on cached vision features: listing all facts of single clips, then stating them
-one by one, then writing truthful memories from windows; (4) the noisy mix that makes the writer mediocre. Its
-wrong values are spread, so the right one stays the likeliest: reinforcement learning can repair it.
+one by one, then writing truthful memories from windows; (4) the noisy mix that makes the writer mediocre. A
+wrong value is always the neighbour of the right one, so temperature 0.6 does not wipe it out, as it would wrong
+values that are spread; the right one stays likelier, so reinforcement learning can repair it. The mix was
+calibrated to the rows of the paper's base, and to nothing else: make_base.log has the targets and every try.
 
 A finished step is kept in runs/base/ and read back, with its log, by a run with the same constants.
 
-Run:  python tiny/make_base.py > tiny/make_base.log      (28 minutes on 2 threads, 6 GB)
+Run:  python tiny/make_base.py            (28 minutes on 2 threads, 6 GB)
+      python tiny/make_base.py FOLDER     (the last step alone, from the base in FOLDER: 5 minutes)
 In:   nothing; the streams of the split "base", which no stage uses
 Out:  tiny/base/ (config, weights in bf16, tokenizer)
 """
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import common
@@ -35,7 +39,7 @@ from tiny import world
 SEED = 0
 THREADS = 2
 STREAMS = 1600            # rendered, encoded, decoded: 12 clips each
-HELD_OUT = 20             # more streams, for the figures at the end
+HELD_OUT = 40             # more streams, for the figures at the end
 VOCAB = 800               # with the special tokens
 VISION_STEPS = 800        # of 96 frame pairs
 LIST_STEPS = 900          # of 16 clips x 4 lists of all their facts
@@ -43,14 +47,16 @@ SINGLE_STEPS = 420        # of 16 clips x 8 answers of one fact each
 PEOPLE_STEPS = 300        # of 24 clips x 4 answers of one fact about a person; twice, warming again
 WINDOW_STEPS = 480        # of 8 windows x 6 answers (memories, lists, facts); each third people
 NOISY_STEPS = 400         # of 8 windows x 6 answers: the mix
+AGAIN_STEPS = 200         # the same, where it begins from a base ...
+AGAIN_STREAMS = 400       # ... on the first of the streams
 ANSWERS = 6               # answers per window, packed behind one prompt
-WRONG = 0.20              # share of facts with a wrong value
+WRONG = 0.25              # share of facts with the value that theirs is taken for
 WRONG_CONNECTOR = 0.05
 CAREFUL = 0.80            # share of memories that leave out what the preceding one states
 BROKEN = 0.05             # share of responses that break the format
 LONG_PLAN = 0.06          # share of responses that think too long
 FACTS = {1: 0.05, 2: 0.12, 3: 0.77, 4: 0.05, 5: 0.01}    # facts per memory
-ASKED = 6.0               # how much likelier a fact of the asked category is, with questions
+ASKED = 2.0               # how much likelier a fact of the asked category is, with questions
 # ----------------------------------------------------------------
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -110,18 +116,9 @@ def tokenizer_texts():
 
 # ---------------------------------------------------------------- the writer that the base imitates
 
-def wrong(fact, rng):
-    """The fact with a wrong value: another one at random, for two-part values often only one part."""
-    if fact.category in world.VALUES:
-        others = [value for value in world.VALUES[fact.category] if value != fact.value]
-        return fact._replace(value=rng.choice(others))
-    is_object = fact.category == "object"
-    firsts = world.COLOURS if is_object else world.FIRST
-    seconds = world.OBJECTS if is_object else world.SECOND
-    first, second = fact.value.split()
-    other_first = rng.choice([value for value in firsts if value != first])
-    other_second = rng.choice([value for value in seconds if value != second])
-    return fact._replace(value=rng.choice([f"{other_first} {second}", f"{first} {other_second}"]))
+def wrong(fact):
+    """The fact with the value that its own is taken for."""
+    return fact._replace(value=world.neighbour(fact.category, fact.value))
 
 
 def choose(pool, count, asked, rng):
@@ -145,7 +142,8 @@ def answer(connector, chosen):
 
 
 def respond(truth, t, previous, questions, rng, honest=False, everything=False):
-    """A response for clip t without its end token. honest: no noise; everything: lists all facts.
+    """A response for clip t without its end token. honest: no noise, deaf to questions.
+    everything: lists all facts.
 
     previous: the memory before, "" or None if there is none. The thinking part names what categories follow.
     """
@@ -153,7 +151,7 @@ def respond(truth, t, previous, questions, rng, honest=False, everything=False):
         return not honest and rng.random() < share
 
     asked = None
-    if questions:
+    if questions and not honest:
         kind, _ = world.read_question(questions[0])
         asked = world.QUESTIONS[kind][0]
     connector = world.connector(previous)
@@ -177,7 +175,7 @@ def respond(truth, t, previous, questions, rng, honest=False, everything=False):
         extra = rng.randint(6, 11)
         plan = [rng.choice(world.CATEGORIES) for _ in range(extra)] + plan
     # The memory.
-    told = [wrong(fact, rng) if noisy(WRONG) else fact for fact in chosen]
+    told = [wrong(fact) if noisy(WRONG) else fact for fact in chosen]
     memory = world.sentence(connector, told)
     head = "plan: " + ", ".join(plan) + "\n</think>\n\n"
     tail = f'{{"description": "{memory}"}}'
@@ -526,7 +524,7 @@ def window_example(truths, s, tokenizer, rng, honest):
     history = {}
     for c in range(max(0, t - 4), t):
         previous = history.get(c - 1, "") if c else None
-        memory, _ = common.parse_response(respond(truth, c, previous, [], rng))
+        memory, _ = common.parse_response(respond(truth, c, previous, [], rng, honest))
         if writer == "caption":
             memory = world.caption(truth, c, previous, rng)
         history[c] = memory or ""
@@ -659,16 +657,21 @@ def forced_words(policy, context, judge):
 
 
 def watch(policy, rows, questions=()):
-    """{stream: [[start, end, memory]]}, written clip by clip at inference sampling with its own history."""
+    """Writes clip by clip at inference sampling with its own history.
+
+    Returns {stream: [[start, end, memory]]} and [(context, Sample)] of the same.
+    """
+    samples = []
     written = {row["stream"]: [] for row in rows}
     for t in range(len(rows[0]["clips"])):
         contexts = [context_of(row, t, written, questions) for row in rows]
         keys = [(SEED, 2, i, t) for i in range(len(rows))]
         groups = common.rollout(policy, contexts, 1, keys, 0.6, 0.95, 20)
-        for row, [sample] in zip(rows, groups):
+        for row, context, [sample] in zip(rows, contexts, groups):
+            samples.append((context, sample))
             clip = row["clips"][t]
             written[row["stream"]].append([clip["start"], clip["end"], sample.memory or ""])
-    return written
+    return written, samples
 
 
 def context_of(row, t, written, questions=()):
@@ -677,44 +680,54 @@ def context_of(row, t, written, questions=()):
     return common.make_context(row, t, memories, questions)
 
 
-def measure_writing(policy, S, rows, written, judge):
-    """Prints what 8 samples per clip at temperature 1 are worth, their histories being `written`."""
+def writing(policy, S, samples, judge):
+    """Shares of `samples` [(context, Sample)] that are good or bad in some way, and what their facts are worth."""
+    kinds = ("broken", "long_thinking", "over_budget", "unfaithful", "unclean", "twice", "fully_right")
+    count = dict.fromkeys(kinds, 0)
+    told = true = 0
+    for context, sample in samples:
+        count["broken"] += sample.memory is None
+        count["long_thinking"] += sample.thinking_tokens > S.THINK_TOKENS
+        if sample.memory is None:
+            continue
+        previous = context.history[-1] if context.history else ""
+        is_faithful = judge.faithful(context, sample.memory)
+        is_clean = judge.clean(previous, sample.memory)
+        is_over = sample.memory_tokens > S.MEMORY_TOKENS
+        phrases = world.phrases_of(sample.memory)
+        count["over_budget"] += is_over
+        count["unfaithful"] += not is_faithful
+        count["unclean"] += not is_clean
+        count["twice"] += len(phrases) > len(set(phrases))
+        count["fully_right"] += is_faithful and is_clean and not is_over
+        stated = world.facts(sample.memory)
+        told += len(stated)
+        true += len(set(stated) & set(world.clip_facts(judge.truth[context.stream, context.clip])))
+    shares = {kind: n / len(samples) for kind, n in count.items()}
+    tokens = np.mean([sample.memory_tokens for _, sample in samples if sample.memory])
+    return shares | {"q": true / told, "facts": told / (len(samples) - count["broken"]),
+                     "tokens": float(tokens)}
+
+
+def samples_at_temperature_1(policy, rows, written):
+    """[(context, Sample)], 8 for each clip, the histories being `written`."""
     contexts = []
     for row in rows:
         contexts += [context_of(row, t, written) for t in range(len(row["clips"]))]
     keys = [(SEED, 1, i) for i in range(len(contexts))]
     groups = common.rollout(policy, contexts, 8, keys)
-    kinds = ("broken", "long_thinking", "over_budget", "unfaithful", "repeats", "fully_right")
-    count = dict.fromkeys(kinds, 0)
-    by_category = dict.fromkeys(world.CATEGORIES, 0)
-    samples = told = true = 0
-    for context, group in zip(contexts, groups):
-        previous = context.history[-1] if context.history else ""
-        facts_there = set(world.clip_facts(judge.truth[context.stream, context.clip]))
-        for sample in group:
-            samples += 1
-            count["broken"] += sample.memory is None
-            count["long_thinking"] += sample.thinking_tokens > S.THINK_TOKENS
-            if sample.memory is None:
-                continue
-            is_faithful = judge.faithful(context, sample.memory)
-            is_clean = judge.clean(previous, sample.memory)
-            is_over = sample.memory_tokens > S.MEMORY_TOKENS
-            count["over_budget"] += is_over
-            count["unfaithful"] += not is_faithful
-            count["repeats"] += not is_clean
-            count["fully_right"] += is_faithful and is_clean and not is_over
-            stated = world.facts(sample.memory)
-            told += len(stated)
-            true += len(set(stated) & facts_there)
-            for fact in stated:
-                by_category[fact.category] += 1
-    shares = {kind: n / samples for kind, n in count.items()}
-    print(f"temperature 1, {samples} samples: {in_a_row(shares)}")
-    shares = {category: n / told for category, n in by_category.items()}
-    per_memory = told / (samples - count["broken"])
-    print(f"fact accuracy {true / told:.3f}  facts per memory {per_memory:.2f}  share of facts: "
-          f"{in_a_row(shares)}", flush=True)
+    return [(context, sample) for context, group in zip(contexts, groups) for sample in group]
+
+
+def answers(judge, tasks, written):
+    """Accuracy, coverage and precision of the reader's answers, in %, pooled over the tasks."""
+    right = covered = 0
+    for task in tasks:
+        reply = judge.answer(written[task["stream"]], task["question"], task["options"])
+        right += reply == task["answer"]
+        covered += reply != "insufficient"
+    return {"accuracy": 100 * right / len(tasks), "coverage": 100 * covered / len(tasks),
+            "precision": 100 * right / max(1, covered)}
 
 
 def in_a_row(figures, digits=3):
@@ -722,34 +735,41 @@ def in_a_row(figures, digits=3):
 
 
 def measure(folder):
-    """Prints the figures of the saved base: what it perceives, how it writes, what its memories answer."""
-    S = common.settings({"__doc__": ""}, [])
+    """Prints the figures of the saved base: what it perceives, how it writes, what its memories answer.
+
+    Base and base + task prompt are measured as 06 does it, on streams and with recent questions of the split
+    "base" that nothing was trained on. It is all that the base is calibrated by.
+    """
+    S = common.settings({"__doc__": ""}, [f"--CPU_THREADS={THREADS}"])
     policy = common.load_policy(S)
+    mix = {name: globals()[name] for name in MIX}
+    print(f"mix: {mix}")
     rows, tasks, judge = held_out(folder, STREAMS, HELD_OUT)
-    blanked, _, _ = held_out(folder, STREAMS, HELD_OUT, blank=True)
-    for name, streams in (("seen", rows), ("blanked", blanked)):
+    blanked, _, _ = held_out(folder, STREAMS, 20, blank=True)
+    for name, streams in (("seen", rows[:20]), ("blanked", blanked)):
         contexts = caption_contexts(streams, judge, 4, S.K, random.Random(SEED))
         shares = forced_decoding(policy, contexts, judge)
         print(f"forced decoding, {name}, {len(contexts)} clips: {in_a_row(shares)}", flush=True)
-    without_prompt = watch(policy, rows)
-    measure_writing(policy, S, rows, without_prompt, judge)
-    for prompted in (False, True):
-        right = {}
-        covered = []
-        for environment in world.CATEGORIES:
-            asked = [task for task in tasks if task["environment"] == environment]
-            memories = without_prompt
-            if prompted:
-                memories = watch(policy, rows, [task["question"] for task in asked[-5:]])
-            replies = [judge.answer(memories[task["stream"]], task["question"], task["options"])
-                       for task in asked]
-            hits = [reply == task["answer"] for reply, task in zip(replies, asked)]
-            right[environment] = np.mean(hits)
-            covered.append(np.mean([reply != "insufficient" for reply in replies]))
-        accuracy = np.mean(list(right.values()))
-        which = "with" if prompted else "without"
-        print(f"{which} a task prompt, temperature 0.6: accuracy {accuracy:.3f}  "
-              f"coverage {np.mean(covered):.3f}   {in_a_row(right, digits=2)}", flush=True)
+    written, deployed = watch(policy, rows)
+    print(f"temperature 0.6, own history: {in_a_row(writing(policy, S, deployed, judge))}")
+    samples = samples_at_temperature_1(policy, rows[:20], written)
+    print(f"temperature 1, the same history: {in_a_row(writing(policy, S, samples, judge))}", flush=True)
+    plain = answers(judge, tasks, written)
+    print(f"base, {len(tasks)} questions: {in_a_row(plain, 1)}")
+    _, others, _ = held_out(folder, STREAMS + HELD_OUT, 5)
+    prompted = []
+    for environment in world.CATEGORIES:
+        recent = [task["question"] for task in others if task["environment"] == environment][:5]
+        asked = [task for task in tasks if task["environment"] == environment]
+        without = answers(judge, asked, written)
+        prompted.append(answers(judge, asked, watch(policy, rows, recent)[0]))
+        print(f"  {environment:8} {in_a_row(without, 1)}   + task prompt: {in_a_row(prompted[-1], 1)}",
+              flush=True)
+    # Every environment has as many questions.
+    accuracy = np.mean([row["accuracy"] for row in prompted])
+    coverage = np.mean([row["coverage"] for row in prompted])
+    print(f"base + task prompt: accuracy {accuracy:.1f}  coverage {coverage:.1f}  "
+          f"precision {100 * accuracy / coverage:.1f}  gain {accuracy - plain['accuracy']:+.1f} points")
 
 
 def save(model, tokenizer, folder):
@@ -812,7 +832,11 @@ LANGUAGE_STEPS = [
 ]
 
 
+MIX = ("WRONG", "WRONG_CONNECTOR", "CAREFUL", "BROKEN", "LONG_PLAN", "FACTS", "ASKED")
+
+
 def main():
+    start = sys.argv[1] if len(sys.argv) > 1 else ""
     torch.set_num_threads(THREADS)
     torch.manual_seed(SEED)
     began = time.time()
@@ -820,21 +844,28 @@ def main():
     model = make_model(tokenizer)
     model.set_experts_implementation("grouped_mm")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    truths, frames = decoded_streams(0, STREAMS)
+    truths, frames = decoded_streams(0, AGAIN_STREAMS if start else STREAMS)
     spent = time.time() - began
     print(f"{len(frames)} clips rendered, encoded and decoded in {spent:.0f} s", flush=True)
 
-    # ---------------- the vision tower
+    # ---------------- the vision tower, or a whole base to begin from
     visual = model.model.visual
-    key, seconds = kept_step("vision", model, (SEED, STREAMS, VISION_STEPS),
-                             lambda: train_vision(visual, truths, frames))
-    spent += seconds
+    steps_to_do = LANGUAGE_STEPS
+    if start:
+        weights = load_file(f"{start}/model.safetensors")
+        model.load_state_dict(weights)
+        key = (start, zlib.crc32((pathlib.Path(start) / "model.safetensors").read_bytes()))
+        steps_to_do = [("noisy", AGAIN_STEPS, 8, 1e-3)]
+    else:
+        key, seconds = kept_step("vision", model, (SEED, STREAMS, VISION_STEPS),
+                                 lambda: train_vision(visual, truths, frames))
+        spent += seconds
     seen = features(visual, frames)
     del frames
 
     # ---------------- the language model
-    mix = (WRONG, WRONG_CONNECTOR, CAREFUL, BROKEN, LONG_PLAN, FACTS, ASKED)
-    for name, steps, size, peak in LANGUAGE_STEPS:
+    mix = tuple(globals()[name] for name in MIX)
+    for name, steps, size, peak in steps_to_do:
         key = (key, steps, size, peak, ANSWERS, mix if name == "noisy" else ())
         key, seconds = kept_step(
             name, model, key,

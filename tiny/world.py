@@ -34,7 +34,6 @@ PERSON_STAYS = 0.6        # chance that a person is there in the next clip too
 FACT_STAYS = 0.25         # chance that object, count, coat or action stays: a temptation to repeat
 FACTS_PER_MEMORY = 3      # what the token budget of a memory holds
 MULTI_SHARE = 0.25        # share of questions that need several clips
-CRF = 14                  # x264 quality: small text survives
 # ----------------------------------------------------------------
 
 CATEGORIES = ("place", "wear", "action", "object", "count", "speech")
@@ -399,13 +398,17 @@ def draw_pose(clip, bob):
 
 
 def write_video(path, frames):
-    """Encode uint8 (n, height, width, 3) frames as an mp4 (H.264) at FPS, a key frame per clip."""
+    """Encode uint8 (n, height, width, 3) frames as an mp4 (H.264) at FPS, a key frame per clip, without loss.
+
+    The same frames give the same bytes. What x264 leaves out where it may lose something differs now and then
+    from process to process, even with one thread.
+    """
     import av
-    options = {"crf": str(CRF), "g": str(FPS * CLIP_SECONDS), "threads": "1"}
+    options = {"qp": "0", "g": str(FPS * CLIP_SECONDS), "threads": "1"}
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream = container.add_stream("libx264rgb", rate=FPS, options=options)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "rgb24"
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
             container.mux(stream.encode(picture))
@@ -569,30 +572,40 @@ def solve(kind, fields, notes):
     return NUMBERS[len(set().union(*known)) - 1]
 
 
-VALUES = {"place": PLACES, "wear": COLOURS, "action": ACTIONS, "count": NUMBERS}
+# Per category the values of a fact; of objects and speech, of its first word.
+VALUES = {"place": PLACES, "wear": list(COLOURS), "action": ACTIONS, "object": list(COLOURS),
+          "count": NUMBERS, "speech": FIRST}
+
+
+def neighbour(category, value):
+    """The one value that this one is taken for: the next in its list; of two words, the first is the next.
+
+    >>> neighbour("place", "kitchen"), neighbour("object", "pink cup"), neighbour("object", "red")
+    ('garden', 'red cup', 'green')
+    """
+    first, *second = value.split()
+    values = VALUES[category]
+    following = values[(values.index(first) + 1) % len(values)]
+    return " ".join([following, *second])
 
 
 def wrong_options(kind, right, rng):
-    """Three wrong but plausible options."""
+    """Three wrong but plausible options. The neighbour of a right value is one of them."""
     environment = QUESTIONS[kind][0]
-    if kind == "object_colour":
-        values = COLOURS
-    elif kind == "place_many":
-        values = NUMBERS[:4]                         # one to three places
-    elif kind == "wear_many":
-        values = NUMBERS[1:5]                        # two to four people
-    elif environment in ("object", "speech"):        # one part is wrong, or the other, or both
-        is_object = environment == "object"
+    if kind == "place_many":
+        return [value for value in NUMBERS[:4] if value != right]    # one to three places
+    if kind == "wear_many":
+        return [value for value in NUMBERS[1:5] if value != right]   # two to four people
+    taken_for = neighbour(environment, right)
+    if environment in ("object", "speech") and kind != "object_colour":
+        # One word is wrong, or the other, or both.
         first, second = right.split()
-        firsts = COLOURS if is_object else FIRST
-        seconds = OBJECTS if is_object else SECOND
-        other_first = rng.choice([value for value in firsts if value != first])
+        seconds = OBJECTS if environment == "object" else SECOND
         other_second = rng.choice([value for value in seconds if value != second])
-        return [f"{other_first} {second}", f"{first} {other_second}",
-                f"{other_first} {other_second}"]
-    else:
-        values = VALUES[environment]
-    return rng.sample([value for value in values if value != right], 3)
+        other_first = taken_for.split()[0]
+        return [taken_for, f"{first} {other_second}", f"{other_first} {other_second}"]
+    others = [value for value in VALUES[environment] if value not in (right, taken_for)]
+    return [taken_for, *rng.sample(others, 2)]
 
 
 def possible_questions(truth, environment):
@@ -772,9 +785,11 @@ class Judge:
         return bool(found) and is_connected and memory.endswith(".") and is_true
 
     def clean(self, previous, memory):
-        """Nothing that the preceding memory states; no coordinates, no talk of the video, no labels."""
-        repeats = phrases_of(previous or "") & phrases_of(memory)
-        return not repeats and not UNWANTED.search(memory)
+        """Nothing that the preceding memory states, and nothing twice; no coordinates, no labels and the like."""
+        stated = phrases_of(memory)
+        is_said_twice = len(stated) > len(set(stated))
+        is_said_before = not set(stated).isdisjoint(phrases_of(previous or ""))
+        return not (is_said_twice or is_said_before or UNWANTED.search(memory))
 
     def rank(self, context, memories):
         """Ranks by the number of distinct true facts that the preceding memory doesn't state; 1 is best."""
@@ -860,6 +875,6 @@ UNWANTED = re.compile(
 
 
 def phrases_of(memory):
-    """The phrases of a memory, of the language or not."""
+    """The phrases of a memory, of the language or not, in order."""
     bare = re.sub(r"^(now|still), |\.$", "", memory.strip())
-    return set(bare.split(", ")) - {""}
+    return [phrase for phrase in bare.split(", ") if phrase]
