@@ -88,8 +88,6 @@ class Life:
     def live(self, *numbers):
         """Scripts on the folder as it is now."""
         self.call("01", f"--RUN={self.run}", "--SOURCE=camera", f"--DATA={self.folder}")
-        facts = world.truth_rows(self.stream, self.truth)
-        write_jsonl(self.run / "streams" / "truth.jsonl", facts)     # what the toy world's judge knows
         for number in numbers:
             self.call(number, f"--RUN={self.run}", f"--FROM={self.phase1}", *MORE.get(number, ()))
 
@@ -183,6 +181,8 @@ def live(life):
     """Runs the scripts again and again on the growing folder -> {block: later tasks with the agent's replies}."""
     life.train_phase1()
     life.folder.mkdir(parents=True, exist_ok=True)
+    # What the toy world's judge knows.
+    write_jsonl(life.folder / "truth.jsonl", world.truth_rows(life.stream, life.truth))
     life.record(0, PRELUDE)
     life.live("03")
     for block in blocks_of(life):

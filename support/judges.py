@@ -33,12 +33,13 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from support.endpoint import Endpoint
 from support.local_judge import Local
 from support.ranks import gather, my_share
 from support.reader import printed
-from support.runs import ROOT, Prompt, need, read_jsonl
+from support.runs import ROOT, Prompt, need, read_json, read_jsonl
 from support.text import as_text
 
 TRIES = 3                # a reply that can't be parsed is asked for again, then its verdict is None
@@ -66,13 +67,26 @@ def load_judge(S, model=None, shows_frames=True):
 
 
 def load_toy_judge(S):
-    truth = need(S, "streams/streams.jsonl").parent / "truth.jsonl"
-    if not truth.exists():
+    truth = find_truth(S)
+    if not truth:
         raise SystemExit('JUDGE="tiny" judges the toy world alone: take "local" or "openai:MODEL"')
     from tiny.world import Judge
     print("judge: the toy world's exact one, which reads no prompts (editing FAITHFUL, PREFER, ... "
           "changes nothing)")
     return Judge(read_jsonl(truth))
+
+
+def find_truth(S):
+    """What is known of toy videos: it lies beside the streams, or beside the videos (tiny/my_videos.py)."""
+    folder = need(S, "streams/streams.jsonl").parent
+    places = [folder]
+    if (folder / "settings.json").exists():
+        data = read_json(folder / "settings.json").get("DATA")
+        places += [Path(data)] if data else []
+    for place in places:
+        if (place / "truth.jsonl").exists():
+            return place / "truth.jsonl"
+    return None
 
 
 # ---------------------------------------------------------------- prompts, and strict replies
