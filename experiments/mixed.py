@@ -4,8 +4,8 @@ For every set of kinds in SETS an adapter is trained by the scripts on recent qu
 (a mixed environment), and the vectors of its kinds are added up. Both write memories of the test streams; so does each
 single vector. All are asked the same questions: those of the set's kinds.
 
-Run: python experiments/mixed.py     (reads the runs seedN that `./run.sh --SEED=N --RUN=seedN` has made)
-In:  runs/seedN for each of SEEDS: streams/, phase1/, tasks/, phase2/dpo-steer/
+Run: python experiments/mixed.py     (Phase One of each seed is that of experiments/drift.py)
+In:  the scripts, tiny/
 Out: results/mixed.json, mixed.md; runs/mixed/ (the runs). Interrupt it and run it again: it goes on.
 """
 import os
@@ -15,6 +15,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from experiments.drift import Life                                           # noqa: E402
 from experiments.evidence import commit, interval, script_of                # noqa: E402
 from support.runs import (find, load_streams, read_json, read_jsonl, slug,  # noqa: E402
                           write_json, write_jsonl, write_text)
@@ -30,34 +31,49 @@ QUESTIONS = 6                    # recent questions of a mixed environment, as m
 # ----------------------------------------------------------------
 
 
-def source(seed):
-    return ROOT / "runs" / f"seed{seed}"
+def call(number, seed, run, *arguments):
+    """Runs a script of the repository. SystemExit where it fails."""
+    command = [sys.executable, script_of(number), f"--RUN={run}", f"--FROM={Life(seed).phase1}", f"--SEED={seed}",
+               "--CPU_THREADS=1", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
 
 
-def make_adapters(seed):
-    """Stages 04 and 05 in a run of its own, whose environments are the SETS."""
-    run = RUNS / f"s{seed}"
-    asked = read_json(source(seed) / "tasks" / "recent.json")
+# The reward model is not used by DPO, so it gets few steps.
+FEW = ("--STEPS=10", "--WARMUP=1")
+
+
+def single(seed):
+    """The run with an adapter for each kind, as ./run.sh makes them."""
+    run = RUNS / f"s{seed}-single"
+    Life(seed).train_phase1()
+    call("03", seed, run)
+    call("04", seed, run, *FEW)
+    call("05", seed, run)
+    return run
+
+
+def mixed(seed, source):
+    """The run whose environments are the SETS."""
+    run = RUNS / f"s{seed}-mixed"
+    asked = read_json(source / "tasks" / "recent.json")
     recent = {}
     for name in SETS:
         kinds = name.split("+")
         each = QUESTIONS // len(kinds)
-        learned = []
+        recent[name] = []
         for kind in kinds:
-            learned += asked[kind][:each]
-        recent[name] = learned
+            recent[name] += asked[kind][:each]
     write_json(run / "tasks" / "recent.json", recent)
-    cache = read_jsonl(source(seed) / "tasks" / "cache.jsonl")
+    cache = read_jsonl(source / "tasks" / "cache.jsonl")
     write_jsonl(run / "tasks" / "cache.jsonl", [row | {"environments": list(SETS)} for row in cache])
-    # The reward model is not used by DPO.
-    for number, more in (("04", ["--STEPS=10", "--WARMUP=1"]), ("05", [])):
-        command = [sys.executable, script_of(number), f"--RUN={run}", f"--FROM={source(seed)}", f"--SEED={seed}",
-                   f"--RECENT={QUESTIONS}", "--CPU_THREADS=1", *more]
-        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    call("04", seed, run, f"--RECENT={QUESTIONS}", *FEW)
+    call("05", seed, run, f"--RECENT={QUESTIONS}")
     return run
 
 
-def vectors_of(seed, run):
+def vectors_of(source, run):
     """{name: steering vector}: "" for Phase One, a kind, a set, or "sum of" a set."""
     import torch
     from safetensors.torch import load_file
@@ -67,7 +83,7 @@ def vectors_of(seed, run):
         [value] = load_file(str(file)).values()
         return value
     kinds = SETS[-1].split("+")
-    found = {kind: vector(source(seed), kind) for kind in kinds}
+    found = {kind: vector(source, kind) for kind in kinds}
     found[""] = torch.zeros_like(found[kinds[0]])
     for name in SETS:
         found[name] = vector(run, name)
@@ -75,16 +91,17 @@ def vectors_of(seed, run):
     return found
 
 
-def accuracy_of(seed, vectors):
+def accuracy_of(seed, source, vectors):
     """{name: {kind of question: [right, asked]}} on the test streams, each vector with its own memories."""
     import common
     from support.weights import load_adapter
     collect = common.stage("03_collect_tasks")
-    S = common.settings(vars(collect), [f"--RUN={source(seed)}", f"--SEED={seed}", "--CPU_THREADS=1"])
+    S = common.settings(vars(collect), [f"--RUN={source}", f"--FROM={Life(seed).phase1}", f"--SEED={seed}",
+                                        "--CPU_THREADS=1"])
     policy = common.load_policy(S)
     load_adapter(policy, "phase1", find(S, "phase1/adapter"))
     kind = SETS[-1].split("+")[0]
-    load_adapter(policy, "phase2", source(seed) / "phase2" / "dpo-steer" / slug(kind) / "adapter")
+    load_adapter(policy, "phase2", source / "phase2" / "dpo-steer" / slug(kind) / "adapter")
     judge = common.load_judge(S, lambda: policy)
     streams = load_streams(S, "test")
     names = {stream["stream"] for stream in streams}
@@ -107,8 +124,9 @@ def accuracy_of(seed, vectors):
 def one_seed(seed):
     record = RUNS / f"s{seed}.json"
     if not record.exists():
-        run = make_adapters(seed)
-        counts = accuracy_of(seed, vectors_of(seed, run))
+        source = single(seed)
+        vectors = vectors_of(source, mixed(seed, source))
+        counts = accuracy_of(seed, source, vectors)
         write_json(record, {"seed": seed, "commit": commit(), "counts": counts})
     return read_json(record)
 
@@ -160,6 +178,7 @@ def page(rows, seeds):
 
 
 def main():
+    RUNS.mkdir(parents=True, exist_ok=True)
     records = [one_seed(seed) for seed in SEEDS]
     rows = rows_of(records)
     write_json(RESULTS / "mixed.json", {"rows": rows, "records": records})
