@@ -553,3 +553,29 @@ def test_real_videos_in_steps(tmp_path, data, capsys):
     assert grown == whole and len(whole) == 4
     said = capsys.readouterr().out
     assert "audio_only.mp4: " in said and "2 new streams" in said
+
+
+def test_toy_videos_to_be_used_as_ones_own(tmp_path):
+    """tiny/my_videos.py: the toy judge finds what they show, also of one that comes later; those there are kept."""
+    from support import judges
+    from tiny import my_videos, world
+    folder = tmp_path / "my"
+    my_videos.make_videos(folder, ["monday", "tuesday"])
+    monday = (folder / "monday.mp4").read_bytes()
+    ask(folder, {"video": "monday.mp4", "question": "What colour did <face_3> wear at 00:00:50?"})
+    folder_of(tmp_path, folder)
+    my_videos.make_videos(folder, ["monday", "wednesday"])
+    streams, _ = folder_of(tmp_path, folder)
+    assert (folder / "monday.mp4").read_bytes() == monday
+    assert [(name, row["split"], len(row["clips"])) for name, row in streams.items()] == [
+        (name, "deploy", 12) for name in ("monday", "tuesday", "wednesday")]
+    S = SimpleNamespace(RUN=str(tmp_path / "run"), FROM="", JUDGE="tiny")
+    judge = judges.load_judge(S)
+    said = world.sentence("now", world.clip_facts(judge.truth["wednesday", 3])[:2])
+
+    def is_true(stream):
+        return judge.faithful(SimpleNamespace(stream=stream, clip=3, history=[]), said)
+    assert is_true("wednesday") and not is_true("monday")
+    (folder / "truth.jsonl").unlink()
+    with pytest.raises(SystemExit, match="toy world alone"):
+        judges.load_judge(S)
