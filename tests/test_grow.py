@@ -353,7 +353,7 @@ def make_adapter(policy, run, environment, seed):
     policy.S.LAYER = 1
     params = policy.add("phase2", "steer")
     with torch.no_grad():
-        params[0].copy_(2 * torch.randn(params[0].shape, generator=torch.Generator().manual_seed(seed)))
+        params[0].copy_(0.5 * torch.randn(params[0].shape, generator=torch.Generator().manual_seed(seed)))
     save_adapter(policy, "phase2", run / "phase2/dpo-steer" / environment / "adapter")
     policy.drop("phase2")
 
