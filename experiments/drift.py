@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from experiments.evidence import commit, interval, script_of                # noqa: E402
+from experiments.evidence import cell, commit, interval, script_of          # noqa: E402
 from support.runs import (find, read_json, read_jsonl, slug, write_json,    # noqa: E402
                           write_jsonl, write_text)
 from tiny import world                                                       # noqa: E402
@@ -358,11 +358,11 @@ def curve(name, blocks, shift):
 
 
 def label(name, figure, y):
-    mean = figure["after the first block"]["mean"]
+    later = cell(figure["after the first block"], 0)
     x = LEFT + WIDTH + 14
     return (f'<path d="M{x} {y - 5}h20" stroke="{COLOURS[name]}" stroke-width="3"/>'
             f'<text x="{x + 28}" y="{y}">{POLICIES[name]}</text>'
-            f'<text x="{x + 28}" y="{y + 18}" fill="#555" font-size="13">{mean:.0f} % after the first block</text>')
+            f'<text x="{x + 28}" y="{y + 18}" fill="#555" font-size="13">{later} after block 1</text>')
 
 
 def main():

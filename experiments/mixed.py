@@ -16,7 +16,8 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from experiments.drift import Life                                           # noqa: E402
-from experiments.evidence import commit, interval, script_of                # noqa: E402
+from experiments.evidence import (cell, commit, interval, script_of,         # noqa: E402
+                                  table_row)
 from support.runs import (find, load_streams, read_json, read_jsonl, slug,  # noqa: E402
                           write_json, write_jsonl, write_text)
 
@@ -102,13 +103,14 @@ def accuracy_of(seed, source, vectors):
     load_adapter(policy, "phase1", find(S, "phase1/adapter"))
     kind = SETS[-1].split("+")[0]
     load_adapter(policy, "phase2", source / "phase2" / "dpo-steer" / slug(kind) / "adapter")
+    _, steer, _ = policy.steer["phase2"]
     judge = common.load_judge(S, lambda: policy)
     streams = load_streams(S, "test")
     names = {stream["stream"] for stream in streams}
     tasks = [task for task in read_jsonl(find(S, "streams/tasks.jsonl")) if task["stream"] in names]
     found = {}
     for name, vector in vectors.items():
-        policy.steer.data.copy_(vector)
+        steer.data.copy_(vector)
         with policy.using("phase2"):
             memories = common.watch(policy, streams, desc=name or "Phase One")
         replies, _ = collect.answer(S, judge, tasks, memories)
@@ -165,16 +167,21 @@ HEADS = {"phase1": "Phase One", "mixed": "one adapter of mixed questions", "sum"
          "own": "each kind's own vector", "other": "another kind's vector of the set"}
 
 
-def page(rows, seeds):
-    from experiments.evidence import cell, table_row
-    lines = ["# Questions of several kinds", "",
-             f"`python experiments/mixed.py`, {seeds} seeds, mean (95 % t interval over seeds). Questions of the set's kinds "
-             "about test streams, answered right, %. A mixed adapter has learned from six questions, as many of each kind; "
-             "a single vector from five of its kind.", "",
-             table_row(["kinds", *HEADS.values()]), "|---" * (1 + len(HEADS)) + "|"]
+def table(rows):
+    lines = [table_row(["kinds of questions", *HEADS.values()]), "|---" * (1 + len(HEADS)) + "|"]
     for row in rows:
-        lines.append(table_row([row["set"].replace("+", ", "), *[cell(row[column], 0) for column in HEADS]]))
-    return "\n".join(lines) + "\n"
+        kinds = row["set"].replace("+", ", ")
+        lines.append(table_row([kinds, *[cell(row[column], 0) for column in HEADS]]))
+    return "\n".join(lines)
+
+
+def page(rows, seeds):
+    """mixed.md."""
+    return "\n".join([
+        "# Questions of several kinds", "",
+        f"`python experiments/mixed.py`, {seeds} seeds, mean (95 % t interval over seeds). Questions of these kinds about "
+        "test streams, answered right, %. A mixed adapter has learned from six questions, as many of each kind; a single "
+        "vector from five of its kind.", "", table(rows), ""])
 
 
 def main():

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
-from experiments import bench, evidence, retrieval                          # noqa: E402
+from experiments import bench, drift, evidence, retrieval                   # noqa: E402
 from support import plan                                                    # noqa: E402
 from support.runs import ROOT, read_json                                    # noqa: E402
 from test_full_size import sketch                                           # noqa: E402, F401
@@ -19,6 +19,7 @@ PROVENANCE = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README, "results/README.md": PROVENANCE}
 F = read_json(ROOT / "results" / "evidence.json")
 PART = evidence.part_of(F)
+DRIFT = read_json(ROOT / "results" / "drift.json")
 RETRIEVAL = read_json(ROOT / "results" / "retrieval.json")
 
 # Head of a column -> (metric, decimals, factor).
@@ -36,6 +37,11 @@ def mean(name, digits=0, factor=1):
 def search_share(ranking, setting="right", fraction="10"):
     shares = RETRIEVAL[setting]["share of it"][ranking][fraction]["all"]
     return f"{100 * sum(shares) / len(shares):.0f}"
+
+
+def drifted(policy):
+    """Accuracy of a policy after the first block, with its interval."""
+    return evidence.cell(DRIFT["policies"][policy]["after the first block"], 0)
 
 
 # What a sentence may claim, wherever it stands: pattern of its numbers -> what they have to be.
@@ -57,6 +63,11 @@ CLAIMS = {
     r"takes (\d+) steps there, instead of the (\d+)": [
         re.search(r"--STEPS=(\d+)", evidence.LONG)[1], str(common.stage("02_phase1_train").STEPS.tiny)],
     r"took ([\d.]+) hours of one core, on a machine with (\d+) cores that ran (\d+)": ["5.8", "4", "4"],
+    r"The agent that goes on answers (\S+ \(\S+ to \S+\)) %": [drifted("agent")],
+    r"Phase One (\S+ \(\S+ to \S+\)), the first adapter, kept for ever, (\S+ \(\S+ to \S+\))": [
+        drifted("phase1"), drifted("first")],
+    r"told the latest questions, (\S+ \(\S+ to \S+\))": [drifted("told")],
+    r"of each block, (\d+) seeds": [str(len(DRIFT["records"]))],
     r"keeps (\d+) % of the accuracy": [search_share("BM25, neighbours")],
     r"without neighbours (\d+) %": [search_share("BM25")],
     r"small base (\d+) %": [search_share("embeddings, neighbours")],
@@ -219,6 +230,15 @@ def test_ablations_in_the_readme():
 # ================================================================ figures of bench, search and plan
 def test_the_table_of_the_bench():
     assert blocks(PROVENANCE, "bench") == [bench.page(read_json(ROOT / "results" / "bench.json"))]
+
+
+def test_the_picture_of_drift():
+    found = drift.figures(DRIFT["records"])
+    assert found == DRIFT["policies"]
+    picture = (ROOT / "results" / "drift.svg").read_text(encoding="utf-8")
+    assert picture == drift.picture(found, len(DRIFT["records"]))
+    for claim in ("The agent that goes on answers", "the first adapter, kept for ever,", "told the latest questions,"):
+        assert claim in flat(README)
 
 
 def test_the_table_of_the_search():
