@@ -696,8 +696,13 @@ def page(result):
     lines = [
         f"Measured on an {where['cpu']} with {where['cores']} cores, of which {where['threads']} was used, "
         f"under a load of {where['load'][0]} at the start; Python {where['python']}, "
-        f"torch {where['torch']}, transformers {where['transformers']}, TRL {result['step, TRL']['trl']}.", "",
-        "| | times faster | peak memory |", "|---|---|---|"]
+        f"torch {where['torch']}, transformers {where['transformers']}, TRL {result['step, TRL']['trl']}."]
+    if "later" in result:
+        # Parts that were run by themselves, with another --json, and copied into the file.
+        later = result["later"]
+        lines[0] += (f" The rows on masks, a decode step and verdicts were measured later, on a machine with "
+                     f"{later['cores']} cores, under a load of {later['load'][0]}.")
+    lines += ["", "| | times faster | peak memory |", "|---|---|---|"]
     rows = list(ROLLOUT_ROWS)
     for length in PROMPT_LENGTHS:
         label = f"packed row, prompt of {length} tokens, against a batch of 8 rows"

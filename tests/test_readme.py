@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import common                                                               # noqa: E402
-from experiments import bench, drift, evidence, retrieval                   # noqa: E402
+from experiments import bench, drift, evidence, mixed, retrieval            # noqa: E402
 from support import plan                                                    # noqa: E402
 from support.runs import ROOT, read_json                                    # noqa: E402
 from test_full_size import sketch                                           # noqa: E402, F401
@@ -20,6 +20,7 @@ PAGES = {"README.md": README, "results/README.md": PROVENANCE}
 F = read_json(ROOT / "results" / "evidence.json")
 PART = evidence.part_of(F)
 DRIFT = read_json(ROOT / "results" / "drift.json")
+MIXED = read_json(ROOT / "results" / "mixed.json")
 RETRIEVAL = read_json(ROOT / "results" / "retrieval.json")
 
 # Head of a column -> (metric, decimals, factor).
@@ -239,6 +240,12 @@ def test_the_picture_of_drift():
     assert picture == drift.picture(found, len(DRIFT["records"]))
     for claim in ("The agent that goes on answers", "the first adapter, kept for ever,", "told the latest questions,"):
         assert claim in flat(README)
+
+
+def test_the_table_of_mixed_questions():
+    rows = mixed.rows_of(MIXED["records"])
+    assert rows == MIXED["rows"] and blocks(README, "mixed") == [mixed.table(rows)]
+    assert (ROOT / "results" / "mixed.md").read_text(encoding="utf-8") == mixed.page(rows, len(MIXED["records"]))
 
 
 def test_the_table_of_the_search():
