@@ -343,3 +343,10 @@ def test_the_commands_of_the_recipe_are_understood():
         script = line.split()[1].removesuffix(".py")
         arguments = re.findall(r'--\w+=(?:"[^"]*"|\S+)', line)
         common.settings(vars(importlib.import_module(script)), arguments)
+
+
+@pytest.fixture(autouse=True)
+def no_runs(monkeypatch, tmp_path):
+    """What ./run.sh has made in runs/ has no say in these figures."""
+    from support import runs
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
