@@ -38,7 +38,7 @@ from support.hours import Sizes, first_measured, say_plan, sizes_of
 from support.judges import Answer, SourcedAnswer, Verdict
 from support.ranks import gather, is_first_rank, my_share, once, progress, said_once
 from support.reader import Retriever, printed
-from support.runs import (ROOT, append_jsonl, clock, find, fingerprint, load_streams, need,
+from support.runs import (ROOT, append_jsonl, clock, find, fingerprint, have_frames, load_streams, need,
                           next_command, read_growing, read_json, read_jsonl, read_progress,
                           say_what_differs, slug, start, write_json, write_jsonl, write_text)
 from support.weights import load_adapter, load_tokenizer
@@ -335,7 +335,11 @@ def read_cache(S, out, streams):
     before = [*read_progress(out / "cache.jsonl"), *read_progress(out / "cache.part")]
     rows = {(row["stream"], row["clip"]): row for row in before}
     places = all_places(streams)
-    unseen = [place for place in places if place[1] >= considered.get(place[0]["stream"], 0)]
+    unseen = []
+    for stream, t in places:
+        is_unseen = t >= considered.get(stream["stream"], 0)
+        if is_unseen and have_frames(stream["clips"][max(0, t + 1 - S.K):t + 1]):
+            unseen.append((stream, t))
     new = evenly(unseen, S.CACHE_CONTEXTS)
     names = {name_of(place) for place in new}
     old = []

@@ -33,7 +33,7 @@ from support.checkpoint import Training, begin_anew_unless
 from support.hours import Sizes, say_plan, sizes_of
 from support.plan import prompt_tokens
 from support.ranks import gather, my_share, once, said_once
-from support.runs import (fingerprint, hold, load_streams, need, next_command, read_json, read_jsonl,
+from support.runs import (fingerprint, have_frames, hold, load_streams, need, next_command, read_json, read_jsonl,
                           say_what_differs, say_what_is_new, slug, start, write_json)
 from support.weights import load_adapter, save_adapter
 
@@ -175,21 +175,28 @@ def norm_of(params):
 
 
 def cached_pairs(S, environment, streams):
-    """04's pairs of one environment, on the contexts that it has kept of the cache."""
+    """04's pairs of one environment, on the contexts that it has kept of the cache. Those of deleted videos are left
+    out."""
     file = need(S, "reward/pairs.jsonl")
     kept = read_jsonl(file.with_name("contexts.jsonl"))
     rows = {(row["stream"], row["clip"]): row for row in kept}
     streams = {stream["stream"]: stream for stream in streams}
     pairs = []
+    without_frames = 0
     for chosen in read_jsonl(file):
         if chosen["environment"] != environment:
             continue
         row = rows[chosen["stream"], chosen["clip"]]
         context = collect.cached_context(streams[row["stream"]], row, S.K)
+        if not have_frames(context.clips):
+            without_frames += 1
+            continue
         samples = row["samples"]
         winner = samples[chosen["winner"]]
         loser = samples[chosen["loser"]]
         pairs.append(TokenPair(context, winner["ids"], loser["ids"]))
+    if without_frames:
+        print(f"  {environment:24} {without_frames} pairs are left out, as their videos are gone")
     return pairs
 
 

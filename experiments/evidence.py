@@ -8,7 +8,7 @@ is a hash of the scripts (comments and docstrings aside), of the command lines a
 another hash are never pooled.
 
 Run: python experiments/evidence.py [JOBS]      (JOBS at a time, one thread each; default 4)
-     (about 6 hours of one core of an AMD EPYC: see results/evidence.log)
+     (hours of one core: see results/evidence.log)
 In:  the six scripts, tiny/
 Out: results/evidence.json, evidence.md, evidence.log, accuracy.svg, evidence/ (the records); runs/evidence/ (the runs)
 """
@@ -42,11 +42,9 @@ FEW = range(10, 13)                            # ... of variants and ablations
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}      # t quantile 0.975 for n seeds
 
 # Command lines after the script's number. {run}: the seed's main run; {norm}: 0.8 of the mean norm of its vectors.
-# Phase One takes more steps than in ./run.sh, which must end in minutes: memories shorten first, then richness
-# brings them back.
-LONG = " --STEPS=140 --OFF_POLICY_STEPS=90"
+# All constants are those of ./run.sh.
 PHASE2 = "05 --RUN={run} --CPU_THREADS=1"
-MAIN = ["01 --RUN={run}", "02 --RUN={run}" + LONG, "03 --RUN={run}", "04 --RUN={run}", PHASE2,
+MAIN = ["01 --RUN={run}", "02 --RUN={run}", "03 --RUN={run}", "04 --RUN={run}", PHASE2,
         PHASE2 + " --ALGORITHM=grpo"]
 VARIANTS = {
     "lora": " --ADAPTER=lora",
@@ -58,7 +56,7 @@ VARIANTS = {
 ABLATIONS = {
     "norich": "--RICHNESS=0",
     "nogate": "--GATE=0",
-    "offpolicy": "--OFF_POLICY_STEPS=140",
+    "offpolicy": "--OFF_POLICY_STEPS=60",
     "nokl": "--KL=0"}
 # ----------------------------------------------------------------
 LOCK = threading.Lock()                        # of the log and of the files in results/
@@ -184,7 +182,7 @@ def ablation(run, name):
     if other.record_file(name).exists():
         return
     train_main(run)
-    other.call("02 --RUN={run} --FROM={main}" + LONG + " " + ABLATIONS[name], main=run.name)
+    other.call("02 --RUN={run} --FROM={main} " + ABLATIONS[name], main=run.name)
     other.call("06 --RUN={run} --FROM={main} --METHODS=base,phase1", main=run.name)
     other.record(name)
 

@@ -376,7 +376,13 @@ def check_files_are_there(path, rows):
     if lost > may_go or lost == files:
         raise SystemExit(f"{there}. Put them back (is their disk mounted?) and run the same command "
                          "again, or make the streams anew: 01_make_streams.py under another --RUN")
-    print(f"*** {there}. Their notes stay; a stage that needs their frames again will stop there ***")
+    print(f"*** {there}. Their notes stay, but adapters learn nothing more from them, and a clip that was not "
+          "watched in time stops 03 ***")
+
+
+def have_frames(clips):
+    """Whether the video files of these clips are still there."""
+    return all(os.path.isfile(file) for file in {clip["file"] for clip in clips})
 
 
 def as_written(S, streams):

@@ -3,6 +3,7 @@ whatever is interrupted in between mixes nothing. Questions need no answers."""
 import importlib
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -290,6 +291,19 @@ def test_pairs_of_contexts_that_the_cache_has_lost_are_learned_from(run, loaded)
     stage("05_phase2_train", run, "--ENVIRONMENT=place", "--NAME=later")
     one, two = (run / "phase2" / name / "place/adapter/steer.safetensors" for name in ("dpo-steer", "dpo-steer-later"))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_pairs_of_deleted_videos_are_left_out(run, capsys):
+    S = SimpleNamespace(RUN=str(run), FROM="", K=2)
+    streams = runs.load_streams(S, "deploy")
+    every = phase2.cached_pairs(S, "wear", streams)
+    for clip in streams[1]["clips"][:2]:
+        clip["file"] = "gone.mp4"
+    there = phase2.cached_pairs(S, "wear", streams)
+    lost = [pair for pair in every if pair.context.stream == "deploy-001"]
+    assert 0 < len(lost) == len(every) - len(there) and len(there) > 0
+    assert all(pair.context.stream != "deploy-001" for pair in there)
+    assert f"wear                     {len(lost)} pairs are left out, as their videos are gone" in capsys.readouterr().out
 
 
 # ================================================================ questions without answers

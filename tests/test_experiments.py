@@ -70,7 +70,7 @@ def test_our_steps_beside_trl(short):
 
 def test_command_lines_of_the_evidence_parse():
     lines = [*evidence.MAIN, *(evidence.PHASE2 + more for more in evidence.VARIANTS.values())]
-    lines += [f"02 --RUN={{run}} --FROM={{run}}{evidence.LONG} {flag}" for flag in evidence.ABLATIONS.values()]
+    lines += [f"02 --RUN={{run}} --FROM={{run}} {flag}" for flag in evidence.ABLATIONS.values()]
     lines += ["06 --RUN={run} --FROM={run} --METHODS=base,phase1"]
     for line in lines:
         number, *arguments = line.format(run="s0", norm="0.3").split()

