@@ -7,9 +7,12 @@ wrong value is always the neighbour of the right one, so temperature 0.6 does no
 values that are spread; the right one stays likelier, so reinforcement learning can repair it. The mix was
 calibrated to the rows of the paper's base, and to nothing else: make_base.log has the targets and every try.
 
+The committed base was made in two runs: steps 1 to 3 by this file as it was at commit 66c9d30, the last one, again and
+with today's mix, by the second command below. Today's file has not been run from nothing; that would give other weights.
+
 A finished step is kept in runs/base/ and read back, with its log, by a run with the same constants.
 
-Run:  python tiny/make_base.py            (28 minutes on 2 threads, 6 GB)
+Run:  python tiny/make_base.py            (28 minutes on 2 threads, 6 GB, at that commit)
       python tiny/make_base.py FOLDER     (the last step alone, from the base in FOLDER: 5 minutes)
 In:   nothing; the streams of the split "base", which no stage uses
 Out:  tiny/base/ (config, weights in bf16, tokenizer)
