@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROVENANCE = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README, "results/README.md": PROVENANCE}
 F = read_json(ROOT / "results" / "evidence.json")
-PART = evidence.part_of(F)
+PART = "deployed"
 DRIFT = read_json(ROOT / "results" / "drift.json")
 MIXED = read_json(ROOT / "results" / "mixed.json")
 RETRIEVAL = read_json(ROOT / "results" / "retrieval.json")

@@ -326,7 +326,8 @@ def test_every_category_is_perceived(base):
     policy, sets, make_base = base
     shares = make_base.forced_decoding(policy, *sets["seen"])
     # A quarter of what the base was taught is wrong, and always the same way; what is right stays the likeliest.
-    assert all(share >= 0.85 for share in shares.values()), shares
+    assert all(share >= 0.88 for share in shares.values()), shares
+    assert sum(shares.values()) / len(shares) >= 0.94, shares
 
 
 def test_without_pixels_nothing_is_known(base):
