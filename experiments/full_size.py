@@ -126,6 +126,13 @@ class Report:
         self.file = file
         self.parts = json.loads(file.read_text()) if file.exists() else {}
         self.limit = SECONDS                       # later than this, nothing is begun
+        self.lock = threading.Lock()
+
+    def keep(self, rows, name, row):
+        """Puts a row into `rows`, which is part of the report, and writes all: chains of stages do so at once."""
+        with self.lock:
+            rows[name] = row
+            self.write()
 
     def write(self):
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -153,8 +160,7 @@ class Report:
                 row["where"] = traceback.format_exc()[-1500:]
             row["wall_s"] = round(time.time() - began, 2)
             row.setdefault("peak_gib", peak())     # some figures hold a peak of their own
-        self.parts.setdefault(part, {})[name] = row
-        self.write()
+        self.keep(self.parts.setdefault(part, {}), name, row)
         shown = row.copy()
         for long in ("where", "table"):
             shown.pop(long, None)
@@ -167,6 +173,8 @@ class Report:
         """A line for each measurement: its seconds, its peak, and the start of its figures."""
         print(f"\n{'part':14}{'measured':44}{'s':>8}{'peak GiB':>10}  result")
         for part, rows in self.parts.items():
+            if not isinstance(rows, dict):         # a note on the whole file, added by hand
+                continue
             for name, row in rows.items():
                 wall = row.get("wall_s", 0)
                 most = row.get("peak_gib") or 0
@@ -1473,16 +1481,16 @@ def make_chains(folder):
 def run_chain(report, chain, run):
     """The stages of one chain, each with its exit code, its seconds and its last words."""
     table = {}
-    report.parts.setdefault("6 stages", {})[chain.name] = table
+    report.keep(report.parts.setdefault("6 stages", {}), chain.name, table)
     for stage, arguments in chain.commands():
         key = f"{stage} grpo" if "--ALGORITHM=grpo" in arguments else stage
         left = START + SECONDS + 60 - time.time()
         if left < 15:
-            table[key] = {"skipped": "no time left"}
+            report.keep(table, key, {"skipped": "no time left"})
             continue
         command = [sys.executable, f"{stage}.py", f"--RUN={run}", *arguments, *chain.arguments]
-        table[key] = row = run_command(command, left)
-        report.write()
+        row = run_command(command, left)
+        report.keep(table, key, row)
         words = row["err"] if row["code"] else row["out"]
         say(f"6 {chain.name}: {key}: {row['code']}, {row['seconds']} s  {words.strip()[-200:]!r}")
 
