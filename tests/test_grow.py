@@ -466,11 +466,10 @@ def test_the_name_of_an_adapter_is_no_kind_of_05(tmp_path):
 
 # ================================================================ killed while it grows, and on two ranks
 GROW = """
-import os, pathlib, random, shutil, signal, sys
+import os, pathlib, random, shutil, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-import common, test_grow
-from support import ranks, runs
+import test_grow
+from support import ranks
 life, run, adapters = map(pathlib.Path, sys.argv[1:])
 
 
@@ -480,44 +479,10 @@ def grow(step):                              # the adapter comes after the first
         shutil.copytree(adapters, run / "phase2")
 """
 KILLED = GROW + """
+import killed
+
 draw = random.Random(3)
-to_bytes, replace = runs.as_bytes, os.replace
-left = None                                  # writes until the end
-torch.set_num_threads(1)
-loaded = common.load_model(common.settings(dict(__doc__=""), test_grow.ALWAYS))
-common.load_model = lambda S: loaded         # once, for all children
-
-
-def one_less():
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def as_bytes(text):                          # before a line is appended or a file written
-    one_less()
-    return to_bytes(text)
-
-
-def put_in_place(one, two):                  # before and after a file takes the place of another
-    one_less()
-    replace(one, two)
-    one_less()
-
-
-def child(writes):
-    global left
-    number = os.fork()
-    if not number:
-        left = writes
-        runs.as_bytes, os.replace = as_bytes, put_in_place
-        sys.stdout = open(os.devnull, "w")
-        test_grow.collect_tasks(run)
-        os._exit(0)
-    status = os.waitpid(number, 0)[1]
-    assert status in (0, signal.SIGKILL), status
-    return status == 0
+killed.load_model_once(test_grow.ALWAYS)
 
 
 def sizes():
@@ -527,17 +492,17 @@ def sizes():
 
 for step in range(3):
     grow(step)
-    killed = 0
+    kills = 0
     before = sizes()
-    while not child(draw.randint(1, 8 * 3 ** killed)):
-        killed += 1
+    while not killed.finishes(test_grow.collect_tasks, run, kill_at=draw.randint(1, 8 * 3 ** kills)):
+        kills += 1
         after = sizes()
         written = [file for file in after if after[file] > before[file]]
         if written:                              # the line that was written last may be torn
             last = max(written, key=lambda file: file.stat().st_mtime_ns)
             os.truncate(last, after[last] - draw.choice([0, 5]))
         before = sizes()
-    print("killed", killed, "times", flush=True)
+    print("killed", kills, "times", flush=True)
 """
 TWO_RANKS = GROW + """
 for step in range(3):

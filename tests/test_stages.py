@@ -290,10 +290,9 @@ def test_two_ranks_publish_what_one_process_does(chain, tmp_path):
 
 # ================================================================ killed at random moments, and resumed
 KILLS = """
-import os, pathlib, random, signal, sys
+import os, pathlib, random, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-import common, test_stages
+import killed, test_stages
 from support import runs
 
 SMALL = [("03_collect_tasks", ("--CACHE_STREAMS=2", "--CACHE_CONTEXTS=8", "--CHUNK=3", "--LATER=2")),
@@ -303,43 +302,7 @@ SMALL = [("03_collect_tasks", ("--CACHE_STREAMS=2", "--CACHE_CONTEXTS=8", "--CHU
 AGAIN = SMALL[1:3]                           # once more, for other questions
 whole, cut = map(pathlib.Path, sys.argv[1:])
 draw = random.Random(7)
-to_bytes, replace = runs.as_bytes, os.replace
-left = None                                  # writes until the end
-torch.set_num_threads(1)
-loaded = common.load_model(common.settings(dict(__doc__=""), test_stages.ALWAYS))
-common.load_model = lambda S: loaded         # once, for all children
-
-
-def one_less():
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def as_bytes(text):                          # before a line is appended or a file written
-    one_less()
-    return to_bytes(text)
-
-
-def put_in_place(one, two):                  # before and after a file takes the place of another
-    one_less()
-    replace(one, two)
-    one_less()
-
-
-def child(name, run, argv, writes):
-    global left
-    number = os.fork()
-    if not number:
-        left = writes
-        runs.as_bytes, os.replace = as_bytes, put_in_place
-        sys.stdout = open(os.devnull, "w")
-        test_stages.stage(name, run, *argv)
-        os._exit(0)
-    status = os.waitpid(number, 0)[1]
-    assert status in (0, signal.SIGKILL), (name, status)
-    return status == 0
+killed.load_model_once(test_stages.ALWAYS)
 
 
 def go_on(run):                              # as 03 does: an environment asks others, and the cache moves on
@@ -355,13 +318,13 @@ for number, (name, argv) in enumerate([*SMALL[:3], *AGAIN, SMALL[3]]):
     if number == 3:
         go_on(whole)
         go_on(cut)
-    assert child(name, whole, argv, 10**9)
-    killed = 0
-    while not child(name, cut, argv, draw.randint(1, 9 * 3 ** killed)):
-        killed += 1
+    assert killed.finishes(test_stages.stage, name, whole, *argv, kill_at=10**9)
+    kills = 0
+    while not killed.finishes(test_stages.stage, name, cut, *argv, kill_at=draw.randint(1, 9 * 3 ** kills)):
+        kills += 1
         for part in [*cut.glob("*/*.part"), *cut.glob("*/*/*.part")]:      # and its last line may be torn
             os.truncate(part, max(0, part.stat().st_size - draw.choice([0, 5])))
-    print(name, "was killed", killed, "times", flush=True)
+    print(name, "was killed", kills, "times", flush=True)
 """
 
 
