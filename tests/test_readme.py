@@ -18,7 +18,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROVENANCE = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README, "results/README.md": PROVENANCE}
 F = read_json(ROOT / "results" / "evidence.json")
-PART = "deployed"
 DRIFT = read_json(ROOT / "results" / "drift.json")
 MIXED = read_json(ROOT / "results" / "mixed.json")
 RETRIEVAL = read_json(ROOT / "results" / "retrieval.json")
@@ -27,8 +26,7 @@ RETRIEVAL = read_json(ROOT / "results" / "retrieval.json")
 COLUMNS = {
     "accuracy": ("accuracy", 0, 1), "coverage": ("coverage", 0, 1), "precision": ("precision", 0, 1),
     "gain over Phase One, matched": ("matched_gain", 0, 1), "mismatched": ("mismatched_gain", 0, 1),
-    "fully right, %": (f"fully_right.{PART}", 0, 100), "fully right": (f"fully_right.{PART}", 2, 1),
-    "tokens": (f"tokens.{PART}", 1, 1), "tokens a memory": (f"tokens.{PART}", 1, 1)}
+    "fully right, %": ("fully_right.deployed", 0, 100), "tokens a memory": ("tokens.deployed", 1, 1)}
 
 
 def mean(name, digits=0, factor=1):
@@ -45,25 +43,31 @@ def drifted(policy):
     return evidence.cell(DRIFT["policies"][policy]["after the first block"], 0)
 
 
+def hours_of_the_log():
+    log = (ROOT / "results" / "evidence.log").read_text(encoding="utf-8")
+    seconds = sum(map(int, re.findall(r": (\d+) s$", log, re.M)))
+    return f"{seconds / 3600:.1f}"
+
+
 # What a sentence may claim, wherever it stands: pattern of its numbers -> what they have to be.
 CLAIMS = {
-    r"about (\d+) % of its memories fully right": [mean(f"base.fully_right.{PART}", 0, 100)],
-    r"raises that to (\d+) %": [mean(f"phase1.fully_right.{PART}", 0, 100)],
-    r"rises by (\d+) points": [mean("phase2.matched_gain")],
-    r"changes by (-?\d+) points": [mean("phase2.mismatched_gain")],
-    r"hold (\d+) % of the base's tokens": [mean(f"phase1.tokens_ratio.{PART}", 0, 100)],
-    r"\((\d+) and (\d+) %\), with (\d+) % of its memories fully right against (\d+) %": [
-        mean("base+prompt.accuracy"), mean("dpo-steer.accuracy"),
-        mean(f"base+prompt.fully_right.{PART}", 0, 100), mean(f"dpo-steer.fully_right.{PART}", 0, 100)],
-    r"other environments' questions\* (\d+) points": [mean("phase2.mismatched_gain", 0, -1)],
-    r"rightly in (\d+) % \(": [mean("reward_model.pair_accuracy", 0, 100)],
-    r"with other questions in (\d+) %": [mean("reward_model.shuffled_accuracy", 0, 100)],
+    r"fully right from (\d+) to (\d+) %, at (\d+) % of the base's tokens": [
+        mean("phase1.fully_right.deployed.base", 0, 100), mean("phase1.fully_right.deployed.phase1", 0, 100),
+        mean("phase1.tokens_ratio.deployed", 0, 100)],
+    r"Accuracy rises by (\d+) points, precision by (\d+)": [
+        mean("phase1.gain_over_base"), mean("phase1.precision_change")],
+    r"rises by (\d+) points over Phase One, and (\d+) over the task prompt": [
+        mean("phase2.matched_gain"), mean("phase2.gain_over_prompt")],
+    r"In the others it changes by (-?\d+):": [mean("phase2.mismatched_gain")],
+    r"memories fall to (\d+) %": [mean("dpo-steer.fully_right.deployed", 0, 100)],
+    r"with all of them (\d+) % are fully right, with a LoRA (\d+) %": [
+        mean("dpo-all.fully_right.deployed", 0, 100), mean("dpo-lora.fully_right.deployed", 0, 100)],
+    r"pairs rightly in (\d+) %": [mean("reward_model.pair_accuracy", 0, 100)],
+    r"environments' questions in (\d+) %": [mean("reward_model.shuffled_accuracy", 0, 100)],
     r"(\d+) seeds of the main run": [str(F["seeds"]["main"])],
     r"(\d+) of each ablation and of the variants": [str(F["seeds"]["side"])],
     r"(\d+) % t intervals": ["95"],
-    r"takes (\d+) steps there, instead of the (\d+)": [
-        "140", str(common.stage("02_phase1_train").STEPS.tiny)],
-    r"took ([\d.]+) hours of one core, on a machine with (\d+) cores that ran (\d+)": ["5.8", "4", "4"],
+    r"took ([\d.]+) hours of one core, on a machine with (\d+) cores that ran (\d+)": [hours_of_the_log(), "2", "2"],
     r"The agent that goes on answers (\S+ \(\S+ to \S+\)) %": [drifted("agent")],
     r"Phase One (\S+ \(\S+ to \S+\)), the first adapter, kept for ever, (\S+ \(\S+ to \S+\))": [
         drifted("phase1"), drifted("first")],
@@ -154,12 +158,6 @@ def test_evidence_of_other_code_is_called_so():
         assert re.search(rf"commit `{F['commit'][:7]}`", README), F["commit"]
 
 
-def test_the_log_took_as_long_as_is_said():
-    log = (ROOT / "results" / "evidence.log").read_text(encoding="utf-8")
-    seconds = sum(map(int, re.findall(r": (\d+) s$", log, re.M)))
-    assert f"{seconds / 3600:.1f} hours of one core" in flat(PROVENANCE)
-
-
 def figure_name(row):
     """The beginning of a row's figures: by the name of a method, or by the constant that an ablation sets."""
     for method, name in evidence.NAMES.items():
@@ -220,12 +218,14 @@ def test_claims_in_sentences(page):
     assert claimed >= 4
 
 
-def test_ablations_in_the_readme():
-    for ablation, flag in evidence.ABLATIONS.items():
-        rows = [line for line in README.splitlines() if line.startswith("|") and flag in line]
-        assert rows, flag
-        for row in rows:
-            assert mean(f"{ablation}.fully_right.{PART}", 2) in row and mean(f"{ablation}.tokens.{PART}", 1) in row, row
+def test_the_readme_has_the_ablations_between_the_marks():
+    text = "\n".join(blocks(README, "evidence"))
+    for flag in evidence.ABLATIONS.values():
+        assert f"{flag}` |" in text
+
+
+def test_the_effects_beside_the_paper():
+    assert blocks(README, "effects") == [evidence.table_of_effects(F)]
 
 
 # ================================================================ figures of bench, search and plan
