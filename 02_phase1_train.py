@@ -19,7 +19,7 @@ split evenly into at most CONTEXTS / MINI_BATCH updates; a sample whose judge fa
 and spread are taken.
 
 Run: python 02_phase1_train.py [--NAME=value ...]     (--SHOW=1 prints the first group in full and stops)
-     (toy world: 134 s on two cores)
+     (toy world: 129 s on two cores)
 In:  streams/streams.jsonl (01) and its videos; captions.jsonl (01 for the toy world, else yours, if any)
 Out: phase1/adapter (PEFT folder; weights.safetensors with TRAIN="all"), log.csv, checkpoint.pt, settings.json
 Ctrl-C finishes the step and saves; the same command goes on from there.

@@ -17,7 +17,7 @@ streams (see 01):
            examined on: each row of the cache names the environments that may learn from it.
 
 Run: python 03_collect_tasks.py [--NAME=value ...]
-     (toy world: 21 s on two cores)
+     (toy world: 23 s on two cores)
      python 03_collect_tasks.py --RUN=mine --ASK="Where did I put the keys?"    answers from the notes, in seconds
 In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02), and what the judge needs; later
      phase2/ADAPTER/*/adapter (05)

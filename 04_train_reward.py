@@ -11,7 +11,7 @@ Differs from the paper: R is ours; among equally long paths, pairs of equal qual
 the same text are not judged, as they tie by construction.
 
 Run: python 04_train_reward.py [--NAME=value ...]
-     (toy world: 37 s on two cores)
+     (toy world: 40 s on two cores)
 In:  streams/streams.jsonl (01), tasks/recent.json, cache.jsonl (03), and what the judge needs
 Out: reward/verdicts/, preferences.jsonl, pairs.jsonl, pairs_trl.jsonl (the same pairs in TRL's preference
      format), contexts.jsonl (what they are about), log.csv, checkpoint.pt, model/, report.json

@@ -13,7 +13,7 @@ the next one of its environment is written.
 Differs from the paper: the on-policy path.
 
 Run: python 05_phase2_train.py [--NAME=value ...]     (--SHOW=1 prints the first pair or group in full and stops)
-     (toy world: 72 s by DPO, 65 s on-policy, on two cores)
+     (toy world: 75 s by DPO on two cores)
 In:  streams/ (01), phase1/adapter (02), tasks/recent.json, cache.jsonl (03), reward/pairs.jsonl, contexts.jsonl,
      model (04)
 Out: phase2/ALGORITHM-ADAPTER[-NAME]/ENVIRONMENT/adapter, log.csv, checkpoint.pt, questions.json
