@@ -4,6 +4,7 @@ The model is loaded once; `policy` hands it out bare and takes off whatever a te
 """
 import importlib
 import pathlib
+import signal
 import sys
 
 import pytest
@@ -12,7 +13,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common                                                               # noqa: E402
-from support import runs, sources                                                    # noqa: E402
+from support import runs, sources                                           # noqa: E402
+
+# A shell starts what runs in the background deaf to Ctrl-C, and tests send it to their children.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -318,7 +318,7 @@ def test_a_watch_goes_on_by_stream_and_clip(tmp_path, monkeypatch, capsys):
 
 
 def test_the_cache_goes_on_by_stream_and_clip(tmp_path, monkeypatch):
-    clips = [{"clip": i, "start": i, "end": i + 1} for i in range(5)]
+    clips = [{"clip": i, "start": i, "end": i + 1, "file": __file__} for i in range(5)]
     streams = [{"stream": name, "split": "deploy", "clips": clips} for name in "ab"]
     memories = {name: [row(name, i) for i in range(5)] for name in "ab"}
     S = SimpleNamespace(CACHE_CONTEXTS=9, CHUNK=4, GROUP=1, SEED=0, K=2, MEMORY_TOKENS=9)
