@@ -5,7 +5,8 @@ Three ideas carry the code:
   1. A group is one row. The G answers to one prompt share its keys and values, in sampling as in training
      (support/attention.py has the picture).
   2. Vision runs once per clip. The tower is frozen, so a clip's features serve rollout, log-probs and training.
-  3. A sample's noise depends on (seed, step, context, sample) alone, so a resumed run repeats itself exactly.
+  3. A sample's noise depends on (seed, step, context, sample) alone, so a resumed run repeats itself: exactly on a CPU,
+     up to rounding on a GPU, whose kernels depend on what is computed side by side.
 """
 import contextlib
 import importlib

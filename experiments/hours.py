@@ -96,6 +96,9 @@ Hours of a recipe that ends within a day on one card of 80 GB, planned too:
 {COMMANDS}
 ```
 
+Hours of the A100, L40S and 4090 may be too few: by torch's source its grouped matrix product is fast from the H100 on, and a loop over the
+experts on older cards, which the plan leaves out.
+
 Cards with less memory take these constants besides, in both tables:
 
 {small}
