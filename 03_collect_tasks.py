@@ -18,7 +18,7 @@ streams (see 01):
 
 Run: python 03_collect_tasks.py [--NAME=value ...]
      (toy world: 23 s on two cores)
-     python 03_collect_tasks.py --RUN=mine --ASK="Where did I put the keys?"    answers from the notes, in seconds
+     python 03_collect_tasks.py --RUN=mine --ASK="Where did I put the keys?"    answers from the notes
 In:  streams/streams.jsonl, tasks.jsonl (01), phase1/adapter (02), and what the judge needs; later
      phase2/ADAPTER/*/adapter (05)
 Out: tasks/memories.jsonl (Phase One's), adapted/ENVIRONMENT.jsonl (an adapter's), memories/STREAM.txt (to be read);

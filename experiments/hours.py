@@ -17,6 +17,7 @@ from support.runs import write_text                                         # no
 
 # ----------------------------------------------------------------
 MODEL = ["--MODEL=Qwen/Qwen3-VL-30B-A3B-Thinking", "--JUDGE=local"]
+NO_RUN = ["--RUN=planned"]               # what ./run.sh has made in runs/tiny has no say in the plan
 STAGES = {"02": ("02_phase1_train", "train"),
           "03": ("03_collect_tasks", "deploy"),
           "04": ("04_train_reward", "deploy"),
@@ -55,7 +56,7 @@ def hours(card, number, arguments, sizes):
     """Hours of a stage."""
     name, split = STAGES[number]
     script = stage(name)
-    S = settings(vars(script), MODEL + arguments + FITS[CARDS[card].gib])
+    S = settings(vars(script), NO_RUN + MODEL + arguments + FITS[CARDS[card].gib])
     return estimate(S, script.work, sizes[split], card).hours()
 
 

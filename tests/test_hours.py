@@ -350,3 +350,13 @@ def no_runs(monkeypatch, tmp_path):
     """What ./run.sh has made in runs/ has no say in these figures."""
     from support import runs
     monkeypatch.setattr(runs, "ROOT", tmp_path)
+
+
+def test_the_table_of_hours_does_not_depend_on_runs(tmp_path):
+    """Captions save 02 its histories; those of the toy world's run have nothing to do with the 30B."""
+    from experiments import hours
+    before = hours.hours("H100", "02", [], hours.PAPER)
+    streams = tmp_path / "runs" / "tiny" / "streams"
+    streams.mkdir(parents=True)
+    (streams / "captions.jsonl").write_text("")
+    assert hours.hours("H100", "02", [], hours.PAPER) == before
